@@ -1,0 +1,127 @@
+"""GracefulStop: Ctrl-C and SIGTERM leave a checkpoint from which the run goes on exactly.
+
+Lightning's own SIGTERM handler can deadlock when several ranks get the signal at once, and ends with exit code 0; its
+Ctrl-C saves nothing. Here a signal only sets a flag; all ranks agree on it at the end of a batch, save, and leave
+together before the next batch begins.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class GracefulStop(Callback):
+    """Finishes the step in flight (a validation that is due included), saves a checkpoint and exits.
+
+    The exit code is 143 after SIGTERM and 130 after Ctrl-C. A second signal ends at once, and so does the first one
+    outside training, where there is nothing to save. Put it before callbacks that do long work at the start of a batch.
+
+    Args:
+        save: called on all ranks at the end of the batch that is the last; None: a checkpoint is saved as
+            `checkpoints/last.ckpt` in `trainer.default_root_dir`.
+        advice: how to go on, for the line that is printed at the end.
+    """
+
+    def __init__(self, save: Callable[[], None] | None = None, advice: str = "") -> None:
+        self.save = save
+        self.advice = advice
+        self.signal: int | None = None
+        """The signal that came, on this rank."""
+        self.is_stopping = False
+        """Whether the ranks agreed to stop."""
+        self._trainer: Trainer | None = None
+        self._old_handlers: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal, as shells have it; of SIGTERM where only another rank got a signal."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False):
+            return
+        self.is_stopping = True
+        if self.save is not None:
+            self.save()
+        else:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not `trainer.should_stop`, which would start a validation that the uninterrupted run does not have.
+        if self.is_stopping:
+            self.leave(trainer.global_step)
+
+    def leave(self, step: int) -> None:
+        """Tells how to go on, and exits."""
+        _say(f"stopped after step {step}; a checkpoint is saved. {self.advice}".rstrip())
+        raise SystemExit(self.exit_code)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_outside_fit(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_outside_fit(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install(trainer)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_outside_fit(trainer)
+
+    def _install(self, trainer: Trainer) -> None:
+        """Takes over from Lightning, which set its handler just before these hooks."""
+        self._trainer = trainer
+        if self._old_handlers or threading.current_thread() is not threading.main_thread():
+            return
+        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+
+    def _restore(self) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers = {}
+
+    def _restore_outside_fit(self, trainer: Trainer) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._restore()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        is_first, self.signal = self.signal is None, number
+        is_training = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if not (is_first and is_training):
+            raise SystemExit(self.exit_code)
+        _say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint. Once more: at once.")
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    # os.write, not print: a signal handler may interrupt a print.
+    os.write(2, f"\n{line}\n".encode())

@@ -1,0 +1,52 @@
+"""JSDWeightScheduler: how much the teacher counts at each step."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.schedules import Schedule, StepWarmup
+from sdsearch_lightning.types import StepBatch
+
+
+class JSDWeightScheduler(pl.Callback):
+    """Sets `SDSearchModule.jsd_weight` before each step. A step is a rollout batch, counted from 0.
+
+    Args:
+        weight: alpha_SD of the paper (1e-3 there, with a learning rate of 1e-6 and a large model).
+        warmup_steps: the weight is 0 for this many steps and `weight` from then on (T_warm of the paper, 50 there):
+            with 50, the first taught step is step 50.
+        schedule: another course of the weight, as a factor by step; then `warmup_steps` is left alone.
+    """
+
+    def __init__(self, weight: float = 1e-3, warmup_steps: int = 50, schedule: Schedule | None = None) -> None:
+        super().__init__()
+        if not math.isfinite(weight) or weight < 0:
+            raise ConfigError(f"jsd.weight: expected a finite number of at least 0, found {weight}.")
+        if warmup_steps < 0:
+            raise ConfigError(f"jsd.warmup_steps: expected 0 or more, found {warmup_steps}.")
+        self.weight, self.warmup_steps = weight, warmup_steps
+        self.schedule = schedule or StepWarmup(warmup_steps)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of a warm-up that never ends."""
+        steps = trainer.max_steps
+        if self.weight > 0 and steps > 0 and all(self.schedule.factor(step) == 0 for step in range(steps)):
+            rank_zero_warn(
+                f"jsd: the weight stays 0 for all {steps} steps of this run (jsd.warmup_steps is {self.warmup_steps}): "
+                "nothing will be distilled. Lower jsd.warmup_steps, or set jsd.weight to 0 if GRPO alone is meant."
+            )
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: SDSearchModule,  # type: ignore[override]
+        batch: StepBatch,
+        batch_idx: int,
+    ) -> None:
+        """Set the weight of this step."""
+        pl_module.jsd_weight = self.weight * self.schedule.factor(trainer.global_step)

@@ -1,0 +1,159 @@
+"""TrajectoryLog: every rollout of a run, with what the teacher said of it, as lines of trajectories.jsonl.
+
+It reads the slots of `StepBatch` and writes none; a line is complete on disk when its batch ends. The format and its
+reader live in `sdsearch_lightning/report/trajectories.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.report.trajectories import Record, append_records, cut_torn_line, make_record, rank_file
+from sdsearch_lightning.types import RolloutGroup, StepBatch
+
+
+class TrajectoryLog(Callback):
+    """Appends one JSON line per rollout to `runs/<name>/trajectories.jsonl`.
+
+    `step` of a training rollout is the 0-based index of its rollout batch; that of an evaluation is the number of
+    rollout batches trained on before it. Rank r > 0 writes `trajectories.rank<r>.jsonl`.
+
+    Args:
+        path: file to append to; None: trajectories.jsonl in the run folder (`trainer.default_root_dir`).
+        every_n_steps: write the rollouts of every n-th training step.
+        max_per_step: at most this many rollouts per training step and rank; None: all of them.
+        val_questions: a validation between the first and the last of a `fit` writes only its first so many questions,
+            so that a few are followed through the run; None: all. The first and the last validation, and `validate`,
+            `test` and `predict`, write every rollout.
+        top_tokens: how many of the teacher's most probable tokens to write per query token.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        every_n_steps: int = 1,
+        max_per_step: int | None = None,
+        val_questions: int | None = 16,
+        top_tokens: int = 5,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ConfigError(
+                f"every_n_steps: expected 1 or more, got {every_n_steps}; leave the callback out to log nothing."
+            )
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self.max_per_step = max_per_step
+        self.val_questions = val_questions
+        self.top_tokens = top_tokens
+        self._file: Path | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes the rollouts of a training batch."""
+        step = trainer.global_step - 1  # Lightning has already counted this batch
+        if _has_rollouts(batch) and step % self.every_n_steps == 0:
+            records = self._records(trainer, pl_module, batch, batch.groups, "train", step)
+            self._append(trainer, islice(records, self.max_per_step))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the rollouts of a validation batch; a sanity check counts as the validation of its step."""
+        self._evaluation(trainer, pl_module, batch, "val", None if _is_whole(trainer) else self.val_questions)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the rollouts of a test batch."""
+        self._evaluation(trainer, pl_module, batch, "test", None)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the rollouts of a prediction batch."""
+        self._evaluation(trainer, pl_module, batch, "predict", None)
+
+    def _evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, phase: str, questions: int | None
+    ) -> None:
+        if not _has_rollouts(batch):
+            return
+        for name, groups in ((phase, batch.groups), (f"{phase}_sampled", batch.sampled_groups or ())):
+            # By position in the whole evaluation: the same questions each time, on any number of ranks.
+            chosen = [group for group in groups if questions is None or group.instance_id[1] < questions]
+            self._append(trainer, self._records(trainer, pl_module, batch, chosen, name, trainer.global_step))
+
+    def _records(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: StepBatch,
+        groups: tuple[RolloutGroup, ...] | list[RolloutGroup],
+        phase: str,
+        step: int,
+    ) -> Iterator[Record]:
+        tokenizer: Any = pl_module.tokenizer
+        decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        is_taught = phase == "train"  # hindsight and credit belong to the groups of a training step
+        for index, group in enumerate(groups):
+            block = batch.hindsight[index] if is_taught and batch.hindsight else None
+            credits = batch.credit[index] if is_taught and batch.credit else (None,) * len(group.trajectories)
+            for trajectory, credit in zip(group.trajectories, credits, strict=True):
+                yield make_record(
+                    trajectory,
+                    decode,
+                    phase=phase,
+                    step=step,
+                    rank=trainer.global_rank,
+                    block=block.text if block else None,
+                    credit=credit,
+                    top_tokens=self.top_tokens,
+                )
+
+    def _append(self, trainer: Trainer, records: Iterator[Record]) -> None:
+        if self._file is None:
+            path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "trajectories.jsonl"
+            self._file = rank_file(path, trainer.global_rank)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            if self._file.exists():
+                cut_torn_line(self._file)
+        append_records(self._file, records)
+
+
+def _has_rollouts(batch: Any) -> bool:
+    """Whether the batch holds rollouts; those of a cold start are demonstrations."""
+    return isinstance(batch, StepBatch) and batch.groups is not None
+
+
+def _is_whole(trainer: Trainer) -> bool:
+    """Whether a validation is written whole: outside `fit`, and the first and the last one of it."""
+    if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0 or trainer.should_stop:
+        return True
+    return not trainer.sanity_checking and trainer.global_step >= trainer.estimated_stepping_batches

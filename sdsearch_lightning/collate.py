@@ -1,0 +1,215 @@
+"""From rollout groups to the tensors of a loss: one optimizer step's groups in, micro-batches out.
+
+Invariants: token ids are copied from the trajectories, never made again from text; token weights come from the counts
+of the whole optimizer step on all ranks, before any split, so micro-batches and ranks cannot change a loss; a group is
+never split; student and teacher hold the same tokens at paired positions.
+
+    token           p p p  <s> q q </s>  d d d  <a> a </a>          p prompt, q query, d documents, a answer
+    policy_weight   0 0 0   w  w w  w    0 0 0   w  w  w
+    query_row                  x x
+    teacher         p p p h h h  <s> q q </s> ...                   h hindsight block; same suffix, shifted
+
+Next: module.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sdsearch_lightning.losses import AggregationMode, StepTotals, query_weights, token_weights
+from sdsearch_lightning.policy import PackedSequences
+from sdsearch_lightning.types import HindsightBlock, RolloutGroup, Trajectory
+
+TeacherPrompt = Callable[[Trajectory, HindsightBlock], Sequence[int]]
+"""Token ids of the prompt with the hindsight block."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchBatch:
+    """One micro-batch: packed rollouts with a weight per token, and the teacher's view of the taught ones."""
+
+    sequences: PackedSequences
+    """[T] token_ids, position_ids, sequence_index of the student."""
+    policy_weight: Tensor
+    """[T] weight of each token in the policy loss; 0 where the policy did not sample it."""
+    sampled_logprobs: Tensor
+    """[T] log-probs under the sampling policy."""
+    advantages: Tensor
+    """[T] advantage of the token's rollout."""
+    query_row: Tensor
+    """[Q] index into the T tokens of each taught query token."""
+    query_weight: Tensor
+    """[Q] weight of each of them in the JSD loss."""
+    teacher: PackedSequences | None = None
+    """The same rollouts behind a hindsight block; None where nothing is taught."""
+    teacher_query_row: Tensor | None = None
+    """[Q] index into the teacher's tokens, paired with `query_row`."""
+    on_policy: bool = False
+    """Whether the policy is still the one that sampled: the ratio is then 1 by construction."""
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[T] the student's tokens."""
+        return self.sequences.token_ids
+
+    def to(self, device: torch.device | str) -> SearchBatch:
+        """The same on `device`."""
+        moved = {name: value.to(device) for name in self.__slots__ if hasattr(value := getattr(self, name), "to")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedRollout:
+    """A trajectory with its place in the losses of the whole optimizer step."""
+
+    trajectory: Trajectory
+    policy_weight: Tensor
+    """[T]."""
+    query_weight: float
+    """Weight of each of its query tokens in the JSD loss; 0 where its group is not taught."""
+    block: HindsightBlock | None
+
+
+def weigh(
+    groups: Sequence[RolloutGroup],
+    blocks: Sequence[HindsightBlock | None],
+    mode: AggregationMode,
+    norm: float | None = None,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[list[WeightedRollout]]:
+    """Give every rollout of one optimizer step its weights in both losses.
+
+    Args:
+        groups: the step's groups on this rank.
+        blocks: one per group; None = not taught.
+        mode: aggregation of the policy loss, see `losses.token_weights`.
+        norm: see there.
+        sum_over_ranks: sums a tensor of counts; None for one process. Called once, on every rank.
+        dtype: of the policy weights.
+
+    Returns:
+        One list per group, one entry per trajectory that did not end in a retrieval error: those were not the
+        policy's doing, so they are neither trained on nor counted.
+    """
+    judged = [[t for t in group.trajectories if not t.stop_reason.is_error] for group in groups]
+    rollouts = [trajectory for group in judged for trajectory in group]
+    mask = torch.zeros(len(rollouts), max((len(t.token_ids) for t in rollouts), default=1), dtype=torch.bool)
+    for row, trajectory in zip(mask, rollouts, strict=True):
+        row[: len(trajectory.token_ids)] = torch.tensor(trajectory.policy_mask)
+    num_query_tokens = torch.tensor([sum(t.query_mask) for t in rollouts], dtype=torch.long)
+    totals = num_with_queries = None
+    if sum_over_ranks is not None:
+        local = torch.tensor([len(rollouts), int(mask.sum()), int((num_query_tokens > 0).sum())])
+        rows, tokens, num_with_queries = sum_over_ranks(local).tolist()
+        totals = StepTotals(rows, tokens)
+    policy_weights = iter(token_weights(mask, mode, norm, totals=totals, dtype=dtype))
+    group_weights = [block.weight if block else 0.0 for g, block in zip(judged, blocks, strict=True) for _ in g]
+    query_weight = iter(
+        query_weights(num_query_tokens, torch.tensor(group_weights, dtype=torch.float64), num_with_queries).tolist()
+    )
+    return [
+        [WeightedRollout(t, next(policy_weights)[: len(t.token_ids)], next(query_weight), block) for t in group]
+        for group, block in zip(judged, blocks, strict=True)
+    ]
+
+
+def split_groups(groups: Sequence[Sequence[WeightedRollout]], max_tokens: int) -> list[list[WeightedRollout]]:
+    """Micro-batches of whole groups whose padded size stays within `max_tokens`, longest groups first.
+
+    A group larger than the budget gets a micro-batch of its own.
+    """
+
+    def longest(group: Sequence[WeightedRollout]) -> int:
+        return max((len(r.trajectory.token_ids) for r in group), default=0)
+
+    batches: list[list[WeightedRollout]] = []
+    width = 0  # groups come longest first, so the first one of a batch sets its padded width
+    for group in sorted(filter(None, groups), key=longest, reverse=True):
+        if not batches or (len(batches[-1]) + len(group)) * width > max_tokens:
+            batches.append([])
+            width = longest(group)
+        batches[-1] += group
+    return batches
+
+
+def collate(
+    rollouts: Sequence[WeightedRollout], teacher_prompt: TeacherPrompt | None = None, dtype: torch.dtype = torch.float32
+) -> SearchBatch:
+    """One micro-batch of tensors.
+
+    Args:
+        rollouts: whole groups.
+        teacher_prompt: makes the prompt with the block; None leaves the teacher's side out (JSD weight 0).
+        dtype: of weights, log-probs and advantages.
+    """
+    tokens = [rollout.trajectory.token_ids for rollout in rollouts]
+    offsets = [0]
+    for sequence in tokens:
+        offsets.append(offsets[-1] + len(sequence))
+    logprobs = [value for rollout in rollouts for value in rollout.trajectory.sampled_logprobs]
+    lengths = torch.tensor([len(sequence) for sequence in tokens])
+    advantages = torch.tensor([rollout.trajectory.advantage or 0.0 for rollout in rollouts], dtype=dtype)
+    taught = [
+        (rollout, offset)
+        for rollout, offset in zip(rollouts, offsets, strict=False)
+        if teacher_prompt is not None and rollout.block is not None
+    ]
+    query_rows = [
+        [
+            offset + i
+            for i, is_query in enumerate(rollout.trajectory.query_mask)
+            if is_query and rollout.query_weight > 0
+        ]
+        for rollout, offset in taught
+    ]
+    batch = SearchBatch(
+        sequences=PackedSequences.pack(tokens),
+        policy_weight=torch.cat([rollout.policy_weight for rollout in rollouts]).to(dtype),
+        sampled_logprobs=torch.tensor(logprobs, dtype=dtype),
+        advantages=advantages.repeat_interleave(lengths),
+        query_row=torch.tensor([row for rows in query_rows for row in rows], dtype=torch.long),
+        query_weight=torch.tensor(
+            [rollout.query_weight for (rollout, _), rows in zip(taught, query_rows, strict=True) for _ in rows],
+            dtype=dtype,
+        ),
+    )
+    if teacher_prompt is None or not len(batch.query_row):
+        return batch
+    return _with_teacher(batch, taught, query_rows, teacher_prompt)
+
+
+def _with_teacher(
+    batch: SearchBatch,
+    taught: Sequence[tuple[WeightedRollout, int]],
+    query_rows: Sequence[Sequence[int]],
+    teacher_prompt: TeacherPrompt,
+) -> SearchBatch:
+    """Add the teacher's side: the prompt with the block, then the very same tokens."""
+    sequences: list[list[int]] = []
+    teacher_rows: list[int] = []
+    base = 0
+    for (rollout, offset), rows in zip(taught, query_rows, strict=True):
+        assert rollout.block is not None
+        prompt = list(teacher_prompt(rollout.trajectory, rollout.block))
+        shift = base - offset + len(prompt) - rollout.trajectory.prompt_length
+        teacher_rows += [row + shift for row in rows]
+        sequences.append(prompt + list(rollout.trajectory.token_ids[rollout.trajectory.prompt_length :]))
+        base += len(sequences[-1])
+    teacher = PackedSequences.pack(sequences)
+    teacher_query_row = torch.tensor(teacher_rows, dtype=torch.long)
+    assert torch.equal(teacher.token_ids[teacher_query_row], batch.token_ids[batch.query_row]), (
+        "student and teacher must hold the same tokens at paired positions"
+    )
+    return replace(batch, teacher=teacher, teacher_query_row=teacher_query_row)
+
+
+def filler(dtype: torch.dtype = torch.float32) -> SearchBatch:
+    """A micro-batch that weighs nothing: it keeps the number of passes equal on all ranks."""
+    nothing = torch.zeros(2, dtype=dtype)
+    none = torch.zeros(0, dtype=torch.long)
+    return SearchBatch(PackedSequences.pack([[0, 0]]), nothing, nothing, nothing, none, torch.zeros(0, dtype=dtype))

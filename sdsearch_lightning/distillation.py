@@ -1,0 +1,93 @@
+"""What is kept of the teacher: at the query tokens only, and never its whole distribution.
+
+With a top-k divergence the k logits of its support stay; with the full vocabulary its hidden rows do, and the head is
+run on them again beside the student's. Everything here is without gradient.
+
+Next: losses.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdsearch_lightning.losses import Divergence
+
+NUM_TOP = 5
+"""Tokens of the teacher that are kept for the report."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRows:
+    """The teacher at Q query tokens."""
+
+    support: Tensor | None
+    """[Q, k] token ids of its top k; None for the full vocabulary."""
+    logits: Tensor | None
+    """[Q, k] its logits there."""
+    hidden: Tensor | None
+    """[Q, H] rows before the head; None with a top-k support."""
+    entropy: Tensor
+    """[Q] nats."""
+    logprob: Tensor
+    """[Q] of the token that was sampled."""
+    environment_mass: Tensor
+    """[Q] probability of tokens that only the environment may write."""
+    top_ids: Tensor
+    """[Q, NUM_TOP]."""
+    top_probs: Tensor
+    """[Q, NUM_TOP]."""
+
+
+def summarize_teacher(
+    logits: Tensor, hidden: Tensor, tokens: Tensor, top_k: int | None, environment_ids: Tensor
+) -> TeacherRows:
+    """Reduce the teacher's logits [Q, V] to what the loss and the report need.
+
+    Args:
+        logits: [Q, V].
+        hidden: [Q, H] the rows they came from.
+        tokens: [Q] the sampled tokens.
+        top_k: support of the divergence; None, or one beyond V, = full vocabulary.
+        environment_ids: [E] tokens that only the environment writes.
+    """
+    logprobs = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
+    probs = logprobs.exp()
+    top = probs.topk(min(NUM_TOP, logits.shape[-1]), dim=-1)
+    limited = top_k is not None and top_k < logits.shape[-1]
+    kept, support = logits.topk(top_k, dim=-1) if limited else (None, None)  # type: ignore[arg-type]
+    return TeacherRows(
+        support=support,
+        logits=kept,
+        hidden=None if limited else hidden,
+        entropy=entropy(logprobs),
+        logprob=logprobs.gather(1, tokens[:, None])[:, 0],
+        environment_mass=probs[:, environment_ids].sum(-1),
+        top_ids=top.indices,
+        top_probs=top.values,
+    )
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """[Q] nats from log-probs [Q, V]; a token of probability 0 adds nothing."""
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+
+
+def divergence_to_teacher(
+    divergence: Divergence, student_logits: Tensor, teacher: TeacherRows, teacher_logits: Tensor | None
+) -> Tensor:
+    """[Q] divergence of the student from the teacher, on the teacher's support, both renormalised there.
+
+    Args:
+        divergence: the loss.
+        student_logits: [Q, V], with gradient.
+        teacher: its rows.
+        teacher_logits: [Q, V] from `teacher.hidden`; None with a top-k support.
+    """
+    if teacher.support is not None:
+        assert teacher.logits is not None
+        return divergence.divergence(student_logits.gather(1, teacher.support), teacher.logits)
+    assert teacher_logits is not None
+    return divergence.divergence(student_logits, teacher_logits.detach())

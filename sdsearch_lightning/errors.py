@@ -1,0 +1,30 @@
+"""The errors users meet. Each message says what was expected, what was found (value and id), and what to do.
+
+    SDSearchError
+    +-- ConfigError(ValueError)      an option, a pair of options or a user class that cannot work
+    +-- DataError(ValueError)        a file or a row that cannot be used
+    +-- RetrievalError(RuntimeError) a search that failed; one rollout ends with it, the run goes on
+    +-- RolloutError(RuntimeError)   a batch of rollouts that must not be trained on; the run stops on every rank
+
+A bad rollout is data (a stop reason and a count). A bad run is an exception. All are picklable: no custom `__init__`.
+"""
+
+
+class SDSearchError(Exception):
+    """Root of all errors raised on purpose by this library."""
+
+
+class ConfigError(SDSearchError, ValueError):
+    """An option, a pair of options or a user class that cannot work."""
+
+
+class DataError(SDSearchError, ValueError):
+    """A file or a row that cannot be used; the message names file and line."""
+
+
+class RetrievalError(SDSearchError, RuntimeError):
+    """A search that failed; the rollout that asked for it ends with StopReason.RETRIEVAL_ERROR."""
+
+
+class RolloutError(SDSearchError, RuntimeError):
+    """A batch of rollouts that must not be trained on; raised on every rank together."""

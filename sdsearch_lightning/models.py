@@ -1,0 +1,114 @@
+"""Where models and tokenizers come from: a Hugging Face folder or name, or nothing but a config and a vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdsearch_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+
+
+def load(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and fast tokenizer of a Hugging Face folder or hub name; no remote code is ever run.
+
+    Raises:
+        ConfigError: no such folder, not a model folder, or a hub name that cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    looks_local = name_or_path.startswith((".", "/", "~", "runs/")) or name_or_path.count("/") > 1
+    if looks_local and not Path(name_or_path).expanduser().is_dir():
+        raise ConfigError(
+            f"model.model_name_or_path: there is no folder {name_or_path!r}. If it is the result of a cold start, run "
+            "`python -m sdsearch_lightning supervise` first."
+        )
+    try:
+        # transformers would load bfloat16 checkpoints as bfloat16, in which small updates are lost.
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.model_name_or_path: cannot load {name_or_path!r}: {reason}") from error
+    return model, tokenizer
+
+
+def from_scratch(
+    model_type: str,
+    options: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    embedding_std: float | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> PreTrainedModel:
+    """A causal LM with random weights; equal arguments, equal weights, whatever was drawn before.
+
+    Args:
+        model_type: as in transformers, e.g. qwen2.
+        options: arguments of its config class.
+        tokenizer: gives vocabulary size and special ids.
+        embedding_std: of the input embeddings; None = 1 / sqrt(hidden_size).
+        dtype: of the weights.
+        seed: of the weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.for_model(
+            model_type,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            **options,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.scratch: {str(error).splitlines()[0]}") from error
+    _check_reload(config, tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        embedding = model.get_input_embeddings().weight
+        torch.nn.init.normal_(embedding, std=embedding.shape[1] ** -0.5 if embedding_std is None else embedding_std)
+    return model  # type: ignore[no-any-return]
+
+
+def _check_reload(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model type for which AutoTokenizer would load another tokenizer than the one that was saved."""
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder)
+    sample = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), 16)))
+    if loaded.encode(" ".join(sample)) != tokenizer.encode(" ".join(sample)):
+        raise ConfigError(
+            f"model.scratch.model_type {config.model_type!r}: transformers ties this type to {type(loaded).__name__}, "
+            "which cannot read a word-level tokenizer. Use llama."
+        )
+
+
+def word_level_tokenizer(words: Sequence[str], tags: Sequence[str]) -> PreTrainedTokenizerBase:
+    """A tokenizer whose tokens are whole words, split at white space; every tag is one token.
+
+    Args:
+        words: the vocabulary, in order.
+        tags: the protocol's.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = list(dict.fromkeys([*SPECIAL_TOKENS.values(), *tags, *words]))
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    # Whitespace, but not at every punctuation mark: a tag is one word.
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)

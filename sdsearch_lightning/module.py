@@ -1,0 +1,329 @@
+"""SDSearchModule: the policy as student and as its own teacher, and one training step on a batch of rollout groups.
+
+    L = L_GRPO + weight * L_SD + kl_coef * KL to the initial policy                          (arXiv:2605.18299)
+
+The callbacks have filled the batch by now (rollouts, blocks) and set `jsd_weight`. What is left: weigh every token from
+global counts, split into micro-batches, let the teacher read (no gradient), let the student learn, step.
+
+Next: losses.py, the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
+from sdsearch_lightning.credit import CreditRows, Credits, credit_rollouts, credit_table
+from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher, summarize_teacher
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses import AggregationMode, Divergence, JensenShannon, clipped_surrogate, kl_k3
+from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName, ScratchModel
+from sdsearch_lightning.protocol import Protocol
+from sdsearch_lightning.schedules import Constant, Schedule
+from sdsearch_lightning.scoreboard import ScoreBoard
+from sdsearch_lightning.step_metrics import DISTILLATION_SUMS, POLICY_SUMS, distillation_sums, policy_sums, step_means
+from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class StepSums:
+    """One micro-batch's share of a step: weights are applied, so shares add up to the step's losses."""
+
+    policy_loss: Tensor
+    jsd_loss: Tensor
+    kl: Tensor
+    metrics: dict[str, Tensor]
+    """Sums over tokens, and the counts to divide them by; detached."""
+    credit: CreditRows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _MicroBatch:
+    rollouts: Sequence[WeightedRollout]
+    batch: SearchBatch
+
+
+class SDSearchModule(PolicyModule):
+    """SD-Search: GRPO on whole rollouts plus hindsight self-distillation at query tokens.
+
+    Args:
+        model_name_or_path: see `PolicyModule`.
+        scratch: see `PolicyModule`.
+        protocol: see `PolicyModule`.
+        optimizer: of all parameters.
+        lr_schedule: factor on the learning rate by rollout batch.
+        divergence: of student and teacher at query tokens.
+        clip_low: the ratio is clipped below 1 - clip_low.
+        clip_high: and above 1 + clip_high.
+        kl_coef: weight of the k3 estimate of the KL to the initial policy; above 0 a frozen copy is kept.
+        aggregation: of the policy loss over tokens, see `losses.token_weights`.
+        aggregation_norm: for seq-mean-token-sum-norm.
+        temperature: of the rollouts; log-probs in the loss are taken at it. Linked to rollout.temperature.
+        num_updates: optimizer steps per rollout batch, each on its own share of the groups.
+        gradient_clip_val: see `PolicyModule`.
+        max_micro_batch_tokens: see `PolicyModule`.
+        dtype: see `PolicyModule`.
+        seed: see `PolicyModule`.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | None = None,
+        scratch: ScratchModel | None = None,
+        protocol: Protocol | ProtocolName = "autorefine",
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01),
+        lr_schedule: Schedule = Constant(),  # noqa: B008  (stateless)
+        divergence: Divergence = JensenShannon(),  # noqa: B008  (stateless)
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        kl_coef: float = 1e-3,
+        aggregation: AggregationMode = "token-mean",
+        aggregation_norm: float | None = None,
+        temperature: float = 1.0,
+        num_updates: int = 1,
+        gradient_clip_val: float | None = 1.0,
+        max_micro_batch_tokens: int = 32768,
+        dtype: Literal["float32", "float64", "bfloat16"] = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            model_name_or_path,
+            scratch,
+            protocol,
+            [OptimizerSpec(optimizer)],
+            lr_schedule,
+            gradient_clip_val,
+            max_micro_batch_tokens,
+            dtype,
+            seed,
+        )
+        if num_updates < 1:
+            raise ConfigError(f"model.num_updates: expected at least 1, found {num_updates}.")
+        if kl_coef < 0:
+            raise ConfigError(f"model.kl_coef: expected 0 or more, found {kl_coef}.")
+        self.divergence = divergence
+        self.clip_low, self.clip_high, self.kl_coef = clip_low, clip_high, kl_coef
+        self.aggregation, self.aggregation_norm = aggregation, aggregation_norm
+        self.temperature, self.num_updates = temperature, num_updates
+        self.jsd_weight = 0.0
+        """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
+        self.reference: Policy | None = None
+        self.scores = ScoreBoard()
+
+    def attach(self, model: Any, tokenizer: Any) -> None:
+        """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""
+        # With dropout on, the policy that trains would not be the policy that sampled.
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+            if hasattr(model.config, name):
+                setattr(model.config, name, 0.0)
+        super().attach(model, tokenizer)
+        opening = self.codec.encode(f"<{self.protocol.documents_tag}>")
+        closing = self.codec.encode(f"</{self.protocol.documents_tag}>")
+        whole = [ids[0] for ids in (opening, closing) if len(ids) == 1]
+        self.register_buffer("environment_ids", torch.tensor(whole, dtype=torch.long), persistent=False)
+        if self.kl_coef > 0:
+            self.reference = Policy(deepcopy(model)).requires_grad_(False).eval()
+
+    # The step
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """All updates of one rollout batch; logs, and writes `batch.credit`."""
+        groups: tuple[RolloutGroup, ...] = batch.require("groups", by="SDSearchModule.training_step")
+        blocks: Sequence[HindsightBlock | None] = [None] * len(groups)
+        if self.jsd_weight > 0:
+            blocks = batch.require("hindsight", by="SDSearchModule.training_step")
+        if len(groups) < self.num_updates:
+            raise ConfigError(
+                f"model.num_updates is {self.num_updates}, but the batch holds {len(groups)} questions: each update "
+                "needs one. Raise data.batch_size or lower model.num_updates."
+            )
+        totals: Counter[str] = Counter()
+        credits: Credits = {}
+        for update in range(self.num_updates):
+            share = slice(*(len(groups) * i // self.num_updates for i in (update, update + 1)))
+            micro_batches = self._micro_batches(groups[share], blocks[share], on_policy=update == 0)
+            self.backward_all(micro_batches, lambda micro: self._loss(micro, totals, credits))  # noqa: B023
+            totals["grad_norm"] += self.apply_gradients(last=update == self.num_updates - 1)
+        batch.credit = credit_table(groups, credits)
+        self._log_step(totals, blocks)
+
+    def _micro_batches(
+        self, groups: Sequence[RolloutGroup], blocks: Sequence[HindsightBlock | None], on_policy: bool
+    ) -> list[_MicroBatch]:
+        """One update's micro-batches, as many on every rank: weights first, from global counts, then the split."""
+        several = self.trainer.world_size > 1
+        dtype = self.policy.dtype
+        weighed = weigh(
+            groups, blocks, self.aggregation, self.aggregation_norm, self.sum_over_ranks if several else None, dtype
+        )
+        prompt = self._teacher_prompt if self.jsd_weight > 0 else None
+        micro_batches = [
+            _MicroBatch(rollouts, replace(collate(rollouts, prompt, dtype), on_policy=on_policy).to(self.device))
+            for rollouts in split_groups(weighed, self.max_micro_batch_tokens)
+        ]
+        return self.equalize(micro_batches, _MicroBatch((), filler(dtype).to(self.device)))
+
+    def _teacher_prompt(self, trajectory: Trajectory, block: HindsightBlock) -> Sequence[int]:
+        return self.protocol.prompt_ids(self.codec, trajectory.question.text, block.text)
+
+    def _loss(self, micro: _MicroBatch, totals: Counter[str], credits: Credits) -> Tensor:
+        """The micro-batch's share of the loss; adds its sums to `totals` and its verdicts to `credits`."""
+        teacher = self.teacher_step(micro.batch) if micro.batch.teacher is not None else None
+        sums = self.student_step(micro.batch, teacher)
+        loss = sums.policy_loss
+        if self.kl_coef > 0:
+            loss = loss + self.kl_coef * sums.kl
+        if teacher is not None:
+            loss = loss + self.jsd_weight * sums.jsd_loss
+        losses = {"loss": loss, "policy_loss": sums.policy_loss, "kl": sums.kl, "jsd_loss": sums.jsd_loss}
+        for name, value in (losses | sums.metrics).items():
+            totals[name] += float(value.detach())
+        if sums.credit is not None:
+            credits |= credit_rollouts(micro.rollouts, sums.credit)
+        return loss
+
+    @torch.no_grad()
+    def teacher_step(self, batch: SearchBatch) -> TeacherRows:
+        """The same policy reading the hindsight block, at the query tokens of `batch`; no gradient.
+
+        Args:
+            batch: with its teacher's side.
+        """
+        assert batch.teacher is not None and batch.teacher_query_row is not None, "the batch has no teacher's side"
+        (logits,), (hidden,), _ = self.policy(batch.teacher, [batch.teacher_query_row])
+        tokens = batch.teacher.token_ids[batch.teacher_query_row]
+        return summarize_teacher(logits, hidden, tokens, getattr(self.divergence, "top_k", None), self.environment_ids)
+
+    def student_step(self, batch: SearchBatch, teacher: TeacherRows | None = None) -> StepSums:
+        """Both losses of one micro-batch from one forward pass.
+
+        Args:
+            batch: with `query_row` aligned to `teacher`.
+            teacher: from `teacher_step`; None leaves the JSD out.
+
+        Returns:
+            Sums with all weights applied; each term is to be minimised.
+        """
+        is_policy = batch.policy_weight != 0
+        queries = batch.query_row if teacher is not None else batch.query_row[:0]
+        is_policy[queries] = False
+        others = is_policy.nonzero()[:, 0]
+        hidden = None if teacher is None else teacher.hidden
+        (query_logits, other_logits), _, teacher_logits = self.policy(batch.sequences, [queries, others], hidden)
+        rows = torch.cat([queries, others])
+        logprobs = _log_softmax(torch.cat([query_logits, other_logits]), self.temperature)
+        chosen = logprobs.gather(1, batch.token_ids[rows][:, None])[:, 0]
+        sampled = chosen.detach() if batch.on_policy else batch.sampled_logprobs[rows]
+        surrogate = clipped_surrogate(chosen, sampled, batch.advantages[rows], self.clip_low, self.clip_high)
+        weight = batch.policy_weight[rows]
+        sums = StepSums(
+            policy_loss=(surrogate * weight).sum(),
+            jsd_loss=chosen.new_zeros(()),
+            kl=self._kl(batch, rows, chosen, weight),
+            metrics=policy_sums(logprobs, chosen, batch.sampled_logprobs[rows], sampled, self.clip_low, self.clip_high),
+        )
+        if teacher is None:
+            return sums
+        jsd = divergence_to_teacher(self.divergence, query_logits, teacher, teacher_logits)
+        student = _log_softmax(query_logits.detach(), 1.0)
+        return replace(
+            sums,
+            jsd_loss=(jsd * batch.query_weight).sum(),
+            metrics=sums.metrics | distillation_sums(jsd.detach(), student, teacher, self.environment_ids),
+            credit=CreditRows(
+                jsd.detach(),
+                student.gather(1, batch.token_ids[queries][:, None])[:, 0],
+                teacher.logprob,
+                teacher.top_ids,
+                teacher.top_probs,
+            ),
+        )
+
+    def _kl(self, batch: SearchBatch, rows: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """Weighted k3 estimate of the KL to the reference; not importance-weighted."""
+        if self.reference is None:
+            return chosen.new_zeros(())
+        with torch.no_grad():
+            (logits,), _, _ = self.reference(batch.sequences, [rows])
+            logprobs = _log_softmax(logits, self.temperature).gather(1, batch.token_ids[rows][:, None])[:, 0]
+        return (kl_k3(chosen, logprobs) * weight).sum()
+
+    def _log_step(self, totals: Counter[str], blocks: Sequence[HindsightBlock | None]) -> None:
+        names = [*POLICY_SUMS, *DISTILLATION_SUMS]
+        values = torch.tensor([totals[name] for name in names], dtype=torch.float64)
+        if self.trainer.world_size > 1:
+            values = self.sum_over_ranks(values)
+        means = step_means(dict(zip(names, values.tolist(), strict=True)), self.num_updates)
+        means |= {
+            "train/grad_norm": totals["grad_norm"] / self.num_updates,
+            "train/lr": self._optimizers()[0].param_groups[0]["lr"],
+            "distill/weight": self.jsd_weight,
+            "distill/groups": float(sum(block is not None for block in blocks)),
+        }
+        self.log_dict(means, batch_size=len(blocks))
+
+    # Evaluation: the rollouts are there already, so a step is a count
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Count greedy rollouts as `val`, sampled ones as `val_sampled`."""
+        self._count("val", batch, by_source=False)
+
+    def test_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Count per source."""
+        self._count("test", batch, by_source=True)
+
+    def predict_step(self, batch: StepBatch, batch_idx: int) -> list[Trajectory]:
+        """The rollouts themselves."""
+        return [t for group in batch.require("groups", by="SDSearchModule.predict_step") for t in group.trajectories]
+
+    def _count(self, phase: str, batch: StepBatch, by_source: bool) -> None:
+        for slot, prefix in (("groups", ""), ("sampled_groups", "sampled_")):
+            if slot == "sampled_groups" and batch.sampled_groups is None:
+                continue
+            for group in batch.require(slot, by=f"SDSearchModule.{phase}"):
+                name = f"{phase}/{group.question.source}/{prefix}" if by_source else f"{phase}/{prefix}"
+                self.scores.update(name, group.trajectories, self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting anew."""
+        self.scores.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of all ranks."""
+        scores = self.scores.compute(self.device)
+        metrics = {f"{name}{key}": value for name, keys in scores.items() for key, value in keys.items()}
+        # Lightning would log a validation inside `fit` one step early; `step` is its key for saying so.
+        self.log_dict(metrics | {"step": float(self.trainer.global_step)})
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    # Checkpoints: the reference is made again from the initial model, so it is never saved
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the reference out."""
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("reference.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the reference as it was made."""
+        mine = {k: v for k, v in self.state_dict().items() if k.startswith("reference.")}
+        checkpoint["state_dict"] |= mine
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probs in float32, or float64 where the logits are."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).div(temperature).log_softmax(-1)

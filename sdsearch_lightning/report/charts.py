@@ -1,0 +1,149 @@
+"""Hand-written SVG line charts: no plotting package, no script, colours from the page's CSS variables.
+
+A chart is a title, a legend and axes that hold zero. Points carry a native tooltip. Long curves are thinned to the
+means of equal stretches, noisy ones drawn faint under their running mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from sdsearch_lightning.report.metrics import Point
+
+WIDTH, HEIGHT = 340, 190
+LEFT, RIGHT, TOP, BOTTOM = 38, 10, 8, 24
+MAX_POINTS = 400
+"""Points drawn per curve: more than the pixels of a chart help nobody and swell the page."""
+SMOOTHING = 5
+"""Points of the running mean, centred so that it does not lag behind."""
+MAX_DOTS = 30
+"""A curve of more points shows its dots only under the pointer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line of a chart."""
+
+    label: str
+    points: Sequence[Point]
+    color: str
+    """A CSS variable of the page, such as `--first`."""
+    is_noisy: bool = False
+    """Measured on a few rollouts per step: shown with its running mean."""
+
+
+def chart(title: str, unit: str, curves: Sequence[Curve], *, last_step: int = 0, top: float | None = None) -> str:
+    """An HTML figure, or an empty string where no curve has a finite point.
+
+    Args:
+        title: what is shown.
+        unit: of the vertical axis; stands behind the title.
+        curves: lines over the step.
+        last_step: the horizontal axis reaches at least this far, so that charts side by side share it.
+        top: end of the vertical axis; None fits the data.
+    """
+    drawn = [(curve, _thinned(_finite(curve.points))) for curve in curves]
+    drawn = [(curve, points) for curve, points in drawn if points]
+    if not drawn:
+        return ""
+    everything = [point for _, points in drawn for point in points]
+    last_step = max(last_step, 1, *(point.step for point in everything))
+    x_ticks = [tick for tick in _ticks(0, last_step, smallest=1.0) if tick <= last_step]
+    values = [point.value for point in everything]
+    y_ticks = _ticks(min(values), top or max(values))
+    scale = _Scale(last_step, y_ticks[0], y_ticks[-1])
+    lines = "".join(_line(curve, points, scale) for curve, points in drawn)
+    legend = "".join(
+        f'<span><i style="background:var({curve.color})"></i>{escape(curve.label)} '
+        f"<b>{_short(points[-1].value)}</b></span>"
+        for curve, points in drawn
+    )
+    return (
+        f"<figure><figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>"
+        f'<div class="legend">{legend}</div>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{_axes(x_ticks, y_ticks, scale)}{lines}</svg></figure>"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Data to pixels."""
+
+    last_step: float
+    bottom: float
+    top: float
+
+    def x(self, step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / self.last_step
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.bottom) / (self.top - self.bottom)
+
+
+def _finite(points: Sequence[Point]) -> list[Point]:
+    return sorted(point for point in points if math.isfinite(point.value))
+
+
+def _thinned(points: list[Point]) -> list[Point]:
+    stretch = math.ceil(len(points) / MAX_POINTS)
+    parts = [points[start : start + stretch] for start in range(0, len(points), stretch or 1)]
+    return [Point(part[-1].step, sum(point.value for point in part) / len(part)) for part in parts]
+
+
+def _running_mean(points: Sequence[Point]) -> list[Point]:
+    half = SMOOTHING // 2
+    windows = (points[max(0, middle - half) : middle + half + 1] for middle in range(len(points)))
+    means = (sum(point.value for point in window) / len(window) for window in windows)
+    return [Point(point.step, mean) for point, mean in zip(points, means, strict=True)]
+
+
+def _ticks(low: float, high: float, *, smallest: float = 0.0) -> list[float]:
+    """At most seven round values that enclose 0, `low` and `high`."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    extent = high - low or 1.0
+    magnitude = 10.0 ** math.floor(math.log10(extent / 4))
+    size = max(smallest, next(size * magnitude for size in (1, 2, 5, 10) if extent <= 5 * size * magnitude))
+    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    return [size * index for index in range(first, max(last, first + 1) + 1)]
+
+
+def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], scale: _Scale) -> str:
+    parts = []
+    for tick in y_ticks:
+        y = scale.y(tick)
+        kind = "axis" if tick == 0 else "grid"
+        parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_tick(tick)}</text>')
+    for tick in x_ticks:
+        parts.append(f'<text x="{scale.x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_tick(tick)}</text>')
+    return "".join(parts)
+
+
+def _line(curve: Curve, points: Sequence[Point], scale: _Scale) -> str:
+    mean = _running_mean(points) if curve.is_noisy and len(points) > SMOOTHING else []
+    lines = _path(points, curve.color, scale, "faint" if mean else "line")
+    if mean:
+        lines += _path(mean, curve.color, scale, "line")
+    dot = 'class="hit" r="4"' if mean or len(points) > MAX_DOTS else 'class="dot" r="2.2"'
+    return lines + "".join(
+        f'<circle {dot} cx="{scale.x(point.step):.1f}" cy="{scale.y(point.value):.1f}" style="fill:var({curve.color})">'
+        f"<title>{escape(curve.label)}, step {point.step}: {_short(point.value)}</title></circle>"
+        for point in points
+    )
+
+
+def _path(points: Sequence[Point], color: str, scale: _Scale, kind: str) -> str:
+    corners = " ".join(f"{scale.x(point.step):.1f},{scale.y(point.value):.1f}" for point in points)
+    return f'<polyline class="{kind}" style="stroke:var({color})" points="{corners}"/>'
+
+
+def _tick(value: float) -> str:
+    return f"{value:g}" if value < 1e4 else f"{value / 1000:g}k"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"

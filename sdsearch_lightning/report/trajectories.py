@@ -1,0 +1,174 @@
+"""trajectories.jsonl, schema 1: one JSON line per rollout, written per batch and readable after any kill.
+
+The file only grows. A line is complete exactly when it ends in a newline: what follows the last newline was cut off by
+a kill, is never yielded, and is removed before the next append. A resumed run writes some steps again; the last line
+of a (phase, step, instance_id, rollout_index) wins. Ranks write their own files beside each other. docs/metrics.md
+lists the fields. Next: `example.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.types import Span, TokenCredit, Trajectory
+
+SCHEMA = 1
+Record = dict[str, Any]
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens included."""
+
+
+def rank_file(path: Path, rank: int) -> Path:
+    """Where `rank` writes: `trajectories.jsonl` for rank 0, `trajectories.rank1.jsonl` for rank 1."""
+    return path if rank == 0 else path.with_suffix(f".rank{rank}{path.suffix}")
+
+
+def make_record(
+    trajectory: Trajectory,
+    decode: Decode,
+    *,
+    phase: str,
+    step: int,
+    rank: int = 0,
+    block: str | None = None,
+    credit: Sequence[TokenCredit] | None = None,
+    top_tokens: int = 5,
+) -> Record:
+    """One rollout as a JSON object of schema 1; log-probs and credit are rounded to six decimals.
+
+    Args:
+        trajectory: the finished rollout.
+        decode: makes the text of a span from its ids.
+        phase: train, val, val_sampled, test, test_sampled, predict or predict_sampled.
+        step: train: 0-based index of the rollout batch; otherwise the number of rollout batches trained on before.
+        rank: the process that ran it.
+        block: the hindsight text that the teacher of this group read.
+        credit: what the teacher said of the executed queries; None where no teacher was asked.
+        top_tokens: how many of the teacher's most probable tokens to keep per position.
+    """
+    return {
+        "schema": SCHEMA,
+        "phase": phase,
+        "step": step,
+        "rank": rank,
+        "question": asdict(trajectory.question),
+        "instance_id": trajectory.instance_id,
+        "rollout_index": trajectory.rollout_index,
+        "spans": [_span(span, decode) for span in trajectory.spans],
+        "stop_reason": trajectory.stop_reason,
+        "queries": trajectory.queries,
+        "passages": [[asdict(passage) for passage in passages] for passages in trajectory.passages],
+        "answer": trajectory.answer,
+        "reward": trajectory.reward,
+        "advantage": trajectory.advantage,
+        "label": trajectory.label,
+        "block": block,
+        "credit": None
+        if credit is None
+        else [_credit(entry, trajectory.spans[entry.span], decode, top_tokens) for entry in credit],
+    }
+
+
+def _span(span: Span, decode: Decode) -> Record:
+    return {
+        "kind": span.kind,
+        "text": decode(span.token_ids),
+        "token_ids": span.token_ids,
+        "sampled": span.sampled,
+        "logprobs": None if span.logprobs is None else _rounded(span.logprobs),
+    }
+
+
+def _credit(credit: TokenCredit, span: Span, decode: Decode, top_tokens: int) -> Record:
+    return {
+        "span": credit.span,
+        "tokens": token_texts(span.token_ids, decode),
+        "jsd": _rounded(credit.jsd),
+        "student_logprob": _rounded(credit.student_logprob),
+        "teacher_logprob": _rounded(credit.teacher_logprob),
+        "teacher_top": [
+            [[decode([token]), round(probability, 6)] for token, probability in position[:top_tokens]]
+            for position in credit.teacher_top
+        ],
+    }
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    # JSON has no infinity; a top-k teacher gives a token outside its k the log-prob -inf.
+    return [round(value, 6) if math.isfinite(value) else None for value in values]
+
+
+def token_texts(token_ids: Sequence[int], decode: Decode) -> list[str]:
+    """The text of each token such that they concatenate to the text of the run.
+
+    A token alone may decode without its space, or to half a character; so each gets what it adds to the run's text.
+    """
+    text = decode(token_ids)
+    ends = [0]
+    for count in range(1, len(token_ids) + 1):
+        ends.append(max(ends[-1], len(os.path.commonprefix([decode(token_ids[:count]), text]))))
+    return [text[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def append_records(path: Path, records: Iterable[Record]) -> None:
+    """Appends one line per record and hands them to the system before it returns."""
+    with path.open("a", encoding="utf-8") as file:
+        # `default`: the fields of a user's passages may hold anything.
+        file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Removes what follows the last newline, reading backwards: the file may be large."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
+
+
+def read_trajectories(path: str | Path) -> Iterator[Record]:
+    """Rollouts of `path` and of the other ranks' files beside it, each once: its last line wins.
+
+    Streams the files twice, so memory grows with the number of rollouts and not with their length.
+
+    Raises:
+        DataError: a complete line that is no JSON object of schema 1; the message names file and line.
+    """
+    last = {_key(record): index for index, record in enumerate(_lines(Path(path)))}
+    yield from (record for index, record in enumerate(_lines(Path(path))) if last.get(_key(record)) == index)
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return (record["phase"], record["step"], *record["instance_id"], record["rollout_index"])
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    for file in [path, *sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))]:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.endswith(b"\n"):
+                    yield _parse(line, f"{file} line {number}")
+
+
+def _parse(line: bytes, place: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: expected a JSON object, got {line[:60]!r}. Delete that line.") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"{place}: expected schema {SCHEMA}, got {found!r}. Was it written by another version?")
+    return record

@@ -1,0 +1,149 @@
+"""Rewards and outcome labels: what a finished rollout is worth, from its answer alone.
+
+Invariant: scoring reads `Trajectory.answer` (and `.refinements`), which the rollout cut from the policy's own tokens.
+No prompt, passage or raw text is parsed here, so an `<answer>` in an example or a passage can never be scored.
+The string rules are SQuAD's as Search-R1 and AutoRefine use them, so that scores compare: ASCII punctuation is deleted
+(not spaced), accents are kept, and a gold answer that normalises to "" matches an empty answer.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable
+
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.types import Label, Pluggable, Trajectory
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_VERDICTS = {"yes", "no", "noanswer"}
+
+
+def normalize_answer(text: str) -> str:
+    """`text` in lower case without ASCII punctuation, articles and surplus white space, in that order."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str | None, answers: Iterable[str]) -> float:
+    """1.0 if the normalised prediction equals any normalised gold answer, else 0.0; None (no answer) scores 0.0."""
+    if prediction is None:
+        return 0.0
+    return float(normalize_answer(prediction) in map(normalize_answer, _golds(answers)))
+
+
+def substring_match(prediction: str | None, answers: Iterable[str]) -> float:
+    """1.0 if any normalised gold answer is part of the normalised prediction, else 0.0 ("cover EM")."""
+    if prediction is None:
+        return 0.0
+    normalized = normalize_answer(prediction)
+    return float(any(normalize_answer(gold) in normalized for gold in _golds(answers)))
+
+
+def f1(prediction: str | None, answers: Iterable[str]) -> float:
+    """Token F1 of the normalised strings, the best over gold answers, in [0, 1].
+
+    "yes", "no" and "noanswer" only count whole: where one side is such a verdict, the other must equal it. An empty
+    prediction or gold answer has no tokens and scores 0, even against another empty one.
+    """
+    if prediction is None:
+        return 0.0
+    return max((_f1_one(normalize_answer(prediction), normalize_answer(gold)) for gold in _golds(answers)), default=0.0)
+
+
+def _f1_one(prediction: str, gold: str) -> float:
+    if prediction != gold and not _VERDICTS.isdisjoint((prediction, gold)):
+        return 0.0
+    prediction_tokens, gold_tokens = prediction.split(), gold.split()
+    num_shared = sum((Counter(prediction_tokens) & Counter(gold_tokens)).values())
+    return 2 * num_shared / max(len(prediction_tokens) + len(gold_tokens), 1)
+
+
+def _golds(answers: Iterable[str]) -> Iterable[str]:
+    return (answers,) if isinstance(answers, str) else answers  # a bare string would be read letter by letter
+
+
+class Reward(Pluggable):
+    """Base of rewards: a number per finished rollout. Any class with a `score` method is accepted in its place."""
+
+    required = ("score",)
+
+    @abstractmethod
+    def score(self, trajectory: Trajectory) -> float:
+        """Reward of one rollout; it becomes `Trajectory.reward`."""
+
+
+class ExactMatchReward(Reward):
+    """Exact match of the answer (Search-R1)."""
+
+    def score(self, trajectory: Trajectory) -> float:
+        """0.0 or 1.0."""
+        return exact_match(trajectory.answer, trajectory.question.answers)
+
+
+class F1Reward(Reward):
+    """Token F1 of the answer."""
+
+    def score(self, trajectory: Trajectory) -> float:
+        """In [0, 1]."""
+        return f1(trajectory.answer, trajectory.question.answers)
+
+
+class AutoRefineReward(Reward):
+    """AutoRefine's: token F1 of the answer; a wrong one still earns a little if the refined notes hold a gold answer.
+
+    Args:
+        refine_score: reward of a rollout whose answer has F1 0 and whose `<refine>` text contains a gold answer.
+    """
+
+    def __init__(self, refine_score: float = 0.1) -> None:
+        self.refine_score = refine_score
+
+    def score(self, trajectory: Trajectory) -> float:
+        """F1 where it is positive, else `refine_score` or 0; without an answer 0."""
+        golds = trajectory.question.answers
+        value = f1(trajectory.answer, golds)
+        if value > 0 or trajectory.answer is None or not trajectory.refinements:
+            return value
+        return self.refine_score * substring_match(" ".join(trajectory.refinements), golds)
+
+
+class LabelRule(Pluggable):
+    """Base of label rules: what the hindsight block tells of a rollout's outcome, whatever the reward is."""
+
+    required = ("label",)
+
+    @abstractmethod
+    def label(self, trajectory: Trajectory) -> Label:
+        """CORRECT or INCORRECT; a rollout without a valid answer is INCORRECT."""
+
+
+class F1LabelRule(LabelRule):
+    """CORRECT where the token F1 of the answer is above `rho` (the paper's rule, with rho = 0: any overlap).
+
+    Args:
+        rho: threshold in [0, 1); the F1 has to be strictly above it.
+    """
+
+    def __init__(self, rho: float = 0.0) -> None:
+        if not 0.0 <= rho < 1.0:
+            raise ConfigError(f"F1LabelRule: expected 0 <= rho < 1, got {rho}. At 1 no rollout could be CORRECT.")
+        self.rho = rho
+
+    def label(self, trajectory: Trajectory) -> Label:
+        """CORRECT or INCORRECT."""
+        return _label(f1(trajectory.answer, trajectory.question.answers) > self.rho)
+
+
+class ExactMatchLabelRule(LabelRule):
+    """CORRECT where the answer matches exactly."""
+
+    def label(self, trajectory: Trajectory) -> Label:
+        """CORRECT or INCORRECT."""
+        return _label(exact_match(trajectory.answer, trajectory.question.answers) > 0)
+
+
+def _label(correct: bool) -> Label:
+    return Label.CORRECT if correct else Label.INCORRECT

@@ -1,0 +1,7 @@
+"""Engines that turn rollout requests into trajectories, and the search pool they share."""
+
+from sdsearch_lightning.rollout.engine import Engine
+from sdsearch_lightning.rollout.generate import GenerateEngine
+from sdsearch_lightning.rollout.search_pool import SearchPool
+
+__all__ = ["Engine", "GenerateEngine", "SearchPool"]

@@ -1,0 +1,150 @@
+"""The reference engine: lock-step batched decoding on stock Hugging Face models, KV cache kept across turns.
+
+All rollouts of a batch decode together. One that wants a search or has to read a message waits, as a hole in the
+attention mask, until the last of the others does too; then all their queries go out in one retrieval call and all
+observations are fed in one right-padded chunk. Rollouts that ended leave the batch at that moment. Prompts shared by
+the rollouts of a group are run once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sdsearch_lightning.protocol import Continue, Conversation, Search
+from sdsearch_lightning.rollout.engine import Engine
+from sdsearch_lightning.rollout.sampling import sample
+from sdsearch_lightning.types import RolloutRequest, Trajectory
+
+
+class _Row:
+    """One rollout in the batch: its conversation, its random numbers, and the tokens the model has not read yet."""
+
+    def __init__(self, request: RolloutRequest, conversation: Conversation) -> None:
+        self.request, self.conversation = request, conversation
+        self.generator = random.Random(request.seed)
+        self.unread: list[int] = list(request.prompt_ids)
+        self.length = 0  # tokens the model has read
+        self.query: str | None = None  # waits for this search
+        self.waiting = False  # out of the decoding until the turn of all others ends
+
+    @property
+    def ended(self) -> bool:
+        return self.conversation.stop_reason is not None
+
+    def accept(self, token_id: int, logprob: float) -> None:
+        event = self.conversation.accept(token_id, logprob)
+        self.unread = [token_id]
+        if isinstance(event, Search):
+            self.query, self.waiting = event.query, True
+        elif isinstance(event, Continue):
+            self.unread += event.forced
+            self.waiting = bool(event.forced)
+        else:
+            self.waiting = True
+
+
+class GenerateEngine(Engine):
+    """Lock-step engine; other engines are compared with it.
+
+    Args:
+        max_batch_size: rollouts decoded together; more are run in several batches.
+    """
+
+    def __init__(self, max_batch_size: int = 256) -> None:
+        self.max_batch_size = max_batch_size
+
+    @torch.no_grad()
+    def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+        """See `Engine.run`. Gradients are off; the caller sets eval mode."""
+        done: list[Trajectory] = []
+        for start in range(0, len(requests), self.max_batch_size):
+            done += self._run_batch(requests[start : start + self.max_batch_size])
+        return done
+
+    def _run_batch(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+        rows = [_Row(request, self.start(request)) for request in requests]
+        alive = [row for row in rows if not row.ended]
+        if alive:
+            batch = _Batch(self, alive)
+            while batch.rows:
+                batch.decode_turn()
+                self._answer_searches(batch.rows)
+                self.report(batch.drop_ended(), 0, 0)
+        return [row.conversation.finish() for row in rows]
+
+    def _answer_searches(self, rows: Sequence[_Row]) -> None:
+        """One retrieval call for every query of this turn."""
+        asking = [row for row in rows if row.query is not None]
+        self.report(0, len(asking), 0)
+        results = self.searches.submit([row.query or "" for row in asking]).result() if asking else []
+        for row, result in zip(asking, results, strict=True):
+            row.unread += row.conversation.observe(result)
+            row.query = None
+
+
+class _Batch:
+    """Rows that decode together, with their KV cache and the mask of its holes."""
+
+    def __init__(self, engine: GenerateEngine, rows: list[_Row]) -> None:
+        self._policy, self._report = engine.policy, engine.report
+        self._device = next(engine.policy.parameters()).device
+        self._cache = DynamicCache()
+        prompts = list(dict.fromkeys(row.request.prompt_ids for row in rows))
+        self.rows = rows
+        self._mask = torch.zeros(len(prompts), 0, dtype=torch.bool, device=self._device)  # [A, L] True = a real token
+        logits = self._feed([list(prompt) for prompt in prompts], [0] * len(prompts))
+        self._select([prompts.index(row.request.prompt_ids) for row in rows])
+        self._logits = logits[[prompts.index(row.request.prompt_ids) for row in rows]]
+        for row in rows:
+            row.length, row.unread = len(row.unread), []
+
+    def decode_turn(self) -> None:
+        """Feed what each row has to read, then sample until every row waits or has ended."""
+        for row in self.rows:
+            row.waiting = False
+        while True:
+            if any(row.unread for row in self.rows):
+                feeding = [[] if row.waiting else row.unread for row in self.rows]
+                self._logits = self._feed(feeding, [row.length for row in self.rows])
+                for row, tokens in zip(self.rows, feeding, strict=True):
+                    row.length += len(tokens)
+            active = [i for i, row in enumerate(self.rows) if not row.waiting]
+            tokens, logprobs = sample(
+                self._logits[active],
+                [self.rows[i].request.sampling for i in active],
+                [self.rows[i].generator for i in active],
+            )
+            for i, token_id, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+                self.rows[i].accept(token_id, logprob)
+            self._report(0, 0, len(active))
+            if all(row.waiting for row in self.rows):
+                return
+
+    def drop_ended(self) -> int:
+        """Take ended rows out of the batch; how many there were."""
+        keep = [i for i, row in enumerate(self.rows) if not row.ended]
+        ended = len(self.rows) - len(keep)
+        if keep and ended:
+            self._select(keep)
+        self.rows = [self.rows[i] for i in keep]
+        return ended
+
+    def _select(self, index: list[int]) -> None:
+        rows = torch.tensor(index, device=self._device)
+        self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
+
+    def _feed(self, chunks: list[list[int]], lengths: list[int]) -> Tensor:
+        """[A, V] logits after each row's chunk; rows without one get a hole, and logits that nobody reads."""
+        width = max(map(len, chunks))
+        padded = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._device)
+        filled = torch.tensor([len(chunk) for chunk in chunks], device=self._device)
+        column = torch.arange(width, device=self._device)
+        self._mask = torch.cat([self._mask, column < filled[:, None]], dim=1)
+        positions = torch.tensor(lengths, device=self._device)[:, None] + column
+        return self._policy.decode(padded, self._mask, positions, self._cache, (filled - 1).clamp(min=0))

@@ -1,0 +1,83 @@
+"""One worker thread between rollouts and the retriever: batched, without duplicates, and the boundary of its failures.
+
+This is the one place that catches whatever a user's retriever raises. A failed search becomes a `RetrievalError` for
+the rollouts that asked for it; the run goes on, and the failures are counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from sdsearch_lightning.errors import RetrievalError
+from sdsearch_lightning.retrieval.base import Retriever, as_passages
+from sdsearch_lightning.types import Passage
+
+SearchResult = tuple[Passage, ...] | RetrievalError
+
+
+@dataclass(slots=True)
+class SearchCounts:
+    """What the pool did since `take_counts` was last called."""
+
+    queries: int = 0
+    unique: int = 0
+    """Queries that reached the retriever: duplicates within a batch are searched once."""
+    calls: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+    last_error: str = ""
+
+
+class SearchPool:
+    """Sends batches of queries to a retriever, one call at a time, off the main thread.
+
+    Args:
+        retriever: anything with `search(queries, k)`.
+        top_k: passages per query.
+    """
+
+    def __init__(self, retriever: Retriever, top_k: int) -> None:
+        self._retriever, self._top_k = retriever, top_k
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
+        self._counts = SearchCounts()
+
+    def submit(self, queries: Sequence[str]) -> Future[list[SearchResult]]:
+        """Search in the background; the future holds one result per query, same order, and never raises."""
+        return self._worker.submit(self._search, list(queries))
+
+    def take_counts(self) -> SearchCounts:
+        """Counts since the last call. Call it while no search is under way."""
+        counts, self._counts = self._counts, SearchCounts()
+        return counts
+
+    def close(self) -> None:
+        """Wait for the worker and stop it."""
+        self._worker.shutdown()
+
+    def _search(self, queries: list[str]) -> list[SearchResult]:
+        started = time.perf_counter()
+        unique = list(dict.fromkeys(queries))
+        found = dict(zip(unique, self._call(unique), strict=True))
+        results = [found[query] for query in queries]
+        self._counts.queries += len(queries)
+        self._counts.unique += len(unique)
+        self._counts.errors += sum(isinstance(result, RetrievalError) for result in results)
+        self._counts.seconds += time.perf_counter() - started
+        return results
+
+    def _call(self, queries: list[str]) -> list[SearchResult]:
+        """One batched call; where it fails, one call per query, so that a poisonous query fails alone."""
+        if not queries:
+            return []
+        self._counts.calls += 1
+        try:
+            found = self._retriever.search(queries, self._top_k)
+            return [tuple(passages) for passages in as_passages(found, len(queries), self._top_k)]
+        except Exception as error:
+            if len(queries) > 1:
+                return [result for query in queries for result in self._call([query])]
+            self._counts.last_error = f"{type(error).__name__}: {error} (query {queries[0]!r})"
+            return [RetrievalError(self._counts.last_error)]

@@ -1,0 +1,151 @@
+"""The run folder `runs/<name>/`: what lies where, and what a run that finds one does: start, resume or report.
+
+Invariant: a folder belongs to one configuration and one seed. It is resumed or reported, never silently redone, mixed
+with another run or overwritten. Next: `run_record.py`, what a run writes into it as it goes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from sdsearch_lightning.errors import ConfigError, DataError
+
+IGNORED = ("run.", "config", "ckpt_path", "weights_only", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+           "trainer.logger", "trainer.profiler", "trainer.log_every_n_steps")  # fmt: skip
+"""Keys that may change while a run is under way: they do not change what it computes."""
+
+
+@dataclass
+class RunOptions:
+    """Where a run keeps its files.
+
+    Args:
+        name: name of the run; its folder is `<root>/<name>`.
+        root: folder that holds all runs.
+        overwrite: discard the run that is in the folder, instead of resuming or reporting it.
+        checkpoint_every: steps between two checkpoints. A killed run loses at most this many steps; Ctrl-C and SIGTERM
+            lose none.
+    """
+
+    name: str = "default"
+    root: str = "runs"
+    overwrite: bool = False
+    checkpoint_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ConfigError(f"run.checkpoint_every: expected 1 or more steps, got {self.checkpoint_every}.")
+        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            raise ConfigError(f"run.name: expected the name of a folder below run.root, got {self.name!r}.")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run and the questions asked of them."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration that started the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per logged step."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """step_<n>.ckpt and the link last.ckpt."""
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint whose step is wholly written."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def model(self) -> Path:
+        """The trained weights and tokenizer as a Hugging Face folder."""
+        return self.path / "model"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end; summary.json is the last thing it needs."""
+        return (self.path / "summary.json").is_file()
+
+    def check_owner(self, config: Mapping[str, Any]) -> None:
+        """Raises ConfigError if the folder holds a started run of another configuration than `config`."""
+        if not (self.is_finished or self.last_checkpoint.is_symlink()):
+            return
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path} holds a run without its config.yaml.\n{_WAY_OUT}")
+        found, wanted = _flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), _flatten(config)
+        keys = [k for k in found | wanted if found.get(k) != wanted.get(k) and not k.startswith(IGNORED)]
+        if keys:
+            more = f" (and {len(keys) - 3} more)" if len(keys) > 3 else ""
+            told = "; ".join(f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} now" for key in keys[:3])
+            raise ConfigError(f"{self.path} holds a run with another configuration: {told}{more}.\n{_WAY_OUT}")
+
+    def resume_point(self) -> tuple[Path, int] | None:
+        """The checkpoint to go on from and its step; None where there is none. A damaged file is passed over.
+
+        Raises:
+            DataError: there are checkpoints and none can be read.
+        """
+        if not self.last_checkpoint.is_symlink():
+            return None
+        newest = self.last_checkpoint.readlink().name
+        candidates = [
+            path for path in sorted(self.checkpoints.glob("step_*.ckpt"), reverse=True) if path.name <= newest
+        ]
+        for path in candidates:
+            try:
+                # Mapped, not read: a cut file is found out without loading the tensors.
+                return path, int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+            except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError) as error:
+                reason = str(error).splitlines()[0][:120] or type(error).__name__
+                rank_zero_warn(f"{path} is damaged ({reason}); trying the checkpoint before it.")
+        raise DataError(f"none of the {len(candidates)} checkpoints in {self.checkpoints} can be read.\n{_WAY_OUT}")
+
+    @rank_zero_only
+    def clear(self) -> None:
+        """Removes what a run writes, and nothing else that a user may keep there."""
+        for name in ("config.yaml", "metrics.csv", "summary.json", "report.html", "checkpoints", "model"):
+            _remove(self.path / name)
+        for path in self.path.glob("trajectories*.jsonl"):
+            _remove(path)
+
+    @rank_zero_only
+    def clear_after(self, step: int) -> None:
+        """Removes checkpoints of steps after `step`: they were never completed, and the run will reach them again."""
+        for path in self.checkpoints.glob("step_*.ckpt"):
+            if int(path.stem.removeprefix("step_")) > step:
+                _remove(path)
+
+
+_WAY_OUT = "Choose another folder with --run.name NAME, or discard that run with --run.overwrite true."
+
+
+def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; a list is one value."""
+    if not isinstance(config, Mapping) or not config:
+        return {prefix: config}
+    items = (_flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items())
+    return {key: value for item in items for key, value in item.items()}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

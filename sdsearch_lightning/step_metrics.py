@@ -1,0 +1,99 @@
+"""What one training step reports: sums while it runs, means when it is logged.
+
+Sums and counts travel together, so that means are those of the joint batch over micro-batches and ranks. The keys are
+explained in docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sdsearch_lightning.distillation import TeacherRows, entropy
+
+POLICY_SUMS = ("loss", "policy_loss", "kl", "jsd_loss", "policy_tokens", "entropy", "clipped", "logprob_gap")
+DISTILLATION_SUMS = (
+    "query_tokens",
+    "jsd",
+    "student_entropy",
+    "teacher_entropy",
+    "environment_mass_student",
+    "environment_mass_teacher",
+)
+
+
+@torch.no_grad()
+def policy_sums(
+    logprobs: Tensor, chosen: Tensor, sampled: Tensor, old: Tensor, clip_low: float, clip_high: float
+) -> dict[str, Tensor]:
+    """Sums over the R policy tokens of a micro-batch.
+
+    Args:
+        logprobs: [R, V] of the current policy.
+        chosen: [R] of the sampled tokens.
+        sampled: [R] as the engine recorded them.
+        old: [R] denominator of the ratio.
+        clip_low: see `losses.clipped_surrogate`.
+        clip_high: see there.
+    """
+    ratio = (chosen - old).exp()
+    return {
+        "policy_tokens": torch.tensor(float(len(chosen))),
+        "entropy": entropy(logprobs).sum(),
+        "clipped": ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).sum(),
+        "logprob_gap": (chosen - sampled).abs().sum(),
+    }
+
+
+@torch.no_grad()
+def distillation_sums(
+    jsd: Tensor, student_logprobs: Tensor, teacher: TeacherRows, environment_ids: Tensor
+) -> dict[str, Tensor]:
+    """Sums over the Q taught query tokens of a micro-batch.
+
+    Args:
+        jsd: [Q].
+        student_logprobs: [Q, V].
+        teacher: its rows.
+        environment_ids: [E] tokens that only the environment writes.
+    """
+    return {
+        "query_tokens": torch.tensor(float(len(jsd))),
+        "jsd": jsd.sum(),
+        "student_entropy": entropy(student_logprobs).sum(),
+        "teacher_entropy": teacher.entropy.sum(),
+        "environment_mass_student": student_logprobs[:, environment_ids].exp().sum(),
+        "environment_mass_teacher": teacher.environment_mass.sum(),
+    }
+
+
+def step_means(totals: Mapping[str, float], num_updates: int) -> dict[str, float]:
+    """Metric keys and values of a step from its sums over all micro-batches and ranks.
+
+    Args:
+        totals: sums by the names above. Losses are sums of weighted terms, so their totals are the losses themselves,
+            once per update.
+        num_updates: updates the totals cover.
+    """
+    tokens = max(totals["policy_tokens"], 1.0)
+    means = {f"train/{name}": totals[name] / num_updates for name in ("loss", "policy_loss", "kl")}
+    means |= {
+        "train/entropy": totals["entropy"] / tokens,
+        "train/clip_fraction": totals["clipped"] / tokens,
+        "train/logprob_gap": totals["logprob_gap"] / tokens,
+        "train/policy_tokens": totals["policy_tokens"],
+        "distill/teacher_rows": totals["query_tokens"],
+    }
+    if queries := totals["query_tokens"]:
+        means |= {
+            "distill/loss": totals["jsd_loss"] / num_updates,
+            "distill/jsd": totals["jsd"] / queries,
+            "distill/student_entropy": totals["student_entropy"] / queries,
+            "distill/teacher_entropy": totals["teacher_entropy"] / queries,
+            "distill/entropy_gap": (totals["student_entropy"] - totals["teacher_entropy"]) / queries,
+            "distill/environment_mass_student": totals["environment_mass_student"] / queries,
+            "distill/environment_mass_teacher": totals["environment_mass_teacher"] / queries,
+        }
+    return means

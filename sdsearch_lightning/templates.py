@@ -1,0 +1,193 @@
+"""The literal text of a search rollout: prompt, tags, observations, the hindsight block.
+
+`Protocol` holds every string that stands around the policy's own words; `SearchR1Protocol` and `AutoRefineProtocol` are
+two sets of values, and each value is a YAML key. Sources: Search-R1 (arXiv:2503.09516), AutoRefine (arXiv:2505.11277).
+
+Next: protocol.py, the state machine of one rollout that speaks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.types import Demonstration, Passage, Pluggable, SiblingRecord, Span, SpanKind
+
+SEARCH_R1_PROMPT = (
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
+    "information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query "
+    "</search> and it will return the top searched results between <information> and </information>. You can search as "
+    "many times as your want. If you find no further external knowledge needed, you can directly provide the answer "
+    "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. "
+    "Question: {question}\n"
+)
+AUTOREFINE_PROMPT = (
+    "You are a helpful assistant excel at answering questions with multi-turn search engine calling. To answer "
+    "questions, you must first reason through the available information using <think> and </think>. If you identify "
+    "missing knowledge, you may issue a search request using <search> query </search> at any time. The retrieval system "
+    "will provide you with the three most relevant documents enclosed in <documents> and </documents>. After each "
+    "search, you need to summarize and refine the existing documents in <refine> and </refine>. You may send multiple "
+    "search requests if needed. Once you have sufficient information, provide a concise final answer using <answer> and "
+    "</answer>. For example, <answer> Donald Trump </answer>. Question: {question}\n"
+)
+INVALID_ACTION = (
+    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. "
+    "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
+)
+_TURN_TAGS = {
+    SpanKind.REASONING: "think",
+    SpanKind.QUERY: "search",
+    SpanKind.REFINE: "refine",
+    SpanKind.ANSWER: "answer",
+}
+
+
+class Protocol(Pluggable):
+    """Every literal text of a rollout. Text from outside never brings a tag of its own: see `TokenCodec.neutralize`.
+
+    Args:
+        prompt: holds `{question}`. Becomes one user turn where the tokenizer has a chat template.
+        documents_tag: tag around retrieved passages.
+        passage_template: one passage; fields index (from 1), title, text, contents. Passages are joined, then stripped.
+        observation_template: holds `{passages}`, its tags around them.
+        invalid_message: what the environment answers to an invalid action.
+        refine: whether the policy also has a refine tag.
+        question_mark: append `?` to a question that does not end with one (as Search-R1's data scripts do).
+        use_chat_template: None means: where the tokenizer has one.
+        block_header: first line of the hindsight block; the block stands after the prompt inside the user turn, so
+            that student and teacher share their whole suffix. The published paper does not print its block.
+        block_entry: opens one sibling's entry; fields number (from 1), label.
+        block_query: one query of it; fields number (from 1), query, label.
+        block_no_query: stands for the queries of a sibling that never searched; fields as block_entry.
+    """
+
+    required = ("prompt_ids", "render_block")
+
+    def __init__(
+        self,
+        prompt: str,
+        documents_tag: str = "information",
+        passage_template: str = "Doc {index}(Title: {title}) {text}\n",
+        observation_template: str | None = None,
+        invalid_message: str = INVALID_ACTION,
+        refine: bool = False,
+        question_mark: bool = True,
+        use_chat_template: bool | None = None,
+        block_header: str = "\nSearch queries and outcomes of several attempts at this question:\n",
+        block_entry: str = "[Rollout {number} | {label}]\n",
+        block_query: str = "search {number}: {query}\n",
+        block_no_query: str = "(no search)\n",
+    ) -> None:
+        if "{question}" not in prompt:
+            raise ConfigError(f"model.protocol.prompt: expected text that holds {{question}}, found {prompt!r}.")
+        self.prompt, self.documents_tag, self.passage_template = prompt, documents_tag, passage_template
+        self.observation_template = observation_template or f"\n\n<{documents_tag}>{{passages}}</{documents_tag}>\n\n"
+        if self.observation_template.count("{passages}") != 1:
+            raise ConfigError(
+                "model.protocol.observation_template: expected text that holds {passages} once, "
+                f"found {observation_template!r}."
+            )
+        self.invalid_message, self.question_mark = invalid_message, question_mark
+        self.use_chat_template = use_chat_template
+        self.block_header, self.block_entry = block_header, block_entry
+        self.block_query, self.block_no_query = block_query, block_no_query
+        self.policy_tags = ("think", "search", "answer", *(("refine",) if refine else ()))
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Every opening and closing tag, the environment's included."""
+        names = (*self.policy_tags, self.documents_tag)
+        return tuple(f"<{slash}{name}>" for name in names for slash in ("", "/"))
+
+    def user_text(self, codec: TokenCodec, question: str, block: str = "") -> str:
+        """What the user turn says: the prompt with the (neutralized) question, then the block."""
+        question = codec.neutralize(question.strip())
+        if self.question_mark and not question.endswith("?"):
+            question += "?"
+        return self.prompt.replace("{question}", question) + block
+
+    def prompt_ids(self, codec: TokenCodec, question: str, block: str = "") -> tuple[int, ...]:
+        """Token ids of the whole prompt.
+
+        Args:
+            codec: tokenizer and control strings.
+            question: data from outside.
+            block: text of `render_block`; empty for the student.
+        """
+        text = self.user_text(codec, question, block)
+        template = codec.tokenizer.chat_template
+        if self.use_chat_template is True and template is None:
+            raise ConfigError("model.protocol.use_chat_template is true, but the tokenizer has no chat template.")
+        if template is not None and self.use_chat_template is not False:
+            turns = [{"role": "user", "content": text}]
+            text = str(codec.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        return codec.encode(text)
+
+    def format_passages(self, passages: Iterable[Passage]) -> str:
+        """Passages as one text, without the documents tag: byte for byte what Search-R1 writes, by default."""
+        written = (
+            self.passage_template.format(index=i, title=p.title, text=p.text, contents=p.contents)
+            for i, p in enumerate(passages, start=1)
+        )
+        return "".join(written).strip()
+
+    def observation_ids(self, codec: TokenCodec, passages_text: str, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Token ids of an observation: the passages, as data, cut to `max_tokens` inside a tag that always closes."""
+        head, tail = map(codec.encode, self.observation_template.split("{passages}"))
+        body = codec.encode_data(passages_text)
+        room = len(body) if max_tokens is None else max(0, max_tokens - len(head) - len(tail))
+        return head + body[:room] + tail
+
+    def render_block(self, codec: TokenCodec, entries: Sequence[SiblingRecord]) -> str:
+        """The hindsight block h(G) of the paper as text; "" without entries. Queries are data: they bring no tags."""
+        if not entries:
+            return ""
+        lines = [self.block_header]
+        for number, entry in enumerate(entries, start=1):
+            label = str(entry.label)
+            lines.append(self.block_entry.format(number=number, label=label))
+            lines += [
+                self.block_query.format(number=n, query=codec.neutralize(query), label=label)
+                for n, query in enumerate(entry.queries, start=1)
+            ] or [self.block_no_query.format(number=number, label=label)]
+        return "".join(lines)
+
+    def demonstration_spans(self, codec: TokenCodec, demonstration: Demonstration) -> tuple[Span, ...]:
+        """A written rollout as spans, token for token what a rollout with the same text would hold.
+
+        No span counts as sampled: nobody drew these tokens; the cold start weighs them by kind.
+        """
+        block = self.render_block(codec, demonstration.siblings)
+        spans = [Span(SpanKind.PROMPT, self.prompt_ids(codec, demonstration.question.text, block))]
+        for kind, text in demonstration.turns:
+            if kind is SpanKind.OBSERVATION:
+                spans.append(Span(kind, self.observation_ids(codec, text)))
+                continue
+            tag = _TURN_TAGS[kind]
+            spans += [
+                Span(SpanKind.SCAFFOLD, codec.encode(f"<{tag}>")),
+                Span(kind, codec.encode_data(f" {text} ")),
+                Span(SpanKind.SCAFFOLD, codec.encode(f"</{tag}>")),
+            ]
+        return tuple(spans)
+
+
+class SearchR1Protocol(Protocol):
+    """Search-R1's prompt, tags, observation and invalid-action text, byte for byte."""
+
+    def __init__(self, prompt: str = SEARCH_R1_PROMPT, documents_tag: str = "information", **kwargs: object) -> None:
+        super().__init__(prompt, documents_tag, **kwargs)  # type: ignore[arg-type]
+
+
+class AutoRefineProtocol(Protocol):
+    """AutoRefine's prompt and tags: documents instead of information, and a refine span after each search."""
+
+    def __init__(
+        self, prompt: str = AUTOREFINE_PROMPT, documents_tag: str = "documents", refine: bool = True, **kwargs: object
+    ) -> None:
+        super().__init__(prompt, documents_tag, refine=refine, **kwargs)  # type: ignore[arg-type]
+
+
+PROTOCOLS: dict[str, type[Protocol]] = {"search_r1": SearchR1Protocol, "autorefine": AutoRefineProtocol}
+"""Short names that `model.protocol` accepts beside a class_path."""

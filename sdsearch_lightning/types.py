@@ -1,0 +1,325 @@
+"""The glossary: every noun of the library, from a question to the batch that meets the loss.
+
+Everything is frozen but `StepBatch`, whose slots are each written once by one writer. `None` means "not assigned yet",
+never zero. Masks are bool and True means counted; a mask is born with its token and never derived from text or pad ids.
+Letters: B questions, G rollouts per question, N = B * G, T tokens, V vocabulary, Q query tokens, K passages.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, ClassVar
+
+InstanceId = tuple[int, int]
+"""(epoch, position in that epoch): unique per prompt instance, so a question that occurs twice makes two groups."""
+
+
+class _AnyCase(StrEnum):
+    @classmethod
+    def _missing_(cls, value: object) -> _AnyCase | None:
+        return cls.__members__.get(str(value).upper())
+
+
+class SpanKind(_AnyCase):
+    """What a run of tokens is. The strings are the names, as they stand in trajectories.jsonl."""
+
+    PROMPT = "PROMPT"
+    REASONING = "REASONING"  # whatever the policy writes that is none of the others, malformed actions included
+    QUERY = "QUERY"  # strictly inside the tags of a search that was executed: the JSD positions
+    REFINE = "REFINE"
+    ANSWER = "ANSWER"
+    SCAFFOLD = "SCAFFOLD"  # tags, and every token that straddles a tag boundary; end-of-sequence
+    OBSERVATION = "OBSERVATION"  # forced by the environment: passages with their tags, the invalid-action message
+
+
+class StopReason(_AnyCase):
+    """Why a rollout ended."""
+
+    ANSWERED = "ANSWERED"
+    MAX_SEARCHES = "MAX_SEARCHES"  # asked for one search more than allowed
+    MAX_TOKENS = "MAX_TOKENS"  # ran out of its token budget
+    MALFORMED = "MALFORMED"  # used up its budget of invalid actions
+    RETRIEVAL_ERROR = "RETRIEVAL_ERROR"  # the retriever failed: not the policy's fault, so it is not trained on
+
+    @property
+    def is_truncated(self) -> bool:
+        """Ended by a budget."""
+        return self in (StopReason.MAX_TOKENS, StopReason.MAX_SEARCHES, StopReason.MALFORMED)
+
+    @property
+    def is_error(self) -> bool:
+        """Ended by the environment."""
+        return self is StopReason.RETRIEVAL_ERROR
+
+
+class Label(_AnyCase):
+    """Outcome of a rollout as the hindsight block tells it; independent of the reward."""
+
+    CORRECT = "CORRECT"
+    INCORRECT = "INCORRECT"
+
+
+class Pluggable(ABC):
+    """A base class that also accepts look-alikes: any class with the `required` methods counts as a subclass.
+
+    jsonargparse then takes a user's unannotated class by `class_path`; the real check is a probe call at start.
+    """
+
+    required: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        required = cls.__dict__.get("required", ())
+        return bool(required) and all(callable(getattr(other, name, None)) for name in required) or NotImplemented
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question with its gold answers."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    source: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrieved passage. `contents` is kept whole: byte-exact observations need it."""
+
+    id: str
+    contents: str
+    score: float = 0.0
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """First line of `contents`, with its quotes if it has any (the Search-R1 convention)."""
+        return self.contents.split("\n")[0]
+
+    @property
+    def text(self) -> str:
+        """`contents` without its first line."""
+        return "\n".join(self.contents.split("\n")[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class SiblingRecord:
+    """What a hindsight block tells of one rollout: its executed queries, in order, and its outcome."""
+
+    rollout_index: int
+    queries: tuple[str, ...]
+    label: Label
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A written rollout for the cold start. OBSERVATION text is the passages as the protocol writes them, untagged."""
+
+    question: Question
+    turns: tuple[tuple[SpanKind, str], ...]
+    siblings: tuple[SiblingRecord, ...] = ()
+    """Where not empty, the prompt holds the hindsight block of these siblings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of tokens of one kind from one hand. `logprobs` is there exactly where the policy sampled the tokens."""
+
+    kind: SpanKind
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    sampled: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.sampled == (self.logprobs is not None), "a span has log-probs exactly where it was sampled"
+        assert self.logprobs is None or len(self.logprobs) == len(self.token_ids), "one log-prob per sampled token"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; log-probs are then those at temperature 1."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Budgets of one rollout. `max_searches` = T means T searches and up to T + 1 generations."""
+
+    max_searches: int = 5
+    max_invalid_actions: int = 2
+    """Invalid actions that are answered with a message; one more ends the rollout as MALFORMED."""
+    max_turn_tokens: int = 512
+    """A turn that reaches this without a closed action is an invalid action."""
+    max_observation_tokens: int = 512
+    """Passages are cut to this inside their tag, which always closes."""
+    max_tokens: int = 4096
+    """Prompt, policy and observation tokens of one rollout together."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One rollout to run."""
+
+    question: Question
+    instance_id: InstanceId
+    rollout_index: int
+    prompt_ids: tuple[int, ...]
+    seed: int
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One finished rollout. Its first span is the prompt; concatenated spans are exactly what the model saw."""
+
+    question: Question
+    instance_id: InstanceId
+    rollout_index: int
+    spans: tuple[Span, ...]
+    stop_reason: StopReason
+    queries: tuple[str, ...] = ()
+    """Executed queries, in order."""
+    passages: tuple[tuple[Passage, ...], ...] = ()
+    """What each executed query returned."""
+    answer: str | None = None
+    refinements: tuple[str, ...] = ()
+    """Text inside refine tags, in order; only protocols with a refine tag have any."""
+    num_invalid_actions: int = 0
+    reward: float | None = None
+    advantage: float | None = None
+    label: Label | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """[T] every token, prompt included."""
+        return tuple(token for span in self.spans for token in span.token_ids)
+
+    @property
+    def policy_mask(self) -> tuple[bool, ...]:
+        """[T] True where the policy sampled the token: the tokens the policy loss counts."""
+        return tuple(span.sampled for span in self.spans for _ in span.token_ids)
+
+    @property
+    def query_mask(self) -> tuple[bool, ...]:
+        """[T] True at the JSD positions: tokens strictly inside the tags of executed searches."""
+        return tuple(span.kind is SpanKind.QUERY and span.sampled for span in self.spans for _ in span.token_ids)
+
+    @property
+    def sampled_logprobs(self) -> tuple[float, ...]:
+        """[T] log-probs under the sampling policy; 0 where the token was not sampled."""
+        return tuple(value for span in self.spans for value in span.logprobs or (0.0,) * len(span.token_ids))
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.spans[0].token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The G rollouts of one prompt instance."""
+
+    question: Question
+    instance_id: InstanceId
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        strangers = [t.instance_id for t in self.trajectories if t.instance_id != self.instance_id]
+        assert not strangers, f"group {self.instance_id} was given rollouts of {strangers}"
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether rewards differ, so that group-relative advantages are not all zero."""
+        return len({t.reward for t in self.trajectories if not t.stop_reason.is_error}) > 1
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the group holds both a CORRECT and an INCORRECT rollout."""
+        return len({t.label for t in self.trajectories if t.label is not None}) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class HindsightBlock:
+    """The text that turns the policy into the teacher: all siblings' queries with their outcomes (paper, h(G))."""
+
+    instance_id: InstanceId
+    entries: tuple[SiblingRecord, ...]
+    text: str
+    weight: float = 1.0
+    """Weight of this group in the JSD loss, from the `groups` rule; its denominator does not depend on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCredit:
+    """What the teacher said of one executed query: one value per token of that QUERY span."""
+
+    span: int
+    """Index into `Trajectory.spans`."""
+    jsd: tuple[float, ...]
+    student_logprob: tuple[float, ...]
+    teacher_logprob: tuple[float, ...]
+    teacher_top: tuple[tuple[tuple[int, float], ...], ...]
+    """The teacher's most probable tokens (id, probability) at each position."""
+
+
+class StepBatch:
+    """One rollout batch on its way from questions to the loss: each slot has one writer and is written once.
+
+    Slots, None until written: `groups` (RolloutGrouping), `sampled_groups` (RolloutGrouping, evaluation only),
+    `hindsight` (HindsightConstruction; one entry per group, None = not taught), `credit` (SDSearchModule; per group
+    and rollout, None = no teacher there).
+    """
+
+    groups: tuple[RolloutGroup, ...] | None
+    sampled_groups: tuple[RolloutGroup, ...] | None
+    hindsight: tuple[HindsightBlock | None, ...] | None
+    credit: tuple[tuple[tuple[TokenCredit, ...] | None, ...], ...] | None
+
+    _writers: ClassVar[dict[str, tuple[str, str]]] = {
+        "groups": ("RolloutGrouping", "rollout:"),
+        "sampled_groups": ("RolloutGrouping", "rollout: (with eval_samples above 0)"),
+        "hindsight": ("HindsightConstruction", "hindsight:"),
+        "credit": ("SDSearchModule", "model:"),
+    }
+
+    def __init__(self, questions: Sequence[Question], instance_ids: Sequence[InstanceId] | None = None) -> None:
+        self.questions = tuple(questions)
+        self.instance_ids = tuple(instance_ids or ((0, position) for position in range(len(self.questions))))
+        assert len(self.questions) == len(self.instance_ids), "one instance id per question"
+        self.__dict__ |= dict.fromkeys(self._writers)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get(name) is not None and name in self._writers:
+            raise RuntimeError(
+                f"StepBatch.{name} was already written: {self._writers[name][0]} is its one writer. "
+                "Is the same callback configured twice?"
+            )
+        if name == "hindsight":
+            self.require("groups", by="HindsightConstruction")
+        object.__setattr__(self, name, value)
+
+    def require(self, name: str, by: str) -> Any:
+        """Slot `name`, or an error that says who should have filled it before `by` asked."""
+        if (value := getattr(self, name)) is None:
+            writer, group = self._writers[name]
+            raise RuntimeError(
+                f"{by} asked for StepBatch.{name}, which is None: {writer} has to fill it first. "
+                f"Is the group {group} in the configuration, and in the order rollout:, hindsight:, jsd:?"
+            )
+        return value
+
+
+def assign(trajectory: Trajectory, **values: Any) -> Trajectory:
+    """`trajectory` with fields assigned that were None until now; a second assignment is a programming error."""
+    twice = [name for name in values if getattr(trajectory, name) is not None]
+    assert not twice, f"{twice} of {trajectory.question.id} / rollout {trajectory.rollout_index} are assigned already"
+    return replace(trajectory, **values)

@@ -1,0 +1,65 @@
+"""Packaging. `callbacks/` and `datamodules/` are top-level folders and are imported as parts of `sdsearch_lightning`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "sdsearch_lightning/__init__.py").read_text(), re.MULTILINE)
+assert VERSION, "sdsearch_lightning/__init__.py states no __version__"
+README = ROOT / "README.md"
+
+setup(
+    name="sdsearch-lightning",
+    version=VERSION[1],
+    description="SD-Search as PyTorch Lightning components: train a language model to search while it reasons",
+    long_description=README.read_text() if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "sdsearch_lightning",
+        "sdsearch_lightning.report",
+        "sdsearch_lightning.retrieval",
+        "sdsearch_lightning.rollout",
+        "sdsearch_lightning.callbacks",
+        "sdsearch_lightning.datamodules",
+    ],
+    package_dir={
+        "sdsearch_lightning": "sdsearch_lightning",
+        "sdsearch_lightning.callbacks": "callbacks",
+        "sdsearch_lightning.datamodules": "datamodules",
+    },
+    package_data={"sdsearch_lightning": ["py.typed"], "sdsearch_lightning.report": ["*.html", "*.css", "*.js"]},
+    install_requires=[
+        "torch>=2.11",
+        "lightning>=2.6,<2.7",
+        "transformers>=5.17,<6",
+        "tokenizers",
+        "torchmetrics",
+        "jsonargparse[signatures]>=4.40,<5",
+        "sentence-transformers",
+        "safetensors",
+        "numpy",
+        "pyyaml",
+        "rich",
+        "httpx",
+    ],
+    extras_require={
+        # Exactly one of cpu and gpu: both write the folder faiss/, and pip cannot tell.
+        "cpu": ["faiss-cpu>=1.15,<2"],
+        "gpu": ["faiss-gpu>=1.15,<2"],
+        "serve": ["fastapi", "uvicorn"],
+        "bm25": ["bm25s>=0.3,<0.4"],
+        "data": ["pyarrow"],
+        "report": [],  # the report needs nothing beyond the core; the name is kept so that installs do not break
+        "qdrant": ["qdrant-client>=1.20,<2"],
+        "lora": ["peft"],
+        "vllm": ["vllm"],
+        "parity": ["trl", "liger-kernel", "scipy"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "scipy"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+    },
+    entry_points={"console_scripts": ["sdsearch=sdsearch_lightning.__main__:main"]},
+)

@@ -1,0 +1,51 @@
+import json
+
+import numpy as np
+import pytest
+
+from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.retrieval.corpus import Corpus, scan_corpus
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_passages_are_read_by_offset(tmp_path):
+    path = write(
+        tmp_path / "corpus.jsonl",
+        {"id": "a", "contents": '"Zoë"\nnaïve\ttext'},
+        {"id": 2, "title": "Rome", "text": "a city"},
+        {"id": "c", "contents": "", "url": "u"},
+    )
+    path.write_text("\n" + path.read_text().rstrip("\n"))  # a blank first line, and no newline at the end
+    corpus = Corpus(path, scan_corpus(path))
+    assert len(corpus) == 3
+    assert corpus[2].id == "c" and corpus[2].contents == "" and corpus[2].fields == {"url": "u"}
+    assert corpus[0].contents == '"Zoë"\nnaïve\ttext' and corpus[0].title == '"Zoë"'
+    assert corpus[1].id == "2" and corpus[1].contents == '"Rome"\na city'
+    assert corpus[1].fields == {"title": "Rome", "text": "a city"}
+    assert [list(chunk) for chunk in corpus.contents(2)] == [[corpus[0].contents, corpus[1].contents], [""]]
+    corpus.close()
+
+
+@pytest.mark.parametrize("row", [{"contents": "c"}, {"id": "1"}, {"id": "1", "text": "t"}, {"id": "1", "contents": 3}])
+def test_a_row_without_its_keys_is_named(tmp_path, row):
+    path = write(tmp_path / "corpus.jsonl", {"id": "0", "contents": "fine"}, row)
+    with pytest.raises(DataError, match=r"corpus\.jsonl line 2: expected the keys 'id' and 'contents'"):
+        scan_corpus(path)
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n\n")
+    with pytest.raises(DataError, match=r"corpus\.jsonl: expected at least one passage, found an empty file"):
+        scan_corpus(path)
+
+
+def test_a_file_changed_since_is_an_error_not_a_wrong_passage(tmp_path):
+    path = write(tmp_path / "corpus.jsonl", {"id": "0", "contents": "fine"}, {"id": "1", "contents": "too"})
+    corpus = Corpus(path, scan_corpus(path) + np.int64(3))
+    with pytest.raises(DataError, match="passage 1: expected one JSON object"):
+        corpus[1]
