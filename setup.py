@@ -1,4 +1,4 @@
-"""Packaging. `callbacks/` and `datamodules/` are top-level folders and are imported as parts of `sdsearch_lightning`."""
+"""Packaging: the top-level folders `callbacks/` and `datamodules/` are imported as parts of `sdsearch_lightning`."""
 
 import re
 from pathlib import Path

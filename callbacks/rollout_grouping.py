@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import torch
@@ -32,7 +33,6 @@ from sdsearch_lightning.types import (
     Sampling,
     StepBatch,
     Trajectory,
-    assign,
 )
 
 GREEDY = Sampling(temperature=0.0)
@@ -206,7 +206,7 @@ class RolloutGrouping(pl.Callback):
         values = torch.tensor([[rewards[i] for i in judged]], dtype=torch.float64)
         advantages = dict(zip(judged, group_relative(values, self.advantage_scale)[0].tolist(), strict=True))
         scored = [
-            assign(
+            replace(
                 rollout,
                 reward=rewards[i],
                 advantage=advantages.get(i, 0.0),

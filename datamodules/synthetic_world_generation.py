@@ -20,7 +20,7 @@ MAX_HOPS = 3
 _MIN_ENTITIES = 30  # with fewer, a held-out group may hold no path of MAX_HOPS hops at all
 _MAX_TRIES = 1000
 _FUNCTION_WORDS = ("question", "the", "?", "need", "of", "found", "is", ".")
-_PROTOCOL_WORDS = ("siblings", *Label, ";", "invalid")
+_PROTOCOL_WORDS = ("siblings", *Label, ";", "none", "invalid", "action")  # of configs/protocol/synthetic_world.yaml
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,11 +160,7 @@ def collate(
         if teacher_prompt is not None and rollout.block is not None
     ]
     query_rows = [
-        [
-            offset + i
-            for i, is_query in enumerate(rollout.trajectory.query_mask)
-            if is_query and rollout.query_weight > 0
-        ]
+        [offset + i for i, is_query in enumerate(rollout.trajectory.query_mask) if is_query]
         for rollout, offset in taught
     ]
     batch = SearchBatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -41,21 +42,26 @@ def load(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     return model, tokenizer
 
 
+@dataclass
+class ScratchModel:
+    """A causal LM with random weights, for worlds small enough to learn from nothing."""
+
+    model_type: str = "llama"
+    """Any causal LM type of transformers that leaves the tokenizer alone."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of its config class; vocab_size comes from the tokenizer."""
+    embedding_std: float | None = None
+    """Standard deviation of the input embeddings; None = 1 / sqrt(hidden_size), at which small models learn fastest."""
+
+
 def from_scratch(
-    model_type: str,
-    options: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    embedding_std: float | None,
-    dtype: torch.dtype,
-    seed: int,
+    spec: ScratchModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
 ) -> PreTrainedModel:
     """A causal LM with random weights; equal arguments, equal weights, whatever was drawn before.
 
     Args:
-        model_type: as in transformers, e.g. qwen2.
-        options: arguments of its config class.
+        spec: what to make.
         tokenizer: gives vocabulary size and special ids.
-        embedding_std: of the input embeddings; None = 1 / sqrt(hidden_size).
         dtype: of the weights.
         seed: of the weights.
     """
@@ -63,12 +69,12 @@ def from_scratch(
 
     try:
         config = AutoConfig.for_model(
-            model_type,
+            spec.model_type,
             vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
-            **options,
+            **spec.options,
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.scratch: {str(error).splitlines()[0]}") from error
@@ -77,7 +83,7 @@ def from_scratch(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         embedding = model.get_input_embeddings().weight
-        torch.nn.init.normal_(embedding, std=embedding.shape[1] ** -0.5 if embedding_std is None else embedding_std)
+        torch.nn.init.normal_(embedding, std=spec.embedding_std or embedding.shape[1] ** -0.5)
     return model  # type: ignore[no-any-return]
 
 

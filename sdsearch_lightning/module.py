@@ -24,12 +24,13 @@ from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, fi
 from sdsearch_lightning.credit import CreditRows, Credits, credit_rollouts, credit_table
 from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher, summarize_teacher
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.evaluation_steps import EvaluationSteps
 from sdsearch_lightning.losses import AggregationMode, Divergence, JensenShannon, clipped_surrogate, kl_k3
+from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName, ScratchModel
+from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.protocol import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
-from sdsearch_lightning.scoreboard import ScoreBoard
 from sdsearch_lightning.step_metrics import DISTILLATION_SUMS, POLICY_SUMS, distillation_sums, policy_sums, step_means
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
 
@@ -52,7 +53,7 @@ class _MicroBatch:
     batch: SearchBatch
 
 
-class SDSearchModule(PolicyModule):
+class SDSearchModule(EvaluationSteps, PolicyModule):
     """SD-Search: GRPO on whole rollouts plus hindsight self-distillation at query tokens.
 
     Args:
@@ -117,7 +118,6 @@ class SDSearchModule(PolicyModule):
         self.jsd_weight = 0.0
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
         self.reference: Policy | None = None
-        self.scores = ScoreBoard()
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""
@@ -273,43 +273,6 @@ class SDSearchModule(PolicyModule):
             "distill/groups": float(sum(block is not None for block in blocks)),
         }
         self.log_dict(means, batch_size=len(blocks))
-
-    # Evaluation: the rollouts are there already, so a step is a count
-
-    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """Count greedy rollouts as `val`, sampled ones as `val_sampled`."""
-        self._count("val", batch, by_source=False)
-
-    def test_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """Count per source."""
-        self._count("test", batch, by_source=True)
-
-    def predict_step(self, batch: StepBatch, batch_idx: int) -> list[Trajectory]:
-        """The rollouts themselves."""
-        return [t for group in batch.require("groups", by="SDSearchModule.predict_step") for t in group.trajectories]
-
-    def _count(self, phase: str, batch: StepBatch, by_source: bool) -> None:
-        for slot, prefix in (("groups", ""), ("sampled_groups", "sampled_")):
-            if slot == "sampled_groups" and batch.sampled_groups is None:
-                continue
-            for group in batch.require(slot, by=f"SDSearchModule.{phase}"):
-                name = f"{phase}/{group.question.source}/{prefix}" if by_source else f"{phase}/{prefix}"
-                self.scores.update(name, group.trajectories, self.device)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start counting anew."""
-        self.scores.reset()
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of all ranks."""
-        scores = self.scores.compute(self.device)
-        metrics = {f"{name}{key}": value for name, keys in scores.items() for key, value in keys.items()}
-        # Lightning would log a validation inside `fit` one step early; `step` is its key for saying so.
-        self.log_dict(metrics | {"step": float(self.trainer.global_step)})
-
-    on_test_epoch_end = on_validation_epoch_end
 
     # Checkpoints: the reference is made again from the initial model, so it is never saved
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -23,7 +23,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from sdsearch_lightning import models
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.protocol import PROTOCOLS, Protocol
 from sdsearch_lightning.schedules import Schedule
@@ -34,18 +36,6 @@ if TYPE_CHECKING:
 
 MicroBatch = TypeVar("MicroBatch")
 ProtocolName = Literal["search_r1", "autorefine"]
-
-
-@dataclass
-class ScratchModel:
-    """A causal LM with random weights, for worlds small enough to learn from nothing."""
-
-    model_type: str = "llama"
-    """Any causal LM type of transformers that leaves the tokenizer alone."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of its config class; vocab_size comes from the tokenizer."""
-    embedding_std: float | None = None
-    """Standard deviation of the input embeddings; None = 1 / sqrt(hidden_size), at which small models learn fastest."""
 
 
 @dataclass
@@ -111,22 +101,13 @@ class PolicyModule(pl.LightningModule):
         """Load or make model and tokenizer, once."""
         if self.policy is not None:
             return
-        from sdsearch_lightning import models
-
         dtype = getattr(torch, self._dtype_name)
         if self.model_name_or_path is not None:
             model, self.tokenizer = models.load(self.model_name_or_path, dtype)
         else:
             assert self.scratch is not None
             self.tokenizer = models.word_level_tokenizer(self._vocabulary(), self.protocol.tags)
-            model = models.from_scratch(
-                self.scratch.model_type,
-                self.scratch.options,
-                self.tokenizer,
-                self.scratch.embedding_std,
-                dtype,
-                self._seed,
-            )
+            model = models.from_scratch(self.scratch, self.tokenizer, dtype, self._seed)
         self.attach(model, self.tokenizer)
 
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,9 +5,9 @@ The texts it speaks are in templates.py, whose classes are re-exported here.
     accept(token_id, logprob) -> Continue | Search(query) | Stop(reason)
     observe(passages | error) -> forced token ids
 
-A turn ends at the first closing tag of an action, at end-of-sequence, or at its token budget. Its tokens are then sorted
-into spans by character offsets: a token that touches a tag is SCAFFOLD, what lies strictly between the tags of a search
-that is executed is QUERY. A query that is empty or holds a tag or a special token is an invalid action, never a search.
+A turn ends at the first closing tag of an action, at end-of-sequence, or at its token budget. Its tokens are then
+sorted into spans by character offsets: a token that touches a tag is SCAFFOLD, what lies strictly between the tags of
+an executed search is QUERY. A query that is empty or holds a tag or a special token is an invalid action, never a search.
 
 Next: rollout/, the engines.
 """

@@ -7,7 +7,7 @@ with another run or overwritten. Next: `run_record.py`, what a run writes into i
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,20 +117,28 @@ class RunFolder:
                 rank_zero_warn(f"{path} is damaged ({reason}); trying the checkpoint before it.")
         raise DataError(f"none of the {len(candidates)} checkpoints in {self.checkpoints} can be read.\n{_WAY_OUT}")
 
+    def replace_model(self, save: Callable[[Path], None]) -> None:
+        """Has `save` write the model folder; a folder half written is never left under its name."""
+        draft = self.path / ".model.draft"
+        remove(draft)
+        save(draft)
+        remove(self.model)
+        draft.rename(self.model)
+
     @rank_zero_only
     def clear(self) -> None:
         """Removes what a run writes, and nothing else that a user may keep there."""
         for name in ("config.yaml", "metrics.csv", "summary.json", "report.html", "checkpoints", "model"):
-            _remove(self.path / name)
+            remove(self.path / name)
         for path in self.path.glob("trajectories*.jsonl"):
-            _remove(path)
+            remove(path)
 
     @rank_zero_only
     def clear_after(self, step: int) -> None:
         """Removes checkpoints of steps after `step`: they were never completed, and the run will reach them again."""
         for path in self.checkpoints.glob("step_*.ckpt"):
             if int(path.stem.removeprefix("step_")) > step:
-                _remove(path)
+                remove(path)
 
 
 _WAY_OUT = "Choose another folder with --run.name NAME, or discard that run with --run.overwrite true."
@@ -144,7 +152,7 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for item in items for key, value in item.items()}
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sdsearch_lightning.run_folder import _remove
+from sdsearch_lightning.run_folder import remove
 
 
 class MetricsLogger(Logger):
@@ -151,7 +151,7 @@ class RunCheckpoint(Checkpoint):
             link.symlink_to(self._draft.name)
             os.replace(link, self.folder / "last.ckpt")
             for old in sorted(self.folder.glob("step_*.ckpt"))[:-2]:
-                _remove(old)
+                remove(old)
         self._draft, self.is_requested = None, False
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.policy import PackedSequences
-from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName, ScratchModel
+from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.protocol import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.types import Demonstration, SpanKind

@@ -7,11 +7,12 @@ Letters: B questions, G rollouts per question, N = B * G, T tokens, V vocabulary
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
+
+from sdsearch_lightning.pluggable import Pluggable as Pluggable
 
 InstanceId = tuple[int, int]
 """(epoch, position in that epoch): unique per prompt instance, so a question that occurs twice makes two groups."""
@@ -60,20 +61,6 @@ class Label(_AnyCase):
 
     CORRECT = "CORRECT"
     INCORRECT = "INCORRECT"
-
-
-class Pluggable(ABC):
-    """A base class that also accepts look-alikes: any class with the `required` methods counts as a subclass.
-
-    jsonargparse then takes a user's unannotated class by `class_path`; the real check is a probe call at start.
-    """
-
-    required: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def __subclasshook__(cls, other: type) -> bool:
-        required = cls.__dict__.get("required", ())
-        return bool(required) and all(callable(getattr(other, name, None)) for name in required) or NotImplemented
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,10 +303,3 @@ class StepBatch:
                 f"Is the group {group} in the configuration, and in the order rollout:, hindsight:, jsd:?"
             )
         return value
-
-
-def assign(trajectory: Trajectory, **values: Any) -> Trajectory:
-    """`trajectory` with fields assigned that were None until now; a second assignment is a programming error."""
-    twice = [name for name in values if getattr(trajectory, name) is not None]
-    assert not twice, f"{twice} of {trajectory.question.id} / rollout {trajectory.rollout_index} are assigned already"
-    return replace(trajectory, **values)

@@ -1,4 +1,6 @@
-"""Exact inner-product search over normalised vectors, by FAISS or, where it is absent, by torch: the same results.
+"""Exact inner-product search over normalised vectors, by FAISS or, where it is absent, by torch.
+
+Both give the same results, up to float32 rounding and so the order of equal scores.
 
 Each class writes its own file from chunks of vectors and opens it memory-mapped, so that neither building the torch
 file nor opening either needs the vectors in memory, and ranks on one node share them.
@@ -90,13 +92,13 @@ class TorchFlat:
         """The k best rows for each of [B, D] queries; fewer columns where there are fewer rows."""
         import torch
 
-        queries_on_device = torch.from_numpy(queries).to(self._vectors.device)
-        scores, rows = queries_on_device.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-        rows = rows.to(scores.device)
+        wanted = torch.from_numpy(queries).to(self._vectors.device)
+        scores = wanted.new_empty(len(queries), 0)
+        rows = wanted.new_empty(len(queries), 0, dtype=torch.long)
         for start in range(0, len(self), self.chunk_rows):
-            new = queries_on_device @ self._vectors[start : start + self.chunk_rows].T  # [B, C]
-            top = new.topk(min(k, new.shape[1]))
-            scores, rows = torch.cat([scores, top.values], 1), torch.cat([rows, top.indices + start], 1)
+            chunk = wanted @ self._vectors[start : start + self.chunk_rows].T  # [B, C]
+            best = chunk.topk(min(k, chunk.shape[1]))
+            scores, rows = torch.cat([scores, best.values], 1), torch.cat([rows, best.indices + start], 1)
             scores, order = scores.topk(min(k, scores.shape[1]))
             rows = rows.gather(1, order)
         return scores.cpu().numpy(), rows.cpu().numpy()

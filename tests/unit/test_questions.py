@@ -270,6 +270,13 @@ def test_lightning_resumes_exactly_from_every_step(files, tmp_path, validates):
         assert resumed.seen == whole.seen[step:]
 
 
+def test_lightning_announces_epochs_that_it_cuts_short(files, tmp_path):
+    data = SearchDataModule(train_files=files["nq"], retriever=OnePassage(), batch_size=4)
+    module = fit(data, tmp_path, max_steps=6, limit_train_batches=2)  # of 3
+    starts = [ids[0] for ids in module.seen]
+    assert starts == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0), (2, 4)]
+
+
 def test_a_module_that_learns_from_demonstrations_gets_them(files, tmp_path):
     path = tmp_path / "demos.jsonl"
     row = {"answers": ["A"], "turns": [["ANSWER", "A"]]}

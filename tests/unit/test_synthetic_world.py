@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from sdsearch_lightning.datamodules import SearchDataModule, SyntheticWorldDataModule
 from sdsearch_lightning.datamodules.synthetic_world_encoder import WorldSearch, word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.types import Question, SpanKind
+from sdsearch_lightning.models import word_level_tokenizer
+from sdsearch_lightning.templates import Protocol
+from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.types import Label, Question, SiblingRecord, SpanKind
 
 SMALL: dict[str, Any] = dict(
     num_entities=90,
@@ -77,7 +82,21 @@ def test_the_vocabulary_spells_questions_documents_and_demonstrations(tmp_path: 
         *(text for demonstration in data.demonstrations() for _, text in demonstration.turns),
     ]
     assert {word for text in texts for word in text.split()} <= set(data.vocabulary())
-    assert {"siblings", "CORRECT", "INCORRECT", ";", "invalid"} <= set(data.vocabulary())
+
+
+def test_the_vocabulary_spells_the_texts_of_its_protocol(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    options = yaml.safe_load((root / "configs" / "protocol" / "synthetic_world.yaml").read_text())["init_args"]
+    protocol = Protocol(**options)
+    data = make(tmp_path)
+    codec = TokenCodec(word_level_tokenizer(data.vocabulary(), protocol.tags), protocol.tags)
+    unknown = codec.tokenizer.unk_token_id
+    assert unknown in codec.encode("nonsense") and unknown not in codec.encode(protocol.invalid_message)
+    silent = SiblingRecord(9, (), Label.INCORRECT)
+    for demonstration in data.demonstrations():
+        shown = replace(demonstration, siblings=(*demonstration.siblings, silent))
+        for span in protocol.demonstration_spans(codec, shown):
+            assert unknown not in span.token_ids, codec.decode(span.token_ids)
 
 
 def test_the_dense_index_and_the_plain_search_agree(tmp_path: Path) -> None:

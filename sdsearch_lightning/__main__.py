@@ -1,0 +1,69 @@
+"""The command line: `python -m sdsearch_lightning` and `sdsearch`.
+
+`--help`, `--version` and a misspelt command are answered here, before torch and lightning are imported (seconds).
+Next: cli.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from sdsearch_lightning import __version__
+
+COMMANDS = {
+    "supervise": "cold start: learn written demonstrations; writes runs/<name>/model/",
+    "fit": "SD-Search training; starts, resumes or reports the run in runs/<name>/",
+    "validate": "evaluate on the validation questions",
+    "test": "evaluate on the test questions, per source",
+    "predict": "write the rollouts of the test questions",
+    "export": "turn a checkpoint into a Hugging Face folder",
+    "report": "print the report of a run again, and rebuild report.html",
+}
+
+HELP = f"""\
+usage: sdsearch COMMAND [--config FILE ...] [--key value ...]
+
+SD-Search (arXiv 2605.18299): train a language model to search while it reasons.
+
+commands:
+{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
+
+options:
+  --help     this text; `sdsearch COMMAND --help` lists every key of a command
+  --version  the version
+
+examples:
+  sdsearch supervise --config configs/quickstart_cold_start.yaml
+  sdsearch fit --config configs/quickstart.yaml --seed_everything 1 --run.name second
+  sdsearch fit --config configs/base.yaml --config mine.yaml --data.batch_size 64
+  sdsearch validate --config configs/quickstart.yaml --ckpt_path last
+  sdsearch export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output my_model
+
+`sdsearch` and `python -m sdsearch_lightning` are the same. SDSEARCH_TRACEBACK=1 shows where an error came from.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code (2: usage error, 1: the run failed, 128 + n: stopped by signal n)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("--help", "-h", "help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if command == "--version":
+        print(f"sdsearch {__version__}")
+        return 0
+    if command not in COMMANDS:
+        close = get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        print(f"error: expected a command first ({', '.join(COMMANDS)}), got {command!r}.{hint}", file=sys.stderr)
+        return 2
+    from sdsearch_lightning.cli import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
