@@ -61,7 +61,7 @@ class GracefulStop(Callback):
         if self.save is not None:
             self.save()
         else:
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not `trainer.should_stop`, which would start a validation that the uninterrupted run does not have.

@@ -58,6 +58,8 @@ class SyntheticWorldDataModule(SearchDataModule):
         seed: everything is derived from it: the same seed gives the same bytes in any process.
     """
 
+    shuffle_demonstrations = False  # the first ones are the easy ones
+
     def __init__(
         self,
         num_entities: int = 300,

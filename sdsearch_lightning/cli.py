@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import transformers
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -34,8 +35,9 @@ from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
+from sdsearch_lightning.report.console import duration
 from sdsearch_lightning.report.metrics import read_metrics
-from sdsearch_lightning.report.summary import build_summary, write_summary
+from sdsearch_lightning.report.summary import build_summary, read_summary, write_summary
 from sdsearch_lightning.run_folder import RunFolder, RunOptions
 from sdsearch_lightning.run_record import MetricsLogger, PublishCheckpoint, RunCheckpoint
 from sdsearch_lightning.supervised import SupervisedModule
@@ -60,6 +62,7 @@ class RunCLI(LightningCLI):
     module_class: type[pl.LightningModule]
     training: str
     """The command that trains, and so owns the run folder."""
+    defaults: dict[str, Any] = TRAINER_DEFAULTS
 
     def __init__(self, argv: Sequence[str]) -> None:
         parsers = {command: {"allow_abbrev": False} for command in self.subcommands()}
@@ -68,7 +71,7 @@ class RunCLI(LightningCLI):
             SearchDataModule,
             save_config_kwargs={"overwrite": True},
             trainer_class=SearchTrainer,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults=self.defaults,
             seed_everything_default=0,  # a fixed one, or a run could not be resumed by the same command
             parser_kwargs={"prog": "sdsearch", "allow_abbrev": False, **parsers},
             parser_class=ShortErrorParser,
@@ -125,7 +128,7 @@ class RunCLI(LightningCLI):
             self.folder.check_owner(yaml.safe_load(config))
             if self.folder.is_finished:
                 say(f"{self.folder.path} holds this run, finished; --run.overwrite true would do it again.")
-                rank_zero_only(print_report)(self.folder.path)
+                rank_zero_only(self.report)()
                 raise SystemExit(0)
             if (point := self.folder.resume_point()) is not None:
                 path, step = point
@@ -149,10 +152,15 @@ class RunCLI(LightningCLI):
                 f"{self.subcommand}: the initial weights of model:; add --ckpt_path last for those of {last.parent.parent}"
             )
 
+    def own_callbacks(self) -> list[pl.Callback]:
+        """Callbacks that need no configuration; one of the same class in `trainer.callbacks` takes its place."""
+        return [self.stop]
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand].trainer
-        listed = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks or []]
-        own: list[pl.Callback] = [self.stop, TrajectoryLog()]
+        listed = config.callbacks or []
+        listed = listed if isinstance(listed, list) else [listed]
+        own = self.own_callbacks()
         if self.is_training_run and config.enable_checkpointing is not False:
             own = [PublishCheckpoint(self.checkpoint), *own, self.checkpoint]
         taken = {type(callback) for callback in listed}
@@ -174,6 +182,10 @@ class RunCLI(LightningCLI):
         if self.stop.is_stopping:
             self.stop.leave(self.trainer.global_step)
 
+    def report(self) -> None:
+        """Tells the result of a finished run."""
+        print_report(self.folder.path)
+
     @property
     def facts(self) -> dict[str, Any]:
         """What a summary tells beside the metrics."""
@@ -193,6 +205,9 @@ class SearchCLI(RunCLI):
             parser.add_lightning_class_args(callback, name)
         parser.link_arguments("seed_everything", "rollout.seed", int)
         parser.link_arguments("rollout.temperature", "model.temperature")
+
+    def own_callbacks(self) -> list[pl.Callback]:
+        return [*super().own_callbacks(), TrajectoryLog()]
 
     def fit(self, **kwargs: Any) -> None:
         """Evaluates, trains, evaluates, saves the model and reports."""
@@ -215,6 +230,7 @@ class SuperviseCLI(RunCLI):
 
     module_class = SupervisedModule
     training = "supervise"
+    defaults = TRAINER_DEFAULTS | {"limit_val_batches": 0}  # a cold start has no rollouts to evaluate
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -229,8 +245,14 @@ class SuperviseCLI(RunCLI):
             first, last = (metrics["train/loss"][i].value for i in (0, -1))
             facts = self.facts | {"steps": self.trainer.global_step, "train_loss": {"first": first, "last": last}}
             write_summary(self.folder.path, build_summary(metrics, facts))
-            say(f"cold start: {facts['steps']} steps, {facts['seconds']:.0f} s, train/loss {first:.3f} -> {last:.3f}")
-            say(f"the model is in {self.folder.model}")
+            self.report()
+
+    def report(self) -> None:
+        summary = read_summary(self.folder.path) or {}
+        loss = summary["train_loss"]
+        say(f"cold start: {summary['steps']} steps in {duration(summary['seconds'])}, seed {summary['seed']}, "
+            f"train/loss {loss['first']:.3f} -> {loss['last']:.3f}")
+        say(f"the model is in {self.folder.model}")
 
 
 def link_seed(parser: LightningArgumentParser, module_class: type) -> None:
@@ -336,9 +358,11 @@ def quieten() -> None:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning's own use of torch
+        "You passed in a `val_dataloader` but have no `validation_step`",  # a cold start
         ".*does not have many workers",  # questions are text in memory
         ".*is not currently shuffling",
         "Found .* module.* in eval mode at the start of training",  # a frozen reference model
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", module="jsonargparse")
+    transformers.utils.logging.disable_progress_bar()  # a bar for writing each file

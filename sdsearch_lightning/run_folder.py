@@ -153,6 +153,7 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder; nothing there is fine too."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -138,7 +138,7 @@ class RunCheckpoint(Checkpoint):
         is_due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.is_last_batch
         if is_due or self.is_requested:
             self._draft = self.folder / f"step_{step:08d}.ckpt"
-            trainer.save_checkpoint(self._draft)
+            trainer.save_checkpoint(self._draft, weights_only=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.publish(trainer)
