@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from sdsearch_lightning.datamodules.readers import read_demonstrations, read_questions
 
+from sdsearch_lightning.datamodules.readers import read_demonstrations, read_questions
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.retrieval import Retriever
 from sdsearch_lightning.types import Demonstration, InstanceId, Question, StepBatch

@@ -29,7 +29,6 @@ from sdsearch_lightning.datamodules.synthetic_world_generation import (
     generate_world,
     sample_questions,
 )
-
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.retrieval import DenseRetriever
 from sdsearch_lightning.types import Demonstration, Question
@@ -57,8 +56,6 @@ class SyntheticWorldDataModule(SearchDataModule):
         eval_batch_size: questions per process and evaluation batch.
         seed: everything is derived from it: the same seed gives the same bytes in any process.
     """
-
-    shuffle_demonstrations = False  # the first ones are the easy ones
 
     def __init__(
         self,

@@ -21,7 +21,6 @@ from sdsearch_lightning.datamodules.synthetic_world_generation import (
     generate_world,
     question_of,
 )
-
 from sdsearch_lightning.types import Demonstration, Label, Question, SiblingRecord, SpanKind
 
 COPY_PROBABILITY = 0.97

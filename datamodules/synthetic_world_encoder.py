@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
 
 OBJECT_WEIGHT = 0.35

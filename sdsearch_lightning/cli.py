@@ -250,8 +250,10 @@ class SuperviseCLI(RunCLI):
     def report(self) -> None:
         summary = read_summary(self.folder.path) or {}
         loss = summary["train_loss"]
-        say(f"cold start: {summary['steps']} steps in {duration(summary['seconds'])}, seed {summary['seed']}, "
-            f"train/loss {loss['first']:.3f} -> {loss['last']:.3f}")
+        say(
+            f"cold start: {summary['steps']} steps in {duration(summary['seconds'])}, seed {summary['seed']}, "
+            f"train/loss {loss['first']:.3f} -> {loss['last']:.3f}"
+        )
         say(f"the model is in {self.folder.model}")
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
-from sdsearch_lightning.datamodules import SearchDataModule
 
+from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.retrieval import DenseRetriever, check_retriever
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.datamodules.questions import EvaluationBatches, Share, TrainingBatches
-
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.types import Demonstration, Passage, Question, StepBatch
 

@@ -2,8 +2,8 @@ import gzip
 import json
 
 import pytest
-from sdsearch_lightning.datamodules.readers import read_demonstrations, read_questions
 
+from sdsearch_lightning.datamodules.readers import read_demonstrations, read_questions
 from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.types import Label, Question, SiblingRecord, SpanKind
 

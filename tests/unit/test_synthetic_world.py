@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+
 from sdsearch_lightning.datamodules import SearchDataModule, SyntheticWorldDataModule
 from sdsearch_lightning.datamodules.synthetic_world_encoder import WorldSearch, word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
-
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.models import word_level_tokenizer
 from sdsearch_lightning.templates import Protocol

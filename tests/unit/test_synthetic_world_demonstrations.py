@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
+
 from sdsearch_lightning.datamodules.synthetic_world_demonstrations import Script, WorldDemonstrations, label_of
 from sdsearch_lightning.datamodules.synthetic_world_encoder import WorldSearch, word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape, generate_world, question_of
-
 from sdsearch_lightning.types import Demonstration, Label, Question, SpanKind
 
 SHAPE = WorldShape(num_entities=60, num_relations=8, terms_per_relation=4, facts_per_entity=6)

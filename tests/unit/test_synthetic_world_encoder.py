@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from sdsearch_lightning.datamodules.synthetic_world_encoder import (
     OBJECT_WEIGHT,
     WorldSearch,

@@ -6,6 +6,7 @@ import random
 from itertools import islice
 
 import pytest
+
 from sdsearch_lightning.datamodules.synthetic_world_generation import (
     Fact,
     World,
@@ -14,7 +15,6 @@ from sdsearch_lightning.datamodules.synthetic_world_generation import (
     question_of,
     sample_questions,
 )
-
 from sdsearch_lightning.errors import ConfigError
 
 SHAPE = WorldShape(num_entities=60, num_relations=6, terms_per_relation=3, facts_per_entity=4)

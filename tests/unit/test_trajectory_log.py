@@ -8,9 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from report_data import WordTokenizer, credit, read_lines, rollout
-from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 from torch.utils.data import DataLoader, IterableDataset
 
+from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.report import read_trajectories
 from sdsearch_lightning.types import HindsightBlock, Question, RolloutGroup, StepBatch
