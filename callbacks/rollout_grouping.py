@@ -178,7 +178,7 @@ class RolloutGrouping(pl.Callback):
             self._searches,
             progress.report,
         )
-        with _rollout_window(module):
+        with _rollout_window(module), trainer.precision_plugin.forward_context():
             trajectories = self.engine.run(requests)
         progress.close()
         counts = self._searches.take_counts()

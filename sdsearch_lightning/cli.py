@@ -148,9 +148,7 @@ class RunCLI(LightningCLI):
         if path not in (None, "best") and not Path(path).exists():
             raise ConfigError(f"ckpt_path: expected a checkpoint, found no {path}.")
         if path is None and not self.is_training_run and last.exists():
-            say(
-                f"{self.subcommand}: the initial weights of model:; add --ckpt_path last for those of {last.parent.parent}"
-            )
+            say(f"{self.subcommand} takes the initial weights of model:; --ckpt_path last takes those of this run")
 
     def own_callbacks(self) -> list[pl.Callback]:
         """Callbacks that need no configuration; one of the same class in `trainer.callbacks` takes its place."""
@@ -267,10 +265,12 @@ def link_seed(parser: LightningArgumentParser, module_class: type) -> None:
 def check_strategy(strategy: Any) -> None:
     """Refuses the sharding strategies that cannot train this module, or cannot yet."""
     name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
+    if name.lower().startswith("fsdp2"):
+        raise ConfigError("trainer.strategy fsdp2 is not part of this version yet. Use ddp.")
     if name.lower().startswith("fsdp") or name.endswith("FSDPStrategy"):
         raise ConfigError(
-            f"trainer.strategy {name!r}: FSDP1 cannot do manual optimisation in Lightning; its successor here will be "
-            "fsdp2, which this version does not have yet. Use ddp."
+            f"trainer.strategy {name}: in Lightning, FSDP1 cannot train with manual optimisation. Its successor fsdp2 "
+            "can, but is not part of this version yet. Use ddp."
         )
 
 

@@ -1,7 +1,7 @@
 """Usage errors in at most three lines: what is wrong, where, and what was probably meant.
 
-jsonargparse tells everything it tried, on up to sixty lines; `shorten` keeps the line that names the mistake, and
-`ShortErrorParser` adds the closest key or class name. Nothing else is written to standard error; the exit code is 2.
+jsonargparse tells everything it tried, on up to sixty lines. `shorten` keeps the key and the phrase that names the
+mistake; `ShortErrorParser` adds the closest key or name. Nothing else goes to standard error; the exit code is 2.
 """
 
 from __future__ import annotations
@@ -13,101 +13,93 @@ from argparse import ArgumentError
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 MAX_LINES, MAX_COLUMNS = 3, 300
 
-_UNKNOWN_KEY = re.compile(r"(?:unrecognized arguments: --|(?:option|Option) ')([\w.\-]+)")
-_MISSING_NAME = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
-_SHORT_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-_BASE_CLASSES = re.compile(r"<class '([\w.]+)'>")
-_MISTAKES = (
-    re.compile(r".* is not accepted.*"),
-    re.compile(r"module '.*' has no attribute.*"),
-    re.compile(r"No module named.*"),
-    re.compile(r"Expected a dot import path string.*"),
-    re.compile(r"Key .* is required.*"),
-    re.compile(r"(?!.*NoneType)Expected an? .*"),
+MISTAKES = (
+    (re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.\-]+)"), "unknown key '{0}'."),
+    (re.compile(r"File does not exist: '?([^'\n]+)"), "there is no file {0}."),
+    (re.compile(r"Expected a path but (\S+\.(?:ya?ml|json)) "), "there is no file {0}."),
+    (re.compile(r"module '([\w.]+)' has no attribute '(\w+)'"), "there is no '{1}' in {0}."),
+    (re.compile(r"No module named '([\w.]+)'"), "there is no module '{0}'."),
+    (re.compile(r"Expected a dot import path string: (\S+)"), "there is no class '{0}'."),
+    (re.compile(r"arguments are required: (?:\w+\.)?(\S+)"), "'{0}' is required, but was not given."),
 )
-"""Lines that name a mistake, the most telling kind first."""
+"""Phrases that name a mistake, and how they are told; the first that occurs in a message is the one."""
+_HINT = re.compile(r" Did you mean '[^']+'\?")
 
 
 class ShortErrorParser(LightningArgumentParser):
     """LightningCLI's parser with short errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Writes at most three lines and exits with 2; a parser inside another raises instead, for it may be tried."""
-        message += self._hint(message)
+        """Writes at most three lines and exits with 2; a parser inside another raises, for other types may fit."""
+        if not _HINT.search(message):  # the inner parser knows its own keys best
+            message += self._hint(message)
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
         fail(shorten(message))
 
     def _hint(self, message: str) -> str:
-        if "Did you mean" in message:  # an inner parser knew better
-            return ""
-        if unknown := _UNKNOWN_KEY.search(message):
-            return _did_you_mean(unknown[1], self._keys(unknown[1]))
-        if missing := _MISSING_NAME.search(message):
+        unknown, _, _, missing, _, short, _ = (pattern.search(message) for pattern, _ in MISTAKES)
+        if unknown:
+            return _did_you_mean(unknown[1], self._keys_near(unknown[1]))
+        if missing:
             return _did_you_mean(missing[2], _names_in(missing[1]))
-        if short := _SHORT_CLASS.search(message):
-            bases = [_load(path) for path in _BASE_CLASSES.findall(message)]
-            return _did_you_mean(short[1], {name for base in bases for name in _subclass_names(base)})
+        if short and (key := re.search(r'Parser key "([\w.]+)"', message)):
+            return _did_you_mean(short[1], self._values_of(key[1]))
         return ""
 
-    def _keys(self, unknown: str) -> list[str]:
-        """Keys of the subcommand parser, or of this one; for a key of one part also the groups."""
-        parsers = [self, *(getattr(self._subcommands_action, "_name_parser_map", None) or {}).values()]
-        keys = [action.dest for parser in parsers for action in parser._actions]
+    def _all_actions(self) -> list[Any]:
+        subcommands = getattr(self._subcommands_action, "_name_parser_map", None) or {}
+        return [action for parser in (self, *subcommands.values()) for action in parser._actions]
+
+    def _keys_near(self, unknown: str) -> list[str]:
+        """Keys of the group that `unknown` names; where there is no such group, the same key in each group."""
+        keys = [action.dest for action in self._all_actions()]
         groups = {key.split(".")[0] for key in keys}
-        root, _, rest = unknown.partition(".")
-        if rest and root not in groups:  # the group is what is misspelt
-            return [f"{group}.{rest}" for group in groups]
-        return [*keys, *groups]
+        group, _, rest = unknown.partition(".")
+        if rest and group not in groups:
+            return [f"{name}.{rest}" for name in groups]
+        same_group = [key for key in keys if key.startswith(f"{group}.")]
+        # Without the common beginning, which would make any two keys of a group look alike.
+        close = get_close_matches(rest, [key.partition(".")[2] for key in same_group], n=1, cutoff=0.7)
+        return [f"{group}.{name}" for name in close] if rest else [*keys, *groups]
+
+    def _values_of(self, key: str) -> set[str]:
+        """Names that a key takes: strings of its Literals, and subclasses of its classes."""
+        types = [getattr(action, "_typehint", None) for action in self._all_actions() if action.dest == key]
+        return {name for hint in types for name in _names_of(hint)}
 
 
 def shorten(message: str) -> str:
-    """The line of a jsonargparse message that names the mistake, after the key it is about."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
-    keys = [m[1] for line in lines if (m := re.match(r'Parser key "([^"]+)":', line))]
-    lines = [line for line in lines if not line.startswith("Parser key") or not line.endswith(":")]
-    hint = next((m[0] for line in lines if (m := re.search(r" Did you mean .*", line))), "")
-    found = [line for pattern in _MISTAKES for line in lines if pattern.fullmatch(line)]
-    told = _told(found, lines) if keys else " ".join(lines)
-    told = told if not hint or "Did you mean" in told else told + hint
-    return _plain(": ".join([*keys, told]))
+    """The key that a jsonargparse message is about and its mistake, on one line where it is a known one."""
+    keys = ": ".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)":', message)))
+    hint = _HINT.search(message)
+    for pattern, told in MISTAKES:
+        if found := pattern.search(message):
+            text = told.format(*found.groups())
+            break
+    else:
+        text = _told_type(message) or " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())
+    return (f"{keys}: " if keys else "") + text + (hint[0] if hint and hint[0] not in text else "")
 
 
-def _told(found: list[str], lines: list[str]) -> str:
-    if not found:
-        return " ".join(lines)
-    if not found[0].startswith("Expected a <class"):
-        return found[0]
-    # "expected bool or int, got 'x'": one line per type that was tried
-    types = dict.fromkeys(name for line in found for name in _BASE_CLASSES.findall(line))
-    value = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("Given value:")), "")
-    got = re.search(r"Got value: (.*)", found[0])
-    return f"expected {' or '.join(types)}, got {got[1] if got else value}"
-
-
-def _plain(text: str) -> str:
-    """Python's notation put as a user writes it."""
-    text = re.sub(r"^unrecognized arguments: --(\S+).*?(?= Did you mean|$)", r"unknown key '\1'.", text)
-    text = re.sub(r"Subcommand '\w+' does not accept option '([^']+)'", r"unknown key '\1'.", text)
-    text = re.sub(
-        r"(Option|Group '\w+' does not accept option) '([^']+)'( is not accepted)?", r"unknown key '\2'.", text
-    )
-    text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class '\1'.", text)
-    text = re.sub(r"the following arguments are required: \w+\.", "required: ", text)
-    return re.sub(r"<class '([^']+)'>", r"\1", text)
+def _told_type(message: str) -> str:
+    """`expected bool or int, got x`; empty where the message is not about types."""
+    expected = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal(\[[^\]]*\]))", message)
+    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    names = dict.fromkeys(name or literal for name, literal in expected if name != "NoneType")
+    return f"expected {' or '.join(names)}, got {value[1].strip()}" if names and value else ""
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Writes `error: message`, at most three lines, and exits with `code`."""
-    lines = [line for line in message.strip().splitlines() if line.strip()][:MAX_LINES]
-    for line in (f"error: {lines[0]}", *lines[1:]) if lines else ("error",):
-        sys.stderr.write(f"{line[:MAX_COLUMNS]}\n")
+    lines = [line for line in f"error: {message}".splitlines() if line.strip()]
+    sys.stderr.writelines(f"{line[:MAX_COLUMNS]}\n" for line in lines[:MAX_LINES])
     sys.exit(code)
 
 
@@ -123,12 +115,11 @@ def _names_in(module_name: str) -> list[str]:
     return [*dir(module), *submodules, *(("callbacks", "datamodules") if module_name == "sdsearch_lightning" else ())]
 
 
-def _load(class_path: str) -> type | None:
-    module, _, name = class_path.rpartition(".")
-    return getattr(sys.modules.get(module), name, None)
-
-
-def _subclass_names(base: type | None) -> list[str]:
-    if base is None or base is type(None):
-        return []
-    return [base.__name__, *(name for child in type.__subclasses__(base) for name in _subclass_names(child))]
+def _names_of(hint: Any) -> list[str]:
+    """Strings and class names in a type hint, subclasses included."""
+    if isinstance(hint, str):
+        return [hint]
+    if isinstance(hint, type) and not get_args(hint) and hint.__module__ != "builtins":
+        return [hint.__name__, *(name for child in type.__subclasses__(hint) for name in _names_of(child))]
+    parts = (part for arg in get_args(hint) for part in (arg if isinstance(arg, list) else [arg]))
+    return [name for part in parts for name in _names_of(part)]

@@ -56,6 +56,16 @@ class SearchBatch:
         """[T] the student's tokens."""
         return self.sequences.token_ids
 
+    @property
+    def position_ids(self) -> Tensor:
+        """[T] 0, 1, 2, ... within each rollout."""
+        return self.sequences.position_ids
+
+    @property
+    def sequence_index(self) -> Tensor:
+        """[T] which rollout a token belongs to."""
+        return self.sequences.sequence_index
+
     def to(self, device: torch.device | str) -> SearchBatch:
         """The same on `device`."""
         moved = {name: value.to(device) for name in self.__slots__ if hasattr(value := getattr(self, name), "to")}

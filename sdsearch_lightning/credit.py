@@ -37,14 +37,15 @@ def credit_rollouts(rollouts: Sequence[WeightedRollout], rows: CreditRows) -> Cr
     credits: Credits = {}
     pending = rows.rows()
     for rollout in rollouts:
-        if rollout.query_weight == 0:
+        if rollout.block is None:
             continue
         verdicts = []
         for index, span in enumerate(rollout.trajectory.spans):
             if span.kind is SpanKind.QUERY and span.token_ids:
                 jsd, student, teacher, top = zip(*(next(pending) for _ in span.token_ids), strict=True)
                 verdicts.append(TokenCredit(index, jsd, student, teacher, top))
-        credits[rollout.trajectory.instance_id, rollout.trajectory.rollout_index] = tuple(verdicts)
+        if verdicts:
+            credits[rollout.trajectory.instance_id, rollout.trajectory.rollout_index] = tuple(verdicts)
     assert next(pending, None) is None, "every query row belongs to a span"
     return credits
 

@@ -87,6 +87,11 @@ class PolicyModule(pl.LightningModule):
             )
         if max_micro_batch_tokens < 1:
             raise ConfigError(f"model.max_micro_batch_tokens: expected at least 1, found {max_micro_batch_tokens}.")
+        if isinstance(protocol, str) and protocol not in PROTOCOLS:
+            raise ConfigError(
+                f"model.protocol: expected {', '.join(PROTOCOLS)} or a class_path, found {protocol!r}. "
+                "A protocol of your own is an object, or a YAML file with class_path and init_args."
+            )
         self.model_name_or_path, self.scratch = model_name_or_path, scratch
         self.protocol = PROTOCOLS[protocol]() if isinstance(protocol, str) else protocol  # type: ignore[call-arg]
         self._optimizer_specs, self._lr_schedule = list(optimizers), lr_schedule

@@ -88,6 +88,10 @@ class Protocol(Pluggable):
                 "model.protocol.observation_template: expected text that holds {passages} once, "
                 f"found {observation_template!r}."
             )
+        _check_fields("passage_template", passage_template, "index", "title", "text", "contents")
+        _check_fields("block_entry", block_entry, "number", "label")
+        _check_fields("block_query", block_query, "number", "query", "label")
+        _check_fields("block_no_query", block_no_query, "number", "label")
         self.invalid_message, self.question_mark = invalid_message, question_mark
         self.use_chat_template = use_chat_template
         self.block_header, self.block_entry = block_header, block_entry
@@ -171,6 +175,16 @@ class Protocol(Pluggable):
                 Span(SpanKind.SCAFFOLD, codec.encode(f"</{tag}>")),
             ]
         return tuple(spans)
+
+
+def _check_fields(name: str, template: str, *fields: str) -> None:
+    try:
+        template.format(**dict.fromkeys(fields, ""))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(
+            f"model.protocol.{name}: expected a template with fields {', '.join(fields)}, found {template!r} "
+            f"({type(error).__name__}: {error}). Write {{{{ and }}}} for plain braces."
+        ) from error
 
 
 class SearchR1Protocol(Protocol):

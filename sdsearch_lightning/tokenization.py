@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from sdsearch_lightning.errors import ConfigError
@@ -38,7 +39,10 @@ class TokenCodec:
                 f"Expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}: token offsets need one."
             )
         self.tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        # A copy: calls of the tokenizer elsewhere, or its own file, may leave it truncating or padding.
+        self._backend = deepcopy(tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
+        self._backend.no_truncation()
+        self._backend.no_padding()
         # Added tokens that are not special can be control tokens too (<tool_call>), or plain runs of spaces.
         added = [
             t.content for t in tokenizer.added_tokens_decoder.values() if t.special or re.match("<.+>$", t.content)

@@ -11,12 +11,10 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from torch import Tensor
 
 from sdsearch_lightning.collate import SearchBatch, collate, split_groups, weigh
@@ -43,8 +41,17 @@ from sdsearch_lightning.types import (
     Trajectory,
 )
 
-ROOT = Path(__file__).parents[2]
-PROTOCOL = Protocol(**yaml.safe_load((ROOT / "configs/protocol/synthetic_world.yaml").read_text())["init_args"])
+PROTOCOL = Protocol(
+    prompt="{question}",
+    question_mark=False,
+    documents_tag="documents",
+    passage_template="{contents}\n",
+    invalid_message=" invalid action ",
+    block_header=" siblings",
+    block_entry="",
+    block_query=" {label} {query} ;",
+    block_no_query=" {label} none ;",
+)
 WORDS = "Rome Oslo Italy Norway capital of river where is the siblings CORRECT INCORRECT none ; invalid action".split()
 TOKENIZER = word_level_tokenizer(WORDS, PROTOCOL.tags)
 CODEC = TokenCodec(TOKENIZER, PROTOCOL.tags)
@@ -183,7 +190,10 @@ def closed_form(
     block_texts: Sequence[str],
     on_policy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Policy loss (token-mean), JSD (full vocabulary) and KL of one update, with gradient."""
+    """Policy loss (token-mean), JSD (full vocabulary) and KL of one update, with gradient.
+
+    `group_weights` and `block_texts` are written out by the test, one per group.
+    """
     model, judged = module.policy.model, [[t for t in g.trajectories if t.label is not None] for g in groups]
     num_tokens = sum(sum(t.policy_mask) for ts in judged for t in ts)
     num_searching = sum(any(t.query_mask) for ts in judged for t in ts)
@@ -200,9 +210,9 @@ def closed_form(
                     continue
                 old = rows[i, token].detach() if on_policy else t.sampled_logprobs[i]
                 ratio = (rows[i, token] - old).exp()
-                clipped = min(max(float(ratio), 1 - module.clip_low), 1 + module.clip_high) * t.advantage
                 objective = ratio * t.advantage
-                policy_loss = policy_loss - (objective if float(objective) <= clipped else clipped) / num_tokens
+                clipped = min(max(ratio.item(), 1 - module.clip_low), 1 + module.clip_high) * t.advantage
+                policy_loss = policy_loss - (objective if objective.item() <= clipped else clipped) / num_tokens
                 d = frozen[i, token] - rows[i, token]
                 kl = kl + (d.exp() - d - 1) / num_tokens
             queries = [i for i, is_query in enumerate(t.query_mask) if is_query]

@@ -1,0 +1,41 @@
+"""Fixtures that every tier shares; what they are made of is in toys.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import PROTOCOL, TOKENIZERS, ToyRetriever, byte_tokenizer, bpe_tokenizer, word_tokenizer
+
+from sdsearch_lightning.tokenization import TokenCodec
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def byte_codec() -> TokenCodec:
+    """One token per byte, so that an ASCII text and its tokens can be drawn below each other."""
+    return TokenCodec(byte_tokenizer(), PROTOCOL.tags)
+
+
+@pytest.fixture(scope="session")
+def bpe_codec() -> TokenCodec:
+    """Tokens reach across tag edges."""
+    return TokenCodec(bpe_tokenizer(), PROTOCOL.tags)
+
+
+@pytest.fixture(scope="session")
+def word_codec() -> TokenCodec:
+    """A token is a word or a tag."""
+    return TokenCodec(word_tokenizer(), PROTOCOL.tags)
+
+
+@pytest.fixture(scope="session", params=TOKENIZERS)
+def any_codec(request: pytest.FixtureRequest) -> TokenCodec:
+    """Each of the tokenizers in turn."""
+    return TokenCodec(TOKENIZERS[request.param](), PROTOCOL.tags)
+
+
+@pytest.fixture
+def retriever() -> ToyRetriever:
+    """Six passages."""
+    return ToyRetriever()

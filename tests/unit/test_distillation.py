@@ -1,0 +1,80 @@
+"""What is kept of the teacher is enough for the loss, exact, and carries no graph."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdsearch_lightning.distillation import NUM_TOP, TeacherRows, divergence_to_teacher, entropy, summarize_teacher
+from sdsearch_lightning.losses import JensenShannon, jensen_shannon
+
+Q, V, H = 6, 11, 4
+NONE = torch.zeros(0, dtype=torch.long)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return 2 * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def summary(logits: Tensor, top_k: int | None, environment_ids: Tensor = NONE) -> TeacherRows:
+    tokens = torch.arange(len(logits)) % logits.shape[-1]
+    return summarize_teacher(logits, randn(len(logits), H), tokens, top_k, environment_ids)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, V - 1])
+def test_a_kept_support_gives_the_truncated_divergence(top_k: int) -> None:
+    student, teacher = randn(Q, V, seed=1).requires_grad_(), randn(Q, V, seed=2)
+    rows = summary(teacher, top_k)
+    assert rows.hidden is None and rows.logits is not None and rows.logits.shape == (Q, top_k)
+    kept = divergence_to_teacher(JensenShannon(top_k=top_k), student, rows, None)
+    whole = jensen_shannon(student, teacher, top_k=top_k)
+    torch.testing.assert_close(kept, whole, rtol=0, atol=1e-15)
+    weights = torch.arange(1.0, Q + 1)
+    ours, theirs = (torch.autograd.grad((value * weights).sum(), student)[0] for value in (kept, whole))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-15)
+    assert not torch.allclose(kept, jensen_shannon(student, teacher), atol=1e-4), "truncation shows"
+
+
+@pytest.mark.parametrize("top_k", [None, V, V + 7])
+def test_a_support_of_the_whole_vocabulary_keeps_hidden_rows_only(top_k: int | None) -> None:
+    student, teacher = randn(Q, V, seed=1), randn(Q, V, seed=2).requires_grad_()
+    rows = summary(teacher.detach(), top_k)
+    assert rows.support is None and rows.logits is None
+    assert rows.hidden is not None and torch.equal(rows.hidden, randn(Q, H))
+    value = divergence_to_teacher(JensenShannon(top_k=top_k), student.requires_grad_(), rows, teacher)
+    assert torch.equal(value, jensen_shannon(student, teacher))
+    value.sum().backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+def test_what_the_report_tells_of_the_teacher() -> None:
+    logits = randn(Q, V)
+    rows = summary(logits, 3, torch.tensor([2, 5]))
+    for i, row in enumerate(logits.tolist()):
+        total = math.fsum(math.exp(x) for x in row)
+        p = [math.exp(x) / total for x in row]
+        assert rows.entropy[i].item() == pytest.approx(-math.fsum(x * math.log(x) for x in p), abs=1e-12)
+        assert rows.logprob[i].item() == pytest.approx(math.log(p[i % V]), abs=1e-12)
+        assert rows.environment_mass[i].item() == pytest.approx(p[2] + p[5], abs=1e-12)
+        order = sorted(range(V), key=lambda token: -p[token])[:NUM_TOP]
+        assert rows.top_ids[i].tolist() == order
+        assert rows.top_probs[i].tolist() == pytest.approx([p[token] for token in order], abs=1e-12)
+
+
+def test_a_small_vocabulary_and_no_environment_tokens() -> None:
+    rows = summary(randn(2, 3), None)
+    assert rows.top_ids.shape == (2, 3)
+    assert rows.environment_mass.tolist() == [0, 0]
+
+
+def test_half_precision_is_summed_up_in_float32() -> None:
+    rows = summary(randn(Q, V).bfloat16(), None)
+    assert {rows.entropy.dtype, rows.logprob.dtype, rows.top_probs.dtype} == {torch.float32}
+
+
+def test_tokens_of_probability_zero_add_no_entropy() -> None:
+    logits = torch.tensor([[0.0, 0.0, -math.inf, -math.inf], [5.0, -math.inf, -math.inf, -math.inf]])
+    assert entropy(logits.log_softmax(-1)).tolist() == pytest.approx([math.log(2), 0.0])

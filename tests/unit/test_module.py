@@ -1,0 +1,339 @@
+"""Teacher and student: identity, bounds, which token may carry which gradient, and the losses once more by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_data import (
+    DIRECT,
+    ONE,
+    TWO,
+    blocks_of,
+    closed_form,
+    gradient,
+    group,
+    make_module,
+    micro_batches,
+    rollout,
+    step,
+    three_groups,
+    tiny_model,
+    weights_of,
+)
+
+from sdsearch_lightning.collate import SearchBatch, filler
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses import JensenShannon, jensen_shannon
+from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.module import SDSearchModule, StepSums
+from sdsearch_lightning.types import HindsightBlock, RolloutGroup
+
+WHOLE = JensenShannon(top_k=None)
+TERMS = ("policy_loss", "jsd_loss", "kl")
+
+
+def total(sums: Sequence[StepSums], term: str) -> Tensor:
+    return torch.stack([getattr(s, term) for s in sums]).sum()
+
+
+def taught_batch(module: SDSearchModule, groups: Sequence[RolloutGroup] | None = None, rule: str = "all") -> SearchBatch:
+    groups = groups or three_groups()
+    (batch,) = micro_batches(module, groups, blocks_of(groups, rule))
+    return batch
+
+
+def drifted(model: Any = None, **options: Any) -> SDSearchModule:
+    """A policy that has moved away from its reference."""
+    module = make_module(model, kl_coef=0.1, **options)
+    with torch.no_grad():
+        for i, weight in enumerate(module.policy.parameters()):
+            weight.add_(0.05 * torch.sin(torch.arange(weight.numel()).view_as(weight) + i))
+    return module
+
+
+# Identity and bounds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_a_teacher_with_an_empty_block_is_the_student(dtype: torch.dtype, top_k: int | None, family: str) -> None:
+    module = make_module(tiny_model(family, dtype), divergence=JensenShannon(top_k=top_k))
+    groups = three_groups()
+    empty: list[HindsightBlock | None] = [HindsightBlock(g.instance_id, (), "") for g in groups]
+    (batch,) = micro_batches(module, groups, empty)
+    assert batch.teacher is not None and torch.equal(batch.teacher.token_ids, batch.token_ids)
+    sums = step(module, batch)
+    assert sums.credit is not None and len(sums.credit.jsd) == 15
+    assert sums.credit.jsd.eq(0).all(), "exactly, not nearly"
+    assert sums.jsd_loss.item() == 0
+    assert sums.jsd_loss.dtype == dtype
+    assert torch.equal(sums.credit.student_logprob, sums.credit.teacher_logprob)
+    assert gradient(module, sums.jsd_loss).abs().max() < 1e-6, "at its minimum"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_the_divergence_is_bounded_by_ln_2(seed: int, scale: float) -> None:
+    module = make_module(tiny_model(seed=seed, initializer_range=scale), divergence=WHOLE)
+    credit = step(module, taught_batch(module)).credit
+    assert credit is not None
+    assert (credit.jsd > 0).all() and (credit.jsd <= math.log(2)).all()
+    assert credit.jsd.max() > 1e-3
+
+
+def test_a_support_as_large_as_the_vocabulary_is_the_vocabulary() -> None:
+    model, vocabulary = tiny_model(), tiny_model().config.vocab_size
+    jsd = {}
+    for top_k in (None, vocabulary, vocabulary - 1, 6):
+        module = make_module(model, divergence=JensenShannon(top_k=top_k))
+        sums = step(module, taught_batch(module))
+        assert sums.credit is not None
+        jsd[top_k] = sums.credit.jsd
+    assert torch.equal(jsd[vocabulary], jsd[None])
+    torch.testing.assert_close(jsd[vocabulary - 1], jsd[None], rtol=0.2, atol=1e-3)
+    assert not torch.allclose(jsd[6], jsd[None], rtol=1e-3)
+
+
+@pytest.mark.parametrize("top_k", [1, 6, 27])
+def test_a_truncated_teacher_gives_the_truncated_divergence(top_k: int) -> None:
+    module = make_module(divergence=JensenShannon(top_k=top_k))
+    batch = taught_batch(module)
+    assert batch.teacher is not None and batch.teacher_query_row is not None
+    (teacher,), _, _ = module.policy(batch.teacher, [batch.teacher_query_row])
+    (student,), _, _ = module.policy(batch.sequences, [batch.query_row])
+    loss = (jensen_shannon(student, teacher, top_k=top_k) * batch.query_weight).sum()
+    sums = step(module, batch)
+    torch.testing.assert_close(sums.jsd_loss, loss, rtol=0, atol=1e-15)
+    torch.testing.assert_close(gradient(module, sums.jsd_loss), gradient(module, loss), rtol=0, atol=1e-14)
+
+
+# The teacher learns nothing
+
+
+def test_the_teacher_has_no_graph() -> None:
+    for divergence in (WHOLE, JensenShannon(top_k=6)):
+        module = make_module(divergence=divergence)
+        rows = module.teacher_step(taught_batch(module))
+        tensors = [value for name in rows.__slots__ if isinstance(value := getattr(rows, name), Tensor)]
+        assert len(tensors) >= 6
+        assert not any(tensor.requires_grad for tensor in tensors)
+
+
+@pytest.mark.parametrize("top_k", [6, None])
+def test_the_gradient_is_that_of_the_student_alone(top_k: int | None) -> None:
+    """Finite differences in random directions of the body, the teacher held fast."""
+    module = make_module(divergence=JensenShannon(top_k=top_k))
+    batch = taught_batch(module)
+    teacher = module.teacher_step(batch)
+    body = list(module.policy.model.model.parameters())
+    whole = gradient(module, module.student_step(batch, teacher).jsd_loss)[: sum(w.numel() for w in body)]
+    start, generator = torch.nn.utils.parameters_to_vector(body), torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def loss(at: Tensor, moving: bool = False) -> float:
+        torch.nn.utils.vector_to_parameters(at, body)
+        return module.student_step(batch, module.teacher_step(batch) if moving else teacher).jsd_loss.item()
+
+    for _ in range(3):
+        way = torch.randn(len(start), dtype=torch.float64, generator=generator)
+        slope, both = (
+            (loss(start + 1e-6 * way, moving) - loss(start - 1e-6 * way, moving)) / 2e-6 for moving in (False, True)
+        )
+        assert slope == pytest.approx((whole @ way).item(), abs=1e-7)
+        assert abs(both - slope) > 1e-4, "a teacher that moved along would show"
+
+
+# Which token carries a gradient
+
+
+def rows_with_gradient(module: SDSearchModule, batch: SearchBatch, term: str) -> set[tuple[int, int]]:
+    """(sequence, position) of the student's hidden states that `term` pulls at, pads included."""
+    seen: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        if output.last_hidden_state.requires_grad:  # the teacher's do not
+            output.last_hidden_state.retain_grad()
+            seen.append(output.last_hidden_state)
+
+    handle = module.policy.model.model.register_forward_hook(keep)
+    getattr(step(module, batch), term).backward()
+    handle.remove()
+    (states,) = seen
+    assert states.grad is not None and states.shape[:2] == (batch.sequences.num_sequences, batch.sequences.max_length)
+    return {(int(n), int(t)) for n, t in states.grad.abs().sum(-1).nonzero()}
+
+
+@pytest.mark.parametrize("top_k", [None, 6])
+def test_only_query_tokens_are_distilled(top_k: int | None) -> None:
+    module = make_module(divergence=JensenShannon(top_k=top_k))
+    groups = three_groups()
+    order = [t for g in (groups[0], groups[2], groups[1]) for t in g.trajectories if t.label]  # longest groups first
+    taught = {(n, i - 1) for n, t in enumerate(order) for i, is_query in enumerate(t.query_mask) if is_query}
+    assert rows_with_gradient(module, taught_batch(module), "jsd_loss") == taught
+    untaught = {n for n, t in enumerate(order) if t.instance_id == groups[1].instance_id}
+    mixed = taught_batch(module, rule="mixed")
+    assert rows_with_gradient(module, mixed, "jsd_loss") == {(n, i) for n, i in taught if n not in untaught}
+
+
+@pytest.mark.parametrize("term", ["policy_loss", "kl"])
+def test_only_what_the_policy_wrote_is_rewarded(term: str) -> None:
+    module, groups = drifted(clip_low=9.0, clip_high=1e9), three_groups()  # so wide that no token is clipped away
+    order = [t for g in (groups[0], groups[2], groups[1]) for t in g.trajectories if t.label]
+    counted = {(n, i - 1) for n, t in enumerate(order) for i, sampled in enumerate(t.policy_mask) if sampled}
+    if term == "policy_loss":
+        counted = {(n, i) for n, i in counted if order[n].advantage}
+    assert rows_with_gradient(module, taught_batch(module), term) == counted
+
+
+# The losses by hand
+
+TEXTS = [
+    "siblings CORRECT the river ; CORRECT Norway ; INCORRECT capital of Italy ; INCORRECT none ;",
+    "siblings CORRECT capital of Italy ; CORRECT capital of Italy ; CORRECT none ;",
+    "siblings CORRECT the river ; CORRECT Norway ; INCORRECT none ;",
+]
+RULES = {"all": [1, 1, 1], "mixed": [1, 0, 1], "any_correct": [1, 1, 1], "sqrt": [2 * (2 / 9) ** 0.5, 0, 1]}
+
+
+@pytest.mark.parametrize(("rule", "temperature", "on_policy"), [("all", 1.0, False), ("mixed", 0.7, True), ("sqrt", 1, 0)])
+def test_the_losses_by_hand(rule: str, temperature: float, on_policy: bool) -> None:
+    module = drifted(divergence=WHOLE, temperature=temperature, clip_high=0.28)
+    groups = three_groups()
+    wanted = closed_form(module, groups, RULES[rule], TEXTS, bool(on_policy))
+    sums = step(module, replace(taught_batch(module, rule=rule), on_policy=bool(on_policy)))
+    for term, value in zip(TERMS, wanted, strict=True):
+        ours = getattr(sums, term)
+        assert ours.item() == pytest.approx(value.item(), abs=1e-12)
+        assert abs(value.item()) > 1e-3 or on_policy
+        torch.testing.assert_close(gradient(module, ours), gradient(module, value), rtol=0, atol=1e-11)
+    assert (sums.metrics["clipped"].item() == 0) == bool(on_policy)
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_neither_split_nor_order_changes_a_loss_or_its_gradient(mode: str) -> None:
+    module, groups = drifted(divergence=JensenShannon(top_k=9), aggregation=mode), three_groups()
+    blocks = blocks_of(groups, "sqrt")
+
+    def losses(order: Sequence[int], max_tokens: int, turn: int = 1) -> list[Tensor]:
+        turned = [replace(groups[i], trajectories=groups[i].trajectories[::turn]) for i in order]
+        batches = micro_batches(module, turned, [blocks[i] for i in order], max_tokens, norm=40.0)
+        sums = [step(module, batch) for batch in batches]
+        values = [total(sums, term) for term in TERMS]
+        return [*(value.detach() for value in values), *(gradient(module, value) for value in values)]
+
+    whole = losses([0, 1, 2], 100_000)
+    assert all(part.abs().max() > 1e-4 for part in whole)
+    for order, max_tokens, turn in [([0, 1, 2], 1, 1), ([2, 0, 1], 150, 1), ([1, 2, 0], 250, -1), ([2, 1, 0], 10**6, -1)]:
+        for one, other in zip(losses(order, max_tokens, turn), whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_two_ranks_learn_as_one() -> None:
+    module, groups = drifted(divergence=WHOLE), three_groups()
+    blocks = blocks_of(groups)
+    whole = [step(module, batch) for batch in micro_batches(module, groups, blocks)]
+    counts: list[Tensor] = []
+    for share in ([0], [1, 2]):  # what each rank would count
+        micro_batches(module, [groups[i] for i in share], [blocks[i] for i in share], sum_over_ranks=lambda c: counts.append(c) or c)  # type: ignore[func-returns-value]
+    ranks = [
+        step(module, batch)
+        for share in ([0], [1, 2])
+        for batch in micro_batches(
+            module, [groups[i] for i in share], [blocks[i] for i in share], sum_over_ranks=lambda _: sum(counts)
+        )
+    ]
+    for term in TERMS:
+        one, two = total(whole, term), total(ranks, term)
+        assert two.item() == pytest.approx(one.item(), abs=1e-13)
+        torch.testing.assert_close(gradient(module, two), gradient(module, one), rtol=0, atol=1e-12)
+
+
+# Nothing to learn from
+
+
+def test_a_filler_and_rows_without_a_policy_token_weigh_nothing() -> None:
+    module = drifted()
+    prompt_only = replace(rollout(DIRECT), spans=rollout(DIRECT).spans[:1])
+    (silent,) = micro_batches(module, [group(prompt_only, replace(prompt_only, rollout_index=1))], [None])
+    for batch in (filler(torch.float64), silent):
+        sums = step(module, batch)
+        for term in TERMS:
+            assert getattr(sums, term).item() == 0
+        pull = gradient(module, sums.policy_loss + 0.1 * sums.kl)
+        assert pull.isfinite().all() and not pull.any()
+
+
+def test_a_rollout_that_the_retriever_failed_pulls_nowhere() -> None:
+    module = drifted(divergence=WHOLE)
+    kept = [rollout(TWO, 0, 0.5), rollout(ONE, 1, -0.5)]
+    alone, beside = (
+        step(module, taught_batch(module, [group(*kept, *more)])) for more in ((), (rollout(ONE, 2, label=None),))
+    )
+    for term in TERMS:
+        ours, theirs = getattr(beside, term), getattr(alone, term)
+        assert ours.item() == theirs.item() != 0
+        assert torch.equal(gradient(module, ours), gradient(module, theirs))
+
+
+# Dropout, the reference, and what is refused
+
+
+@pytest.mark.parametrize(
+    ("family", "rates"),
+    [
+        ("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+        ("llama", {"attention_dropout": 0.5}),
+        ("phi", {"attention_dropout": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}),
+        ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "ffn_dim": 32, "word_embed_proj_dim": 16}),
+    ],
+)
+def test_dropout_is_off_in_training(family: str, rates: dict[str, Any]) -> None:
+    plain, model = (tiny_model(family, **rates).train() for _ in range(2))
+    tokens = torch.tensor([[3, 4, 5, 6, 7]])
+    assert not torch.equal(plain(input_ids=tokens).logits, plain(input_ids=tokens).logits), "it would be on"
+    module = make_module(model, kl_coef=0.1).train()
+    assert module.reference is not None
+    for policy in (module.policy, module.reference.train()):
+        assert torch.equal(policy.model(input_ids=tokens).logits, policy.model(input_ids=tokens).logits)
+
+
+def test_the_reference_is_a_frozen_copy_where_it_is_needed() -> None:
+    assert make_module(kl_coef=0.0).reference is None
+    module = make_module(kl_coef=0.1)
+    assert module.reference is not None
+    assert not any(weight.requires_grad for weight in module.reference.parameters())
+    pairs = list(zip(module.policy.parameters(), module.reference.parameters(), strict=True))
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+    sums = step(module, taught_batch(module))
+    assert sums.kl.item() == 0, "they start as one"
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) == {f"policy.{name}" for name in module.policy.state_dict()}
+    other = make_module(tiny_model(seed=1), kl_coef=0.1)
+    assert other.reference is not None
+    made = [weight.clone() for weight in other.reference.parameters()]
+    other.on_load_checkpoint(checkpoint)
+    other.load_state_dict(checkpoint["state_dict"])
+    assert torch.equal(weights_of(other), weights_of(module))
+    assert all(torch.equal(a, b) for a, b in zip(made, other.reference.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_updates": 0}, "model.num_updates: expected at least 1"),
+        ({"kl_coef": -0.1}, "model.kl_coef: expected 0 or more"),
+        ({"aggregation": "mean"}, "Unknown aggregation mode 'mean': expected one of token-mean"),
+        ({"aggregation": "seq-mean-token-sum-norm", "aggregation_norm": 0.0}, "Expected norm above 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_rollout(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SDSearchModule(scratch=ScratchModel(), **options)

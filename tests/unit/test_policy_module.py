@@ -1,0 +1,251 @@
+"""Model making, the policy's forward, the optimizers, and the pieces of the manual step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_data import CODEC, PROTOCOL, TOKENIZER, WORDS, make_module, tiny_model, weights_of
+
+from sdsearch_lightning import models
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.policy import PackedSequences, Policy
+from sdsearch_lightning.policy_module import OptimizerSpec
+from sdsearch_lightning.supervised import SupervisedModule
+
+SEQUENCES = [(3, 4, 5, 6, 7, 8, 9, 10, 11), (14, 0, 1, 2, 18), (19, 20, 3, 5, 1, 9)]
+HEADS = {"head_dim": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": HEADS,
+    "mistral": HEADS | {"sliding_window": 4},
+    "gemma2": HEADS | {"sliding_window": 4, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 3.0},
+    "gemma3_text": HEADS | {"sliding_window": 4},
+    "olmo2": {},
+    "phi3": {},
+    "gpt2": {},
+}
+
+
+# The forward
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_policy_gives_the_logits_of_the_plain_model(family: str) -> None:
+    model = tiny_model(family, **FAMILIES[family]).eval()  # gpt2 has dropout
+    packed = PackedSequences.pack(SEQUENCES)
+    targets = (packed.position_ids > 0).nonzero()[:, 0]
+    (first, second), rows, again = Policy(model)(packed, [targets, targets[[5, 0, 9]]], torch.zeros(2, 16).double())
+    plain = torch.cat([model(input_ids=torch.tensor([sequence])).logits[0, :-1] for sequence in SEQUENCES])
+    torch.testing.assert_close(first, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(second, plain[[5, 0, 9]], rtol=0, atol=1e-12)
+    assert [tuple(r.shape) for r in rows] == [(len(targets), 16), (3, 16)] and again.shape == (2, len(TOKENIZER))
+    assert plain.std() > 0.3, "the comparison would see a difference"
+
+
+def test_a_softcapped_head_is_capped() -> None:
+    model = tiny_model("gemma2", **FAMILIES["gemma2"])
+    (logits,), (hidden,), again = Policy(model)(PackedSequences.pack(SEQUENCES), [torch.tensor([1])], torch.ones(1, 16).double())
+    uncapped = model.lm_head(hidden)
+    assert again is not None and again.abs().max() < 3
+    torch.testing.assert_close(logits, 3 * torch.tanh(uncapped / 3))
+    assert (logits - uncapped).abs().max() > 0.01
+
+
+def test_no_target_is_no_row_and_still_a_graph() -> None:
+    policy = Policy(tiny_model())
+    (logits,), _, _ = policy(PackedSequences.pack(SEQUENCES), [torch.zeros(0, dtype=torch.long)])
+    assert logits.shape == (0, len(TOKENIZER))
+    logits.sum().backward()
+    assert all(w.grad is None or not w.grad.any() for w in policy.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")])
+def test_losses_are_kept_in_float32_or_better(dtype: str, kept: str) -> None:
+    assert Policy(tiny_model(dtype=getattr(torch, dtype))).dtype == getattr(torch, kept)
+
+
+# Where models come from
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_a_folder_loads_as_float32_whatever_it_was_saved_in(tmp_path: Path, saved: torch.dtype) -> None:
+    model = tiny_model(dtype=saved)
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    module = SDSearchModule(str(tmp_path), protocol=PROTOCOL)
+    module.configure_model()
+    assert {weight.dtype for weight in module.policy.parameters()} == {torch.float32}
+    assert torch.equal(weights_of(module), torch.cat([w.float().flatten() for w in model.parameters()]))
+    assert module.codec.encode("Rome </search>") == CODEC.encode("Rome </search>")
+    before = module.policy
+    module.configure_model()
+    assert module.policy is before, "made once"
+
+
+def test_a_missing_folder_names_the_command_that_makes_it() -> None:
+    with pytest.raises(ConfigError, match=r"no folder 'runs/none/model'.*\n?.*supervise` first"):
+        models.load("runs/none/model", torch.float32)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot load"):
+        models.load(str(tmp_path), torch.float32)
+
+
+def test_a_hub_name_without_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # HF_HUB_OFFLINE=1 is read at import only
+    with pytest.raises(ConfigError, match="model.model_name_or_path: cannot load 'nobody/no-such-model'") as error:
+        models.load("nobody/no-such-model", torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def scratch(seed: int = 0, **options: Any) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return models.from_scratch(ScratchModel("llama", sizes | options), TOKENIZER, torch.float32, seed)
+
+
+def test_a_new_model_depends_on_its_seed_alone() -> None:
+    torch.manual_seed(7)
+    first, drawn = scratch(), torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(1), drawn), "making a model draws no random number of the run"
+    second, other = scratch(), scratch(seed=1)
+    pairs = list(zip(first.parameters(), second.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert any(not torch.equal(a, c) for a, _, c in pairs)
+    assert first.config.vocab_size == len(TOKENIZER) and first.config.eos_token_id == TOKENIZER.eos_token_id
+    assert first.get_input_embeddings().weight.std().item() == pytest.approx(16**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (ScratchModel("qwen2"), "model_type 'qwen2': transformers ties this type to Qwen2.*Use llama"),
+        (ScratchModel("lama"), "model.scratch: .*lama"),
+    ],
+)
+def test_a_type_that_would_swap_the_tokenizer_is_refused(spec: ScratchModel, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        models.from_scratch(spec, TOKENIZER, torch.float32, 0)
+
+
+def test_every_tag_is_one_word_of_the_vocabulary() -> None:
+    tokenizer = models.word_level_tokenizer(["a", "b", "a"], PROTOCOL.tags)
+    assert len(tokenizer) == 3 + len(PROTOCOL.tags) + 2
+    assert tokenizer.encode("a </search> zebra") == [len(tokenizer) - 2, 3 + PROTOCOL.tags.index("</search>"), 0]
+
+
+# What a module is asked for
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "found neither"),
+        ({"model_name_or_path": "x", "scratch": ScratchModel()}, "found both"),
+        ({"scratch": ScratchModel(), "max_micro_batch_tokens": 0}, "max_micro_batch_tokens: expected at least 1"),
+        ({"scratch": ScratchModel(), "protocol": "search_r2"}, "model.protocol: .*search_r1, autorefine.*'search_r2'"),
+    ],
+)
+@pytest.mark.parametrize("kind", [SDSearchModule, SupervisedModule])
+def test_what_cannot_work_is_refused(kind: type, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**options)
+
+
+def test_a_new_model_needs_a_vocabulary() -> None:
+    module = SupervisedModule(scratch=ScratchModel(), protocol=PROTOCOL)
+    with pytest.raises(ConfigError, match="needs a datamodule with a vocabulary"):
+        module.configure_model()
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(vocabulary=lambda: tuple(WORDS)))  # type: ignore[assignment]
+    assert module._vocabulary() == tuple(WORDS)
+
+
+# Optimizers
+
+
+def sgd(rate: float) -> Callable[..., torch.optim.Optimizer]:
+    return lambda params: torch.optim.SGD(params, lr=rate)
+
+
+def shares(module: SupervisedModule) -> list[set[str]]:
+    names = {id(parameter): name for name, parameter in module.policy.named_parameters()}
+    optimizers, schedules = module.configure_optimizers()
+    assert len(schedules) == len(optimizers)
+    return [{names[id(p)] for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
+
+
+def supervised(*specs: OptimizerSpec) -> SupervisedModule:
+    module = SupervisedModule(scratch=ScratchModel(), protocol=PROTOCOL, optimizers=list(specs))
+    module.attach(tiny_model(), TOKENIZER)
+    return module
+
+
+def test_the_first_optimizer_that_matches_takes_the_parameter() -> None:
+    module = supervised(OptimizerSpec(sgd(1), r"layers.*proj\.weight"), OptimizerSpec(sgd(2), "proj"), OptimizerSpec(sgd(3)))
+    projections, rest = shares(module)  # the second one is left with nothing, so it is not made
+    names = {name for name, _ in module.policy.named_parameters()}
+    assert projections == {name for name in names if "proj" in name} and len(projections) == 14
+    assert rest == names - projections
+    assert [optimizer.param_groups[0]["lr"] for optimizer in module.configure_optimizers()[0]] == [1, 3]
+
+
+def test_a_parameter_that_no_optimizer_takes_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"no entry takes the parameter 'model.model.embed_tokens.weight'.*'\.\*'"):
+        supervised(OptimizerSpec(sgd(1), "layers")).configure_optimizers()
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    module = make_module(kl_coef=0.1)
+    module.policy.model.lm_head.requires_grad_(False)
+    optimizers, _ = module.configure_optimizers()
+    trained = {id(p) for group in optimizers[0].param_groups for p in group["params"]}
+    assert trained == {id(p) for n, p in module.policy.named_parameters() if "lm_head" not in n}, "nor the reference"
+
+
+# The manual step
+
+
+class TwoRanks:
+    """A trainer that says there is another rank, with `most` micro-batches."""
+
+    world_size = 2
+
+    def __init__(self, most: int) -> None:
+        self.strategy = SimpleNamespace(reduce=lambda count, reduce_op: torch.maximum(count, torch.tensor(most)))
+
+
+@pytest.mark.parametrize(("mine", "most", "expected"), [("ab", 3, "abf"), ("", 2, "ff"), ("abc", 1, "abc")])
+def test_every_rank_makes_as_many_passes(mine: str, most: int, expected: str) -> None:
+    module = make_module()
+    module._trainer = TwoRanks(most)  # type: ignore[assignment]
+    assert module.equalize(list(mine), "f") == list(expected)
+
+
+def test_a_rank_without_anything_makes_one_pass() -> None:
+    module = make_module()
+    module._trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
+    assert module.equalize([], "f") == ["f"]
+    assert module.equalize(["a"], "f") == ["a"]
+
+
+def test_gradients_add_up_over_micro_batches_and_undo_the_average_over_ranks() -> None:
+    module = make_module()
+    module._trainer = TwoRanks(0)  # type: ignore[assignment]
+    weight = next(module.policy.parameters())
+    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+
+    def loss(factor: float) -> Tensor:
+        return factor * weight.sum()
+
+    module.backward_all([1.0, 2.0, 4.0], loss)
+    assert weight.grad is not None and torch.equal(weight.grad, torch.full_like(weight, 2 * 7.0))

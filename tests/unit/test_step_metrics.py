@@ -1,0 +1,133 @@
+"""Step metrics: sums that add up over micro-batches and ranks, and means by hand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdsearch_lightning.distillation import TeacherRows, summarize_teacher
+from sdsearch_lightning.step_metrics import (
+    DISTILLATION_SUMS,
+    POLICY_SUMS,
+    distillation_sums,
+    policy_sums,
+    step_means,
+)
+
+R, V = 7, 5
+ENVIRONMENT = torch.tensor([1, 3])
+
+
+def logprobs(rows: int, seed: int = 0) -> Tensor:
+    logits = torch.randn(rows, V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return logits.log_softmax(-1)
+
+
+def teacher_rows(rows: Tensor) -> TeacherRows:
+    return summarize_teacher(rows, rows, torch.zeros(len(rows), dtype=torch.long), None, ENVIRONMENT)
+
+
+def entropy_by_hand(row: list[float]) -> float:
+    return -math.fsum(math.exp(x) * x for x in row)
+
+
+def test_policy_sums_by_hand() -> None:
+    rows = logprobs(R)
+    chosen = rows[:, 2]
+    gaps = torch.tensor([0.0, 0.17, 0.19, -0.21, -0.24, 0.3, 0.0], dtype=torch.float64)  # log 1.2 = .182, log .8 = -.223
+    sums = policy_sums(rows, chosen, chosen - 2 * gaps, chosen - gaps, 0.2, 0.2)
+    assert sums["policy_tokens"].item() == R
+    assert sums["clipped"].item() == 3
+    assert sums["logprob_gap"].item() == pytest.approx(2 * gaps.abs().sum().item(), abs=1e-12)
+    assert sums["entropy"].item() == pytest.approx(math.fsum(map(entropy_by_hand, rows.tolist())), abs=1e-12)
+    assert policy_sums(rows, chosen, chosen, chosen - gaps, 0.2, 0.28)["clipped"].item() == 2
+
+
+def test_distillation_sums_by_hand() -> None:
+    student, teacher = logprobs(3, 1), logprobs(3, 2)
+    jsd = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    sums = distillation_sums(jsd, student, teacher_rows(teacher), ENVIRONMENT)
+    assert sums["query_tokens"].item() == 3
+    assert sums["jsd"].item() == pytest.approx(0.6)
+    for name, rows in (("student", student), ("teacher", teacher)):
+        assert sums[f"{name}_entropy"].item() == pytest.approx(math.fsum(map(entropy_by_hand, rows.tolist())))
+        mass = math.fsum(math.exp(row[1]) + math.exp(row[3]) for row in rows.tolist())
+        assert sums[f"environment_mass_{name}"].item() == pytest.approx(mass)
+    assert set(sums) == set(DISTILLATION_SUMS)
+
+
+def test_sums_carry_no_graph() -> None:
+    rows = logprobs(3).requires_grad_()
+    sums = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0], 0.2, 0.2)
+    sums |= distillation_sums(rows[:, 0], rows, teacher_rows(rows), ENVIRONMENT)
+    assert not any(value.requires_grad for value in sums.values())
+
+
+@pytest.mark.parametrize("cuts", [(0, R), (0, 1, 3, R), (0, 0, R)])
+def test_sums_add_up_over_micro_batches(cuts: tuple[int, ...]) -> None:
+    rows, gaps = logprobs(R), torch.linspace(-0.5, 0.5, R, dtype=torch.float64)
+    total: Counter[str] = Counter()
+    for a, b in pairwise(cuts):
+        chosen = rows[a:b, 0]
+        total.update({k: float(v) for k, v in policy_sums(rows[a:b], chosen, chosen, chosen - gaps[a:b], 0.2, 0.2).items()})
+    whole = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0] - gaps, 0.2, 0.2)
+    assert total == pytest.approx({name: float(value) for name, value in whole.items()})
+
+
+def totals(**values: float) -> dict[str, float]:
+    return dict.fromkeys((*POLICY_SUMS, *DISTILLATION_SUMS), 0.0) | values
+
+
+def test_step_means_by_hand() -> None:
+    means = step_means(
+        totals(
+            loss=3.0,
+            policy_loss=2.0,
+            kl=0.5,
+            jsd_loss=0.8,
+            policy_tokens=20.0,
+            entropy=40.0,
+            clipped=5.0,
+            logprob_gap=1.0,
+            query_tokens=4.0,
+            jsd=1.2,
+            student_entropy=8.0,
+            teacher_entropy=6.0,
+            environment_mass_student=0.4,
+            environment_mass_teacher=0.2,
+        ),
+        num_updates=2,
+    )
+    assert means == pytest.approx(
+        {
+            "train/loss": 1.5,
+            "train/policy_loss": 1.0,
+            "train/kl": 0.25,
+            "train/entropy": 2.0,
+            "train/clip_fraction": 0.25,
+            "train/logprob_gap": 0.05,
+            "train/policy_tokens": 20.0,
+            "distill/loss": 0.4,
+            "distill/jsd": 0.3,
+            "distill/student_entropy": 2.0,
+            "distill/teacher_entropy": 1.5,
+            "distill/entropy_gap": 0.5,
+            "distill/environment_mass_student": 0.1,
+            "distill/environment_mass_teacher": 0.05,
+            "distill/teacher_rows": 4.0,
+        }
+    )
+
+
+def test_a_step_without_teacher_says_nothing_of_it() -> None:
+    means = step_means(totals(policy_tokens=2.0), 1)
+    assert {name for name in means if name.startswith("distill/")} == {"distill/teacher_rows"}
+
+
+def test_a_step_without_tokens_is_finite() -> None:
+    assert set(step_means(totals(), 1).values()) == {0.0}
