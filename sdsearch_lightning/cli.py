@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -349,22 +350,24 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-NOISE = ("💡 Tip", "GPU available", "TPU available", "HPU available", "Seed set to", "`Trainer.fit` stopped", "Restor",
-         "Loaded model weights")  # fmt: skip
+NOISE = re.compile(
+    r"(\[rank: \d+\] )?(💡 Tip|GPU available|TPU available|HPU available|Seed set to|`Trainer.fit` stopped|Restor|Loaded model)"
+)
 """Openings of log lines that tell a user nothing."""
+IDLE_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning's own use of torch
+    "You passed in a `val_dataloader` but have no `validation_step`",  # a cold start
+    ".*does not have many workers",  # questions are text in memory
+    "It is recommended to use `self.log",  # what the modules log is summed over ranks already
+    "Found .* in eval mode at the start of training",  # the frozen reference model
+)
 
 
 def quieten() -> None:
-    """Drops advertisements and warnings that no user can act on."""
+    """Drops advertisements, and warnings that no user can act on."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
-    for message in (
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning's own use of torch
-        "You passed in a `val_dataloader` but have no `validation_step`",  # a cold start
-        ".*does not have many workers",  # questions are text in memory
-        ".*is not currently shuffling",
-        "Found .* module.* in eval mode at the start of training",  # a frozen reference model
-    ):
+        logging.getLogger(name).addFilter(lambda record: NOISE.match(record.getMessage()) is None)
+    for message in IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", module="jsonargparse")
-    transformers.utils.logging.disable_progress_bar()  # a bar for writing each file
+    transformers.utils.logging.disable_progress_bar()  # it would count the files of each model that is saved

@@ -25,7 +25,7 @@ from sdsearch_lightning.credit import CreditRows, Credits, credit_rollouts, cred
 from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher, summarize_teacher
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.evaluation_steps import EvaluationSteps
-from sdsearch_lightning.losses import AggregationMode, Divergence, JensenShannon, clipped_surrogate, kl_k3
+from sdsearch_lightning.losses import AggregationMode, Divergence, JensenShannon, clipped_surrogate, kl_k3, token_weights
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName
@@ -111,6 +111,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             raise ConfigError(f"model.num_updates: expected at least 1, found {num_updates}.")
         if kl_coef < 0:
             raise ConfigError(f"model.kl_coef: expected 0 or more, found {kl_coef}.")
+        # An impossible aggregation is refused here, not in the first step.
+        token_weights(torch.zeros(1, 1, dtype=torch.bool), aggregation, aggregation_norm)
         self.divergence = divergence
         self.clip_low, self.clip_high, self.kl_coef = clip_low, clip_high, kl_coef
         self.aggregation, self.aggregation_norm = aggregation, aggregation_norm
@@ -125,6 +127,9 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+            # Attention layers hold their rate as a number of their own, read from the config when they were made.
+            for name in [n for n, rate in vars(module).items() if "dropout" in n and isinstance(rate, float)]:
+                setattr(module, name, 0.0)
         for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
             if hasattr(model.config, name):
                 setattr(model.config, name, 0.0)

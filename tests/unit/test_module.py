@@ -79,7 +79,7 @@ def test_a_teacher_with_an_empty_block_is_the_student(dtype: torch.dtype, top_k:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("scale", [0.3, 2.0])
+@pytest.mark.parametrize("scale", [0.3, 1.0])
 def test_the_divergence_is_bounded_by_ln_2(seed: int, scale: float) -> None:
     module = make_module(tiny_model(seed=seed, initializer_range=scale), divergence=WHOLE)
     credit = step(module, taught_batch(module)).credit
@@ -129,10 +129,11 @@ def test_the_teacher_has_no_graph() -> None:
 @pytest.mark.parametrize("top_k", [6, None])
 def test_the_gradient_is_that_of_the_student_alone(top_k: int | None) -> None:
     """Finite differences in random directions of the body, the teacher held fast."""
-    module = make_module(divergence=JensenShannon(top_k=top_k))
+    model = tiny_model("gpt2", tie_word_embeddings=False)  # float64 throughout; a llama computes its norms in float32
+    module = make_module(model, divergence=JensenShannon(top_k=top_k))
     batch = taught_batch(module)
     teacher = module.teacher_step(batch)
-    body = list(module.policy.model.model.parameters())
+    body = list(model.transformer.parameters())
     whole = gradient(module, module.student_step(batch, teacher).jsd_loss)[: sum(w.numel() for w in body)]
     start, generator = torch.nn.utils.parameters_to_vector(body), torch.Generator().manual_seed(0)
 

@@ -166,7 +166,7 @@ def step(module: SDSearchModule, batch: SearchBatch) -> StepSums:
 def gradient(module: SDSearchModule, loss: Tensor) -> Tensor:
     """[P] gradient of `loss` in all weights, one after the other."""
     weights = list(module.policy.parameters())
-    grads = torch.autograd.grad(loss, weights, allow_unused=True)
+    grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
     return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(grads, weights, strict=True)])
 
 
