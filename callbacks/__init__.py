@@ -8,6 +8,10 @@ from sdsearch_lightning.callbacks.graceful_stop import GracefulStop
 from sdsearch_lightning.callbacks.hindsight_construction import HindsightConstruction
 from sdsearch_lightning.callbacks.jsd_weight_scheduler import JSDWeightScheduler
 from sdsearch_lightning.callbacks.rollout_grouping import RolloutGrouping
+from sdsearch_lightning.callbacks.teacher_diagnostics import TeacherDiagnostics
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 
-__all__ = ["GracefulStop", "HindsightConstruction", "JSDWeightScheduler", "RolloutGrouping", "TrajectoryLog"]
+__all__ = ["GracefulStop", "HindsightConstruction", "JSDWeightScheduler", "RolloutGrouping",
+    "TeacherDiagnostics",
+    "TrajectoryLog",
+]

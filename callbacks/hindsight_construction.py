@@ -1,13 +1,16 @@
 """HindsightConstruction: one hindsight block per rollout group, made of its siblings' queries and outcomes.
 
-Next: collate.py.
+Next: hindsight/ (the blocks), then collate.py.
 """
 
 from __future__ import annotations
 
+import inspect
+
 import lightning.pytorch as pl
 
-from sdsearch_lightning.hindsight import BlockBuilder, QueriesAndLabels
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.hindsight import BlockBudget, BlockBuilder, QueriesAndLabels, sibling_records
 from sdsearch_lightning.losses import GroupsRule, group_weight
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.types import StepBatch
@@ -17,14 +20,33 @@ class HindsightConstruction(pl.Callback):
     """Fills `StepBatch.hindsight`.
 
     Args:
-        groups: which groups are taught: all (the paper), any_correct, mixed, sqrt; see `losses.group_weight`.
+        groups: which groups are taught: all (the paper), any_correct, mixed, sqrt; see `losses.group_weight`. A group in
+            which no rollout searched never is.
         block: makes the blocks of the taught groups; null = `QueriesAndLabels`, the paper's.
+        max_block_tokens: whole entries are dropped from the end of a block until it has at most so many tokens; a group
+            whose first entry alone is longer is not taught. Both are logged. Rollouts are never cut. null = no limit.
     """
 
-    def __init__(self, groups: GroupsRule = "all", block: BlockBuilder | None = None) -> None:
+    def __init__(
+        self, groups: GroupsRule = "all", block: BlockBuilder | None = None, max_block_tokens: int | None = None
+    ) -> None:
         super().__init__()
         group_weight([], groups)  # an unknown rule is refused here, not in the first step
-        self.groups, self.block = groups, block or QueriesAndLabels()
+        BlockBudget(max_block_tokens)  # and so is an impossible budget
+        self.groups, self.block, self.max_block_tokens = groups, block or QueriesAndLabels(), max_block_tokens
+        if max_block_tokens is not None and "budget" not in inspect.signature(self.block.build).parameters:
+            raise ConfigError(
+                f"hindsight.max_block_tokens is {max_block_tokens}, but {type(self.block).__name__}.build takes no "
+                "`budget`. Add the parameter (see BlockBuilder.build), or set max_block_tokens to null."
+            )
+
+    def setup(self, trainer: pl.Trainer, pl_module: SDSearchModule, stage: str) -> None:  # type: ignore[override]
+        """Refuse a block that has nothing to say where the teacher is asked."""
+        if getattr(self.block, "per_query", False) and pl_module.positions != "queries":
+            raise ConfigError(
+                f"hindsight.block {type(self.block).__name__} writes one text per query, but model.positions is "
+                f"{pl_module.positions!r}: there is nothing to read at other tokens. Set model.positions to queries."
+            )
 
     def on_train_batch_start(
         self,
@@ -35,4 +57,19 @@ class HindsightConstruction(pl.Callback):
     ) -> None:
         """Build the blocks of a training batch; they cost nothing while the JSD weight is 0."""
         groups = batch.require("groups", by="HindsightConstruction")
-        batch.hindsight = tuple(self.block.build(groups, self.groups, pl_module.protocol, pl_module.codec))
+        budget = BlockBudget(self.max_block_tokens)
+        options = {} if self.max_block_tokens is None else {"budget": budget}
+        blocks = self.block.build(groups, self.groups, pl_module.protocol, pl_module.codec, **options)
+        if len(blocks) != len(groups):
+            raise ConfigError(
+                f"hindsight.block: expected one block or None per group, {len(groups)} in all, found {len(blocks)} from "
+                f"{type(self.block).__name__}.build."
+            )
+        batch.hindsight = tuple(blocks)
+        searched = [any(record.queries for record in sibling_records(group, pl_module.codec)) for group in groups]
+        counts = {
+            "distill/groups_without_queries": float(searched.count(False)),
+            "distill/groups_over_budget": float(budget.groups_over_budget),
+            "distill/dropped_entries": float(budget.dropped_entries),
+        }
+        pl_module.log_dict(counts, batch_size=len(groups), sync_dist=trainer.world_size > 1, reduce_fx="sum")

@@ -8,6 +8,7 @@ Next: rollout/ (the engine), then hindsight_construction.py.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -56,6 +57,8 @@ class RolloutGrouping(pl.Callback):
         label: CORRECT or INCORRECT for the hindsight block, independent of the reward.
         advantage_scale: `std` (GRPO) or `none` (Dr. GRPO).
         engine: runs the rollouts.
+        refill_attempts: how often groups whose rewards do not differ are replaced by groups of other training questions
+            (dynamic sampling of DAPO, arXiv:2503.14476); what still has no signal after the last attempt stays.
         max_error_fraction: share of a step's rollouts that may end in a retrieval error before the run stops.
         seed: of all rollouts; linked to seed_everything.
     """
@@ -76,6 +79,7 @@ class RolloutGrouping(pl.Callback):
         label: LabelRule = F1LabelRule(),  # noqa: B008  (stateless)
         advantage_scale: AdvantageScale = "std",
         engine: Engine = GenerateEngine(),  # noqa: B008  (attached anew by each run)
+        refill_attempts: int = 0,
         max_error_fraction: float = 0.2,
         seed: int = 0,
     ) -> None:
@@ -89,6 +93,9 @@ class RolloutGrouping(pl.Callback):
         self.limits = Limits(max_searches, max_invalid_actions, max_turn_tokens, max_observation_tokens, max_tokens)
         self.reward, self.label, self.advantage_scale = reward, label, advantage_scale
         self.engine, self.max_error_fraction = engine, max_error_fraction
+        if refill_attempts < 0:
+            raise ConfigError(f"rollout.refill_attempts: expected 0 or more, found {refill_attempts}.")
+        self.refill_attempts = refill_attempts
         self._searches: SearchPool | None = None
         self._too_long: set[str] = set()
         self._last_error = ""
@@ -122,11 +129,33 @@ class RolloutGrouping(pl.Callback):
     ) -> None:
         """Run, score and group the rollouts of a training batch."""
         requests = self._requests(pl_module, batch, self.group_size, self.sampling, "train", trainer.global_step)
-        trajectories = self._run(trainer, pl_module, requests, log=True)
-        batch.groups = self._groups(trajectories, self.group_size)
+        trajectories = self.run(trainer, pl_module, requests, log=True)
+        batch.groups = self._refill(trainer, pl_module, batch, self._groups(trajectories, self.group_size))
         group_metrics = rollout_metrics(batch.groups)
         pl_module.log_dict(group_metrics, batch_size=len(batch), sync_dist=trainer.world_size > 1)
         self._stop_if_broken(pl_module, trajectories)
+
+    def _refill(
+        self, trainer: pl.Trainer, module: SDSearchModule, batch: StepBatch, groups: tuple[RolloutGroup, ...]
+    ) -> tuple[RolloutGroup, ...]:
+        """Replace groups without signal by groups of other training questions, drawn by a seed of this step.
+
+        Their instance ids continue behind the positions of the epoch, so they meet no other.
+        """
+        filled = list(groups)
+        for attempt in range(1, self.refill_attempts + 1):
+            empty = [i for i, group in enumerate(filled) if not group.has_signal]
+            if not empty:
+                break
+            pool = trainer.datamodule.training_questions  # type: ignore[attr-defined]
+            seed = derive_seed(self.seed, "refill", trainer.global_step, attempt, trainer.global_rank)
+            drawn = random.Random(seed).sample(range(len(pool)), min(len(empty), len(pool)))
+            ids = [(epoch, position + attempt * len(pool)) for epoch, position in (batch.instance_ids[i] for i in empty)]
+            more = StepBatch([pool[i] for i in drawn], ids[: len(drawn)])
+            requests = self._requests(module, more, self.group_size, self.sampling, "train", trainer.global_step)
+            for i, group in zip(empty, self._groups(self.run(trainer, module, requests), self.group_size), strict=False):
+                filled[i] = group
+        return tuple(filled)
 
     def on_validation_batch_start(
         self,
@@ -139,7 +168,7 @@ class RolloutGrouping(pl.Callback):
         """Run greedy rollouts, and `eval_samples` sampled ones, with the same seeds in every evaluation."""
         greedy = self._requests(pl_module, batch, 1, GREEDY, "eval")
         drawn = self._requests(pl_module, batch, self.eval_samples, self.sampling, "eval")
-        trajectories = self._run(trainer, pl_module, [*greedy, *drawn])
+        trajectories = self.run(trainer, pl_module, [*greedy, *drawn])
         batch.groups = self._groups(trajectories[: len(greedy)], 1)
         if self.eval_samples:
             batch.sampled_groups = self._groups(trajectories[len(greedy) :], self.eval_samples)
@@ -167,9 +196,10 @@ class RolloutGrouping(pl.Callback):
             ]
         return requests
 
-    def _run(
+    def run(
         self, trainer: pl.Trainer, module: SDSearchModule, requests: Sequence[RolloutRequest], log: bool = False
     ) -> list[Trajectory]:
+        """Run requests with the current policy; `log` adds the window's cost to the metrics."""
         assert self._searches is not None, "setup has run"
         progress = RolloutProgress(len(requests), trainer.is_global_zero and trainer.progress_bar_callback is not None)
         self.engine.attach(

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.report.trajectories import Record, append_records, cut_torn_line, make_record, rank_file
@@ -58,8 +59,14 @@ class TrajectoryLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes the rollouts of a training batch."""
+        """Writes the rollouts of a training batch; all of them, as phase "skipped", where its update was not finite."""
         step = trainer.global_step - 1  # Lightning has already counted this batch
+        if _has_rollouts(batch) and batch.skipped_updates:
+            self._append(trainer, self._records(trainer, pl_module, batch, batch.groups, "skipped", step))
+            rank_zero_warn(
+                f"Step {step}: the gradient was not finite, so {batch.skipped_updates} update(s) were skipped and no "
+                'weight changed. The batch is in trajectories.jsonl, phase "skipped".'
+            )
         if _has_rollouts(batch) and step % self.every_n_steps == 0:
             records = self._records(trainer, pl_module, batch, batch.groups, "train", step)
             self._append(trainer, islice(records, self.max_per_step))

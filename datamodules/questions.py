@@ -111,6 +111,11 @@ class SearchDataModule(pl.LightningDataModule):
             return TrainingBatches(rows, StepBatch, share, self.seed)
         return TrainingBatches(rows, DemonstrationBatch, share, self.seed if self.shuffle_demonstrations else None)
 
+    @property
+    def training_questions(self) -> Sequence[Question]:
+        """All of them, in the order of the files; for callbacks that draw more than the loader hands out."""
+        return self._rows("train")
+
     def val_dataloader(self) -> EvaluationBatches | list[Any]:
         """All validation questions; an empty list, which Lightning passes over, where there are none."""
         return self._evaluation("val") if self._rows("val") else []

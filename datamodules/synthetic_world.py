@@ -1,7 +1,7 @@
 """SyntheticWorldDataModule: the embedded search problem, small enough for a laptop, that the quick start learns.
 
 It generates what another run would read from files: a corpus, an encoder, questions and demonstrations, all from
-`seed`. Retrieval is the ordinary DenseRetriever over the written corpus and encoder. Invariants: training and held-out
+`world_seed`. Retrieval is the ordinary DenseRetriever over the written corpus and encoder. Invariants: training and held-out
 questions share no start, bridge or answer entity; no fact of the evaluated world occurs in any demonstration.
 Next: synthetic_world_generation.py.
 """
@@ -54,7 +54,10 @@ class SyntheticWorldDataModule(SearchDataModule):
         cache_dir: where corpus, encoder and index are written; default `$XDG_CACHE_HOME/sdsearch_lightning`.
         batch_size: questions (or demonstrations) per process and step.
         eval_batch_size: questions per process and evaluation batch.
-        seed: everything is derived from it: the same seed gives the same bytes in any process.
+        seed: decides the order of every epoch and, without `world_seed`, everything else: the same seed gives the same
+            bytes in any process.
+        world_seed: fixes the world, its encoder, its questions and the demonstrations, so that runs of several seeds
+            can share a world and a cold start; null: `seed`.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class SyntheticWorldDataModule(SearchDataModule):
         batch_size: int = 16,
         eval_batch_size: int = 128,
         seed: int = 0,
+        world_seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed)
         for name, value in (
@@ -87,6 +91,7 @@ class SyntheticWorldDataModule(SearchDataModule):
                 raise ConfigError(f"data.{name}: expected at least 1, found {value}.")
         if not 0 <= block_share <= 1:
             raise ConfigError(f"data.block_share: expected a share between 0 and 1, found {block_share}.")
+        self.world_seed = seed if world_seed is None else world_seed
         self._shape = WorldShape(num_entities, num_relations, terms_per_relation, facts_per_entity)
         self._hop_mix = _checked_hop_mix(hop_mix)
         self._num_questions = {"train": num_train_questions, "val": num_val_questions}
@@ -100,7 +105,7 @@ class SyntheticWorldDataModule(SearchDataModule):
     @cached_property
     def world(self) -> World:
         """The evaluated world: that of reinforcement learning, validation and test."""
-        return generate_world(self._shape, self._shape.groups(), random.Random(f"{self.seed}/world"))
+        return generate_world(self._shape, self._shape.groups(), random.Random(f"{self.world_seed}/world"))
 
     def prepare_data(self) -> None:
         """Write corpus and encoder where they are missing, then build the index. Runs on one process per node."""
@@ -112,7 +117,8 @@ class SyntheticWorldDataModule(SearchDataModule):
         """Different questions of `split`: train, val, test or predict; the last three start from held-out entities."""
         train, held_out = self._shape.groups()
         starts, stream = (train, "train") if split == "train" else (held_out, "held-out")
-        questions = sample_questions(self.world, random.Random(f"{self.seed}/{stream}"), starts, self._hop_mix, stream)
+        rng = random.Random(f"{self.world_seed}/{stream}")
+        questions = sample_questions(self.world, rng, starts, self._hop_mix, stream)
         count = self._num_questions["train" if split == "train" else "val"]
         skipped = count if split in ("test", "predict") else 0
         return list(islice(questions, skipped, skipped + count))
@@ -128,7 +134,7 @@ class SyntheticWorldDataModule(SearchDataModule):
             hop_mix=self._hop_mix,
             block_share=self._block_share,
             top_k=self._demonstration_top_k,
-            seed=self.seed,
+            seed=self.world_seed,
         )
 
     def vocabulary(self) -> tuple[str, ...]:
@@ -137,10 +143,10 @@ class SyntheticWorldDataModule(SearchDataModule):
 
     @property
     def _vectors(self) -> Vectors:
-        return word_vectors(self._shape, self.seed)
+        return word_vectors(self._shape, self.world_seed)
 
     def _fingerprint(self) -> str:
-        options = {"format": _FORMAT, "seed": self.seed, **asdict(self._shape)}
+        options = {"format": _FORMAT, "seed": self.world_seed, **asdict(self._shape)}
         return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
 
     def _write(self) -> None:

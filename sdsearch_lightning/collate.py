@@ -16,16 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from sdsearch_lightning.lessons import Lesson, Positions, num_distilled_tokens, plan_lessons
 from sdsearch_lightning.losses import AggregationMode, StepTotals, query_weights, token_weights
 from sdsearch_lightning.policy import PackedSequences
-from sdsearch_lightning.types import HindsightBlock, RolloutGroup, Trajectory
+from sdsearch_lightning.types import HindsightBlock, RolloutGroup, SpanKind, Trajectory
 
-TeacherPrompt = Callable[[Trajectory, HindsightBlock], Sequence[int]]
-"""Token ids of the prompt with the hindsight block."""
+TeacherPrompt = Callable[[Trajectory, str], Sequence[int]]
+"""Token ids of the prompt with a block text."""
+SPAN_KINDS = tuple(SpanKind)
+"""Codes of `SearchBatch.span_kind`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,10 @@ class SearchBatch:
     """[Q] index into the T tokens of each taught query token."""
     query_weight: Tensor
     """[Q] weight of each of them in the JSD loss."""
+    span_kind: Tensor
+    """[T] index into SPAN_KINDS."""
+    lessons: tuple[Lesson, ...] = ()
+    """Where the Q rows come from, in order."""
     teacher: PackedSequences | None = None
     """The same rollouts behind a hindsight block; None where nothing is taught."""
     teacher_query_row: Tensor | None = None
@@ -90,6 +98,7 @@ def weigh(
     mode: AggregationMode,
     norm: float | None = None,
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    positions: Positions = "queries",
     dtype: torch.dtype = torch.float32,
 ) -> list[list[WeightedRollout]]:
     """Give every rollout of one optimizer step its weights in both losses.
@@ -100,6 +109,7 @@ def weigh(
         mode: aggregation of the policy loss, see `losses.token_weights`.
         norm: see there.
         sum_over_ranks: sums a tensor of counts; None for one process. Called once, on every rank.
+        positions: where student and teacher are compared.
         dtype: of the policy weights.
 
     Returns:
@@ -111,7 +121,7 @@ def weigh(
     mask = torch.zeros(len(rollouts), max((len(t.token_ids) for t in rollouts), default=1), dtype=torch.bool)
     for row, trajectory in zip(mask, rollouts, strict=True):
         row[: len(trajectory.token_ids)] = torch.tensor(trajectory.policy_mask)
-    num_query_tokens = torch.tensor([sum(t.query_mask) for t in rollouts], dtype=torch.long)
+    num_query_tokens = torch.tensor([num_distilled_tokens(t, positions) for t in rollouts], dtype=torch.long)
     totals = num_with_queries = None
     if sum_over_ranks is not None:
         local = torch.tensor([len(rollouts), int(mask.sum()), int((num_query_tokens > 0).sum())])
@@ -148,63 +158,67 @@ def split_groups(groups: Sequence[Sequence[WeightedRollout]], max_tokens: int) -
 
 
 def collate(
-    rollouts: Sequence[WeightedRollout], teacher_prompt: TeacherPrompt | None = None, dtype: torch.dtype = torch.float32
+    rollouts: Sequence[WeightedRollout],
+    teacher_prompt: TeacherPrompt | None = None,
+    positions: Positions = "queries",
+    dtype: torch.dtype = torch.float32,
 ) -> SearchBatch:
     """One micro-batch of tensors.
 
     Args:
         rollouts: whole groups.
         teacher_prompt: makes the prompt with the block; None leaves the teacher's side out (JSD weight 0).
+        positions: where student and teacher are compared.
         dtype: of weights, log-probs and advantages.
     """
-    tokens = [rollout.trajectory.token_ids for rollout in rollouts]
-    offsets = [0]
-    for sequence in tokens:
-        offsets.append(offsets[-1] + len(sequence))
-    logprobs = [value for rollout in rollouts for value in rollout.trajectory.sampled_logprobs]
-    lengths = torch.tensor([len(sequence) for sequence in tokens])
-    advantages = torch.tensor([rollout.trajectory.advantage or 0.0 for rollout in rollouts], dtype=dtype)
-    taught = [
-        (rollout, offset)
-        for rollout, offset in zip(rollouts, offsets, strict=False)
-        if teacher_prompt is not None and rollout.block is not None
-    ]
-    query_rows = [
-        [offset + i for i, is_query in enumerate(rollout.trajectory.query_mask) if is_query]
-        for rollout, offset in taught
-    ]
+    trajectories = [rollout.trajectory for rollout in rollouts]
+    lengths = torch.tensor([len(trajectory.token_ids) for trajectory in trajectories])
+    blocks = [rollout.block if teacher_prompt is not None else None for rollout in rollouts]
+    lessons = plan_lessons(list(zip(trajectories, blocks, strict=True)), positions)
+    offsets = [0, *lengths.cumsum(0).tolist()]
+    rows = [[offsets[lesson.rollout] + i for i in _judged_tokens(trajectories, lesson)] for lesson in lessons]
+    weights = [rollouts[lesson.rollout].query_weight for lesson in lessons]
     batch = SearchBatch(
-        sequences=PackedSequences.pack(tokens),
+        sequences=PackedSequences.pack([trajectory.token_ids for trajectory in trajectories]),
         policy_weight=torch.cat([rollout.policy_weight for rollout in rollouts]).to(dtype),
-        sampled_logprobs=torch.tensor(logprobs, dtype=dtype),
-        advantages=advantages.repeat_interleave(lengths),
-        query_row=torch.tensor([row for rows in query_rows for row in rows], dtype=torch.long),
-        query_weight=torch.tensor(
-            [rollout.query_weight for (rollout, _), rows in zip(taught, query_rows, strict=True) for _ in rows],
-            dtype=dtype,
+        sampled_logprobs=torch.tensor([value for t in trajectories for value in t.sampled_logprobs], dtype=dtype),
+        advantages=torch.tensor([t.advantage or 0.0 for t in trajectories], dtype=dtype).repeat_interleave(lengths),
+        query_row=torch.tensor([row for part in rows for row in part], dtype=torch.long),
+        query_weight=torch.tensor([w for w, part in zip(weights, rows, strict=True) for _ in part], dtype=dtype),
+        span_kind=torch.tensor(
+            [SPAN_KINDS.index(span.kind) for t in trajectories for span in t.spans for _ in span.token_ids]
         ),
+        lessons=lessons,
     )
     if teacher_prompt is None or not len(batch.query_row):
         return batch
-    return _with_teacher(batch, taught, query_rows, teacher_prompt)
+    return _with_teacher(batch, trajectories, offsets, rows, teacher_prompt)
+
+
+def _judged_tokens(trajectories: Sequence[Trajectory], lesson: Lesson) -> list[int]:
+    """Token indices, within its rollout, of the spans a lesson judges."""
+    spans = trajectories[lesson.rollout].spans
+    starts = [0, *accumulate(len(span.token_ids) for span in spans)]
+    return [i for index in lesson.spans for i in range(starts[index], starts[index + 1])]
 
 
 def _with_teacher(
     batch: SearchBatch,
-    taught: Sequence[tuple[WeightedRollout, int]],
-    query_rows: Sequence[Sequence[int]],
+    trajectories: Sequence[Trajectory],
+    offsets: Sequence[int],
+    rows: Sequence[Sequence[int]],
     teacher_prompt: TeacherPrompt,
 ) -> SearchBatch:
     """Add the teacher's side: the prompt with the block, then the very same tokens."""
     sequences: list[list[int]] = []
     teacher_rows: list[int] = []
     base = 0
-    for (rollout, offset), rows in zip(taught, query_rows, strict=True):
-        assert rollout.block is not None
-        prompt = list(teacher_prompt(rollout.trajectory, rollout.block))
-        shift = base - offset + len(prompt) - rollout.trajectory.prompt_length
-        teacher_rows += [row + shift for row in rows]
-        sequences.append(prompt + list(rollout.trajectory.token_ids[rollout.trajectory.prompt_length :]))
+    for lesson, judged in zip(batch.lessons, rows, strict=True):
+        trajectory = trajectories[lesson.rollout]
+        prompt = list(teacher_prompt(trajectory, lesson.block_text))
+        shift = base - offsets[lesson.rollout] + len(prompt) - trajectory.prompt_length
+        teacher_rows += [row + shift for row in judged]
+        sequences.append(prompt + list(trajectory.token_ids[trajectory.prompt_length :]))
         base += len(sequences[-1])
     teacher = PackedSequences.pack(sequences)
     teacher_query_row = torch.tensor(teacher_rows, dtype=torch.long)
@@ -218,4 +232,6 @@ def filler(dtype: torch.dtype = torch.float32) -> SearchBatch:
     """A micro-batch that weighs nothing: it keeps the number of passes equal on all ranks."""
     nothing = torch.zeros(2, dtype=dtype)
     none = torch.zeros(0, dtype=torch.long)
-    return SearchBatch(PackedSequences.pack([[0, 0]]), nothing, nothing, nothing, none, torch.zeros(0, dtype=dtype))
+    kinds = torch.zeros(2, dtype=torch.long)
+    packed = PackedSequences.pack([[0, 0]])
+    return SearchBatch(packed, nothing, nothing, nothing, none, torch.zeros(0, dtype=dtype), kinds)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sdsearch_lightning.collate import WeightedRollout
-from sdsearch_lightning.types import InstanceId, RolloutGroup, SpanKind, TokenCredit
+from sdsearch_lightning.lessons import Lesson
+from sdsearch_lightning.types import InstanceId, RolloutGroup, TokenCredit
 
 Credits = dict[tuple[InstanceId, int], tuple[TokenCredit, ...]]
 """By (instance_id, rollout_index)."""
@@ -32,21 +33,18 @@ class CreditRows:
             yield jsd, student, teacher, tuple(zip(ids, probs, strict=True))
 
 
-def credit_rollouts(rollouts: Sequence[WeightedRollout], rows: CreditRows) -> Credits:
-    """Deal the rows of a micro-batch out to the query spans they belong to."""
+def credit_rollouts(rollouts: Sequence[WeightedRollout], lessons: Sequence[Lesson], rows: CreditRows) -> Credits:
+    """Deal the rows of a micro-batch out to the spans they belong to."""
     credits: Credits = {}
     pending = rows.rows()
-    for rollout in rollouts:
-        if rollout.block is None:
-            continue
-        verdicts = []
-        for index, span in enumerate(rollout.trajectory.spans):
-            if span.kind is SpanKind.QUERY and span.token_ids:
-                jsd, student, teacher, top = zip(*(next(pending) for _ in span.token_ids), strict=True)
-                verdicts.append(TokenCredit(index, jsd, student, teacher, top))
-        if verdicts:
-            credits[rollout.trajectory.instance_id, rollout.trajectory.rollout_index] = tuple(verdicts)
-    assert next(pending, None) is None, "every query row belongs to a span"
+    for lesson in lessons:
+        trajectory = rollouts[lesson.rollout].trajectory
+        key = trajectory.instance_id, trajectory.rollout_index
+        for index in lesson.spans:
+            verdict = [next(pending) for _ in trajectory.spans[index].token_ids]
+            jsd, student, teacher, top = zip(*verdict, strict=True)
+            credits[key] = (*credits.get(key, ()), TokenCredit(index, jsd, student, teacher, top))
+    assert next(pending, None) is None, "every row belongs to a span"
     return credits
 
 

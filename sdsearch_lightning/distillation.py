@@ -3,7 +3,7 @@
 With a top-k divergence the k logits of its support stay; with the full vocabulary its hidden rows do, and the head is
 run on them again beside the student's. Everything here is without gradient.
 
-Next: losses.py.
+Next: divergences.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.losses import Divergence
+from sdsearch_lightning.divergences import Divergence
 
 NUM_TOP = 5
 """Tokens of the teacher that are kept for the report."""

@@ -8,7 +8,6 @@ packing, micro-batches and ranks cannot change it. Losses are nouns, to be minim
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.types import Label, Pluggable
+from sdsearch_lightning.types import Label
 
 AggregationMode = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 GroupsRule = Literal["all", "any_correct", "mixed", "sqrt"]
@@ -87,13 +86,14 @@ def jensen_shannon(
     Raises:
         ConfigError: `beta` outside [0, 1] or `top_k` below 1.
     """
-    _check_divergence(beta, top_k)
+    check_beta(beta)
+    check_top_k(top_k)
     assert student_logits.shape == teacher_logits.shape, "student and teacher rows are paired, over one vocabulary"
     teacher_logits = teacher_logits.detach()
     if top_k is not None and top_k < teacher_logits.shape[-1]:
         support = teacher_logits.topk(top_k, dim=-1).indices  # [Q, k]
         student_logits, teacher_logits = student_logits.gather(-1, support), teacher_logits.gather(-1, support)
-    student, teacher = _log_softmax(student_logits), _log_softmax(teacher_logits)
+    student, teacher = floored_log_softmax(student_logits), floored_log_softmax(teacher_logits)
     gap = teacher - student.detach()  # log T/S
     if beta == 0:
         divergence = (teacher.exp() * (teacher - student)).sum(-1)
@@ -111,45 +111,30 @@ def jensen_shannon(
     return divergence.clamp(min=0).to(student_logits.dtype)
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities, never -inf: 0 * log 0 has to be 0. At this floor a probability is 0 in any float."""
+def floored_log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities, never -inf: 0 * log 0 has to be 0. At this floor a probability is 0 in any float.
+
+    Args:
+        logits: [Q, V] in any float dtype.
+
+    Returns:
+        [Q, V] in float32, or in float64 where the logits are.
+    """
     floor = torch.finfo(logits.dtype).min / 2
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.clamp(min=torch.finfo(logits.dtype).min).log_softmax(-1).clamp(min=floor)
 
 
-def _check_divergence(beta: float, top_k: int | None) -> None:
+def check_beta(beta: float) -> None:
+    """Raise ConfigError unless `beta` is a share of a mixture."""
     if not 0 <= beta <= 1:
         raise ConfigError(f"Expected beta in [0, 1], got {beta}. 0 is KL(teacher || student), 0.5 the symmetric JSD.")
+
+
+def check_top_k(top_k: int | None) -> None:
+    """Raise ConfigError unless `top_k` is a number of tokens, or None."""
     if top_k is not None and top_k < 1:
         raise ConfigError(f"Expected top_k of at least 1, got {top_k}. null takes the full vocabulary.")
-
-
-class Divergence(Pluggable):
-    """Base of token-level distillation losses. Any class with a `divergence` method is accepted in its place."""
-
-    required = ("divergence",)
-
-    @abstractmethod
-    def divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[Q] loss per query token from student_logits [Q, V] and teacher_logits [Q, V] (detached)."""
-
-
-class JensenShannon(Divergence):
-    """The paper's divergence, on the teacher's top k tokens; see `jensen_shannon`.
-
-    Args:
-        beta: teacher's share of the mixture, in [0, 1].
-        top_k: size of the support; null for the full vocabulary.
-    """
-
-    def __init__(self, beta: float = 0.5, top_k: int | None = 50) -> None:
-        _check_divergence(beta, top_k)
-        self.beta, self.top_k = beta, top_k
-
-    def divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[Q] nats."""
-        return jensen_shannon(student_logits, teacher_logits, self.beta, self.top_k)
 
 
 # Weights, computed once per optimizer step

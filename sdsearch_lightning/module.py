@@ -10,7 +10,7 @@ Next: losses.py, the arithmetic.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -23,15 +23,26 @@ from torch import Tensor
 from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
 from sdsearch_lightning.credit import CreditRows, Credits, credit_rollouts, credit_table
 from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher, summarize_teacher
+from sdsearch_lightning.divergences import Divergence, JensenShannon
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.evaluation_steps import EvaluationSteps
-from sdsearch_lightning.losses import AggregationMode, Divergence, JensenShannon, clipped_surrogate, kl_k3, token_weights
+from sdsearch_lightning.losses import AggregationMode, token_weights
+from sdsearch_lightning.lessons import Positions
 from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.objective import EntropyCoefs, PolicyObjective, log_softmax
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.protocol import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
-from sdsearch_lightning.step_metrics import DISTILLATION_SUMS, POLICY_SUMS, distillation_sums, policy_sums, step_means
+from sdsearch_lightning.step_metrics import (
+    DISTILLATION_SUMS,
+    LOSS_TERMS,
+    POLICY_SUMS,
+    StepTally,
+    distillation_sums,
+    step_means,
+)
+from sdsearch_lightning.teachers import LiveTeacher, Teacher
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
 
 
@@ -44,6 +55,7 @@ class StepSums:
     kl: Tensor
     metrics: dict[str, Tensor]
     """Sums over tokens, and the counts to divide them by; detached."""
+    entropy_loss: Tensor
     credit: CreditRows | None = None
 
 
@@ -63,6 +75,11 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         optimizer: of all parameters.
         lr_schedule: factor on the learning rate by rollout batch.
         divergence: of student and teacher at query tokens.
+        teacher: whose weights the teacher has: the live policy's (the paper), or a copy's, see teachers.py.
+        positions: where student and teacher are compared: queries (the paper) or every token of the policy.
+        policy_coef: weight of the policy-gradient loss; 0 distils only.
+        entropy_coef: weight of the entropy at each kind of token; a bonus above 0, a penalty below.
+        tis_cap: cap of truncated importance sampling against the engine's log-probs; null leaves it out.
         clip_low: the ratio is clipped below 1 - clip_low.
         clip_high: and above 1 + clip_high.
         kl_coef: weight of the k3 estimate of the KL to the initial policy; above 0 a frozen copy is kept.
@@ -84,6 +101,11 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01),
         lr_schedule: Schedule = Constant(),  # noqa: B008  (stateless)
         divergence: Divergence = JensenShannon(),  # noqa: B008  (stateless)
+        teacher: Teacher = LiveTeacher(),  # noqa: B008  (attached anew by each run)
+        positions: Positions = "queries",
+        policy_coef: float = 1.0,
+        entropy_coef: EntropyCoefs = EntropyCoefs(),  # noqa: B008  (frozen)
+        tis_cap: float | None = None,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         kl_coef: float = 1e-3,
@@ -109,17 +131,18 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         )
         if num_updates < 1:
             raise ConfigError(f"model.num_updates: expected at least 1, found {num_updates}.")
-        if kl_coef < 0:
-            raise ConfigError(f"model.kl_coef: expected 0 or more, found {kl_coef}.")
         # An impossible aggregation is refused here, not in the first step.
         token_weights(torch.zeros(1, 1, dtype=torch.bool), aggregation, aggregation_norm)
-        self.divergence = divergence
-        self.clip_low, self.clip_high, self.kl_coef = clip_low, clip_high, kl_coef
+        self.divergence, self.teacher, self.positions = divergence, teacher, positions
+        self.objective = PolicyObjective(
+            clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature
+        )
         self.aggregation, self.aggregation_norm = aggregation, aggregation_norm
-        self.temperature, self.num_updates = temperature, num_updates
+        self.num_updates = num_updates
         self.jsd_weight = 0.0
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
         self.reference: Policy | None = None
+        self.teacher_policy: Policy | None = None
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""
@@ -138,8 +161,11 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         closing = self.codec.encode(f"</{self.protocol.documents_tag}>")
         whole = [ids[0] for ids in (opening, closing) if len(ids) == 1]
         self.register_buffer("environment_ids", torch.tensor(whole, dtype=torch.long), persistent=False)
-        if self.kl_coef > 0:
+        if self.objective.kl_coef > 0:
             self.reference = Policy(deepcopy(model)).requires_grad_(False).eval()
+        self.teacher_policy = self.teacher.attach(self.policy)
+        if (check := getattr(self.divergence, "check", None)) is not None:
+            check(len(tokenizer))
 
     # The step
 
@@ -154,65 +180,78 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
                 f"model.num_updates is {self.num_updates}, but the batch holds {len(groups)} questions: each update "
                 "needs one. Raise data.batch_size or lower model.num_updates."
             )
-        totals: Counter[str] = Counter()
-        credits: Credits = {}
+        tally, credits = StepTally(), Credits()
+        self.teacher.begin_batch(self.policy)
         for update in range(self.num_updates):
             share = slice(*(len(groups) * i // self.num_updates for i in (update, update + 1)))
-            micro_batches = self._micro_batches(groups[share], blocks[share], on_policy=update == 0)
-            self.backward_all(micro_batches, lambda micro: self._loss(micro, totals, credits))  # noqa: B023
-            totals["grad_norm"] += self.apply_gradients(last=update == self.num_updates - 1)
+            micro_batches = self.micro_batches(groups[share], blocks[share], on_policy=update == 0)
+            self.backward_all(micro_batches, lambda micro: self._loss(micro, tally, credits))
+            norm = self.apply_gradients(last=update == self.num_updates - 1)
+            if math.isfinite(norm):
+                tally.sums["grad_norm"] += norm
+                self.teacher.after_update(self.policy)
+            else:
+                tally.skipped += 1
+        batch.skipped_updates = tally.skipped
         batch.credit = credit_table(groups, credits)
-        self._log_step(totals, blocks)
+        self._log_step(tally, blocks)
 
-    def _micro_batches(
+    def micro_batches(
         self, groups: Sequence[RolloutGroup], blocks: Sequence[HindsightBlock | None], on_policy: bool
     ) -> list[_MicroBatch]:
         """One update's micro-batches, as many on every rank: weights first, from global counts, then the split."""
         several = self.trainer.world_size > 1
         dtype = self.policy.dtype
         weighed = weigh(
-            groups, blocks, self.aggregation, self.aggregation_norm, self.sum_over_ranks if several else None, dtype
+            groups,
+            blocks,
+            self.aggregation,
+            self.aggregation_norm,
+            self.sum_over_ranks if several else None,
+            self.positions,
+            dtype,
         )
-        prompt = self._teacher_prompt if self.jsd_weight > 0 else None
+        prompt = self.teacher_prompt if self.jsd_weight > 0 else None
         micro_batches = [
-            _MicroBatch(rollouts, replace(collate(rollouts, prompt, dtype), on_policy=on_policy).to(self.device))
+            _MicroBatch(rollouts, replace(collate(rollouts, prompt, self.positions, dtype), on_policy=on_policy).to(self.device))
             for rollouts in split_groups(weighed, self.max_micro_batch_tokens)
         ]
         return self.equalize(micro_batches, _MicroBatch((), filler(dtype).to(self.device)))
 
-    def _teacher_prompt(self, trajectory: Trajectory, block: HindsightBlock) -> Sequence[int]:
-        return self.protocol.prompt_ids(self.codec, trajectory.question.text, block.text)
+    def teacher_prompt(self, trajectory: Trajectory, block_text: str) -> Sequence[int]:
+        """Token ids of the trajectory's prompt with a hindsight block."""
+        return self.protocol.prompt_ids(self.codec, trajectory.question.text, block_text)
 
-    def _loss(self, micro: _MicroBatch, totals: Counter[str], credits: Credits) -> Tensor:
-        """The micro-batch's share of the loss; adds its sums to `totals` and its verdicts to `credits`."""
+    def _loss(self, micro: _MicroBatch, tally: StepTally, credits: Credits) -> Tensor:
+        """The micro-batch's share of the loss; adds its sums to `tally` and its verdicts to `credits`."""
         teacher = self.teacher_step(micro.batch) if micro.batch.teacher is not None else None
         sums = self.student_step(micro.batch, teacher)
-        loss = sums.policy_loss
-        if self.kl_coef > 0:
-            loss = loss + self.kl_coef * sums.kl
+        loss = self.objective.total(sums.policy_loss, sums.kl, sums.entropy_loss)
         if teacher is not None:
             loss = loss + self.jsd_weight * sums.jsd_loss
-        losses = {"loss": loss, "policy_loss": sums.policy_loss, "kl": sums.kl, "jsd_loss": sums.jsd_loss}
-        for name, value in (losses | sums.metrics).items():
-            totals[name] += float(value.detach())
+        terms = {"loss": loss, **{name: getattr(sums, name) for name in LOSS_TERMS}}
+        tally.add(terms | sums.metrics)
         if sums.credit is not None:
-            credits |= credit_rollouts(micro.rollouts, sums.credit)
+            tally.jsd.append(sums.credit.jsd)
+            credits |= credit_rollouts(micro.rollouts, micro.batch.lessons, sums.credit)
         return loss
 
     @torch.no_grad()
     def teacher_step(self, batch: SearchBatch) -> TeacherRows:
-        """The same policy reading the hindsight block, at the query tokens of `batch`; no gradient.
+        """The teacher reading the hindsight block, at the JSD positions of `batch`; no gradient.
 
         Args:
             batch: with its teacher's side.
         """
         assert batch.teacher is not None and batch.teacher_query_row is not None, "the batch has no teacher's side"
-        (logits,), (hidden,), _ = self.policy(batch.teacher, [batch.teacher_query_row])
+        policy = self.teacher.policy(self.policy)
+        (logits,), (hidden,), _ = policy(batch.teacher, [batch.teacher_query_row])
         tokens = batch.teacher.token_ids[batch.teacher_query_row]
-        return summarize_teacher(logits, hidden, tokens, getattr(self.divergence, "top_k", None), self.environment_ids)
+        top_k = getattr(self.divergence, "teacher_top_k", None)
+        return summarize_teacher(logits, hidden, tokens, top_k, self.environment_ids)
 
     def student_step(self, batch: SearchBatch, teacher: TeacherRows | None = None) -> StepSums:
-        """Both losses of one micro-batch from one forward pass.
+        """All terms of one micro-batch from one forward pass.
 
         Args:
             batch: with `query_row` aligned to `teacher`.
@@ -225,73 +264,62 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         queries = batch.query_row if teacher is not None else batch.query_row[:0]
         is_policy[queries] = False
         others = is_policy.nonzero()[:, 0]
-        hidden = None if teacher is None else teacher.hidden
-        (query_logits, other_logits), _, teacher_logits = self.policy(batch.sequences, [queries, others], hidden)
         rows = torch.cat([queries, others])
-        logprobs = _log_softmax(torch.cat([query_logits, other_logits]), self.temperature)
-        chosen = logprobs.gather(1, batch.token_ids[rows][:, None])[:, 0]
-        sampled = chosen.detach() if batch.on_policy else batch.sampled_logprobs[rows]
-        surrogate = clipped_surrogate(chosen, sampled, batch.advantages[rows], self.clip_low, self.clip_high)
-        weight = batch.policy_weight[rows]
-        sums = StepSums(
-            policy_loss=(surrogate * weight).sum(),
-            jsd_loss=chosen.new_zeros(()),
-            kl=self._kl(batch, rows, chosen, weight),
-            metrics=policy_sums(logprobs, chosen, batch.sampled_logprobs[rows], sampled, self.clip_low, self.clip_high),
-        )
+        source = self.teacher.policy(self.policy)
+        hidden = None if teacher is None else teacher.hidden
+        # A live teacher's rows share the student's pass through the head; a copy has a head of its own.
+        shared = hidden if source is self.policy else None
+        (query_logits, other_logits), _, teacher_logits = self.policy(batch.sequences, [queries, others], shared)
+        if hidden is not None and shared is None:
+            teacher_logits = source.project(hidden)
+        reference_logits = None
+        if self.reference is not None:
+            with torch.no_grad():
+                (reference_logits,), _, _ = self.reference(batch.sequences, [rows])
+        sums = self.objective.sums(torch.cat([query_logits, other_logits]), reference_logits, batch, rows)
+        sums = StepSums(sums.policy_loss, torch.zeros_like(sums.kl), sums.kl, sums.metrics, sums.entropy_loss)
         if teacher is None:
             return sums
         jsd = divergence_to_teacher(self.divergence, query_logits, teacher, teacher_logits)
-        student = _log_softmax(query_logits.detach(), 1.0)
+        student = log_softmax(query_logits.detach(), 1.0)
+        chosen = student.gather(1, batch.token_ids[queries][:, None])[:, 0]
         return replace(
             sums,
             jsd_loss=(jsd * batch.query_weight).sum(),
-            metrics=sums.metrics | distillation_sums(jsd.detach(), student, teacher, self.environment_ids),
-            credit=CreditRows(
-                jsd.detach(),
-                student.gather(1, batch.token_ids[queries][:, None])[:, 0],
-                teacher.logprob,
-                teacher.top_ids,
-                teacher.top_probs,
-            ),
+            metrics=sums.metrics | distillation_sums(jsd.detach(), student, chosen, teacher, self.environment_ids),
+            credit=CreditRows(jsd.detach(), chosen, teacher.logprob, teacher.top_ids, teacher.top_probs),
         )
 
-    def _kl(self, batch: SearchBatch, rows: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """Weighted k3 estimate of the KL to the reference; not importance-weighted."""
-        if self.reference is None:
-            return chosen.new_zeros(())
-        with torch.no_grad():
-            (logits,), _, _ = self.reference(batch.sequences, [rows])
-            logprobs = _log_softmax(logits, self.temperature).gather(1, batch.token_ids[rows][:, None])[:, 0]
-        return (kl_k3(chosen, logprobs) * weight).sum()
-
-    def _log_step(self, totals: Counter[str], blocks: Sequence[HindsightBlock | None]) -> None:
-        names = [*POLICY_SUMS, *DISTILLATION_SUMS]
-        values = torch.tensor([totals[name] for name in names], dtype=torch.float64)
+    def _log_step(self, tally: StepTally, blocks: Sequence[HindsightBlock | None]) -> None:
+        names = ["loss", *LOSS_TERMS, *POLICY_SUMS, *DISTILLATION_SUMS]
+        values = torch.tensor([tally.sums[name] for name in names], dtype=torch.float64)
         if self.trainer.world_size > 1:
             values = self.sum_over_ranks(values)
         means = step_means(dict(zip(names, values.tolist(), strict=True)), self.num_updates)
         means |= {
-            "train/grad_norm": totals["grad_norm"] / self.num_updates,
+            "train/grad_norm": tally.sums["grad_norm"] / max(self.num_updates - tally.skipped, 1),
+            "train/skipped_updates": float(tally.skipped),
             "train/lr": self._optimizers()[0].param_groups[0]["lr"],
             "distill/weight": self.jsd_weight,
             "distill/groups": float(sum(block is not None for block in blocks)),
+            "distill/effective_weight": self.jsd_weight * sum(b.weight for b in blocks if b) / len(blocks),
         }
+        if tally.jsd:
+            means["distill/jsd_p95"] = tally.jsd_p95
         self.log_dict(means, batch_size=len(blocks))
 
-    # Checkpoints: the reference is made again from the initial model, so it is never saved
+    # Checkpoints: copies that a resumed run makes again from the initial model are never saved
+
+    @property
+    def _unsaved(self) -> tuple[str, ...]:
+        in_checkpoint = getattr(self.teacher, "in_checkpoint", True)
+        return ("reference.",) if in_checkpoint else ("reference.", "teacher_policy.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the reference out."""
+        """Leave such copies out."""
         weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("reference.")}
+        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith(self._unsaved)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference as it was made."""
-        mine = {k: v for k, v in self.state_dict().items() if k.startswith("reference.")}
-        checkpoint["state_dict"] |= mine
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Log-probs in float32, or float64 where the logits are."""
-    return (logits if logits.dtype == torch.float64 else logits.float()).div(temperature).log_softmax(-1)
+        """Keep them as they were made."""
+        checkpoint["state_dict"] |= {k: v for k, v in self.state_dict().items() if k.startswith(self._unsaved)}

@@ -92,6 +92,10 @@ class Policy(nn.Module):
         states: Tensor = self.model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
         return states
 
+    def project(self, hidden: Tensor) -> Tensor:
+        """[Q, V] logits of hidden rows [Q, H] of an earlier call; for copies that nobody wraps."""
+        return self._head(hidden)
+
     def _head(self, rows: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(rows)
         if (cap := getattr(self.model.config, "final_logit_softcapping", None)) is not None:

@@ -173,6 +173,9 @@ class PolicyModule(pl.LightningModule):
     def apply_gradients(self, last: bool = True) -> float:
         """Clip, step every optimizer, zero the gradients.
 
+        Where the gradient is not finite the update is skipped: no weight and no optimizer state changes. The norm is
+        that of the exchanged gradient, so all ranks skip together; a step still counts as a step.
+
         Args:
             last: whether this is the batch's last update: it alone advances `global_step` and the schedules.
 
@@ -181,7 +184,10 @@ class PolicyModule(pl.LightningModule):
         """
         optimizers = self._optimizers()
         norm = nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
-        if self.gradient_clip_val is not None:
+        if not torch.isfinite(norm):
+            for optimizer in optimizers:
+                optimizer.zero_grad()  # parameters without a gradient are passed over, weight decay included
+        elif self.gradient_clip_val is not None:
             nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.gradient_clip_val, norm)
         for position, optimizer in enumerate(optimizers):
             counts = last and position == len(optimizers) - 1

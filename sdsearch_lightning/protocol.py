@@ -95,7 +95,7 @@ class Conversation:
         self._passages: list[tuple[Passage, ...]] = []
         self._refinements: list[str] = []
         self._answer: str | None = None
-        self._num_invalid = 0
+        self._num_invalid = self._num_tagged = 0
         self._begin_turn()
         self.stop_reason: StopReason | None = None
         """None while the rollout goes on."""
@@ -146,6 +146,7 @@ class Conversation:
             answer=self._answer,
             refinements=tuple(self._refinements),
             num_invalid_actions=self._num_invalid,
+            num_tagged_queries=self._num_tagged,
         )
 
     def _closed_action(self, seen: int) -> _Action | None:
@@ -166,7 +167,10 @@ class Conversation:
             self._end_turn(action)
             self._answer = content.strip()
             return self._stop(StopReason.ANSWERED)
-        if not content.strip() or self._codec.holds_control(content):
+        if self._codec.holds_control(content):
+            self._num_tagged += 1
+            return self._refuse()
+        if not content.strip():
             return self._refuse()
         if len(self._queries) >= self._limits.max_searches:
             self._end_turn(None)

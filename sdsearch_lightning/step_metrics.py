@@ -6,17 +6,23 @@ explained in docs/metrics.md.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sdsearch_lightning.distillation import TeacherRows, entropy
 
-POLICY_SUMS = ("loss", "policy_loss", "kl", "jsd_loss", "policy_tokens", "entropy", "clipped", "logprob_gap")
+LOSS_TERMS = ("policy_loss", "kl", "entropy_loss", "jsd_loss")
+POLICY_SUMS = ("policy_tokens", "entropy", "clipped", "logprob_gap", "searched_tokens", "query_entropy")
 DISTILLATION_SUMS = (
     "query_tokens",
     "jsd",
+    "student_logprob",
+    "teacher_logprob",
     "student_entropy",
     "teacher_entropy",
     "environment_mass_student",
@@ -24,9 +30,36 @@ DISTILLATION_SUMS = (
 )
 
 
+@dataclass(slots=True)
+class StepTally:
+    """What adds up over the micro-batches of a step on this rank."""
+
+    sums: Counter[str] = field(default_factory=Counter)
+    jsd: list[Tensor] = field(default_factory=list)
+    """[Q] divergences per token, for the quantile."""
+    skipped: int = 0
+    """Updates left out because their gradient was not finite."""
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Count the sums of one micro-batch in."""
+        for name, value in sums.items():
+            self.sums[name] += float(value.detach())
+
+    @property
+    def jsd_p95(self) -> float:
+        """95th percentile of the divergence over this rank's tokens; NaN without any."""
+        return float(torch.cat(self.jsd).float().quantile(0.95)) if self.jsd else math.nan
+
+
 @torch.no_grad()
 def policy_sums(
-    logprobs: Tensor, chosen: Tensor, sampled: Tensor, old: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    chosen: Tensor,
+    sampled: Tensor,
+    old: Tensor,
+    is_query: Tensor,
+    clip_low: float,
+    clip_high: float,
 ) -> dict[str, Tensor]:
     """Sums over the R policy tokens of a micro-batch.
 
@@ -35,13 +68,17 @@ def policy_sums(
         chosen: [R] of the sampled tokens.
         sampled: [R] as the engine recorded them.
         old: [R] denominator of the ratio.
+        is_query: [R] bool, True at tokens of executed queries.
         clip_low: see `losses.clipped_surrogate`.
         clip_high: see there.
     """
     ratio = (chosen - old).exp()
+    entropies = entropy(logprobs)
     return {
         "policy_tokens": torch.tensor(float(len(chosen))),
-        "entropy": entropy(logprobs).sum(),
+        "entropy": entropies.sum(),
+        "searched_tokens": is_query.sum(),
+        "query_entropy": entropies[is_query].sum(),
         "clipped": ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).sum(),
         "logprob_gap": (chosen - sampled).abs().sum(),
     }
@@ -49,19 +86,22 @@ def policy_sums(
 
 @torch.no_grad()
 def distillation_sums(
-    jsd: Tensor, student_logprobs: Tensor, teacher: TeacherRows, environment_ids: Tensor
+    jsd: Tensor, student_logprobs: Tensor, chosen: Tensor, teacher: TeacherRows, environment_ids: Tensor
 ) -> dict[str, Tensor]:
     """Sums over the Q taught query tokens of a micro-batch.
 
     Args:
         jsd: [Q].
         student_logprobs: [Q, V].
+        chosen: [Q] of the sampled tokens.
         teacher: its rows.
         environment_ids: [E] tokens that only the environment writes.
     """
     return {
         "query_tokens": torch.tensor(float(len(jsd))),
         "jsd": jsd.sum(),
+        "student_logprob": chosen.sum(),
+        "teacher_logprob": teacher.logprob.sum(),
         "student_entropy": entropy(student_logprobs).sum(),
         "teacher_entropy": teacher.entropy.sum(),
         "environment_mass_student": student_logprobs[:, environment_ids].exp().sum(),
@@ -78,7 +118,7 @@ def step_means(totals: Mapping[str, float], num_updates: int) -> dict[str, float
         num_updates: updates the totals cover.
     """
     tokens = max(totals["policy_tokens"], 1.0)
-    means = {f"train/{name}": totals[name] / num_updates for name in ("loss", "policy_loss", "kl")}
+    means = {f"train/{name}": totals[name] / num_updates for name in ("loss", "policy_loss", "kl", "entropy_loss")}
     means |= {
         "train/entropy": totals["entropy"] / tokens,
         "train/clip_fraction": totals["clipped"] / tokens,
@@ -86,10 +126,14 @@ def step_means(totals: Mapping[str, float], num_updates: int) -> dict[str, float
         "train/policy_tokens": totals["policy_tokens"],
         "distill/teacher_rows": totals["query_tokens"],
     }
+    if searched := totals["searched_tokens"]:
+        means["train/query_entropy"] = totals["query_entropy"] / searched
     if queries := totals["query_tokens"]:
         means |= {
             "distill/loss": totals["jsd_loss"] / num_updates,
             "distill/jsd": totals["jsd"] / queries,
+            "distill/student_logprob": totals["student_logprob"] / queries,
+            "distill/teacher_logprob": totals["teacher_logprob"] / queries,
             "distill/student_entropy": totals["student_entropy"] / queries,
             "distill/teacher_entropy": totals["teacher_entropy"] / queries,
             "distill/entropy_gap": (totals["student_entropy"] - totals["teacher_entropy"]) / queries,

@@ -1,7 +1,8 @@
-"""The literal text of a search rollout: prompt, tags, observations, the hindsight block.
+"""The literal text of a search rollout: prompt, tags, observations.
 
 `Protocol` holds every string that stands around the policy's own words; `SearchR1Protocol` and `AutoRefineProtocol` are
 two sets of values, and each value is a YAML key. Sources: Search-R1 (arXiv:2503.09516), AutoRefine (arXiv:2505.11277).
+What the teacher reads behind the prompt is worded in block_templates.py.
 
 Next: protocol.py, the state machine of one rollout that speaks it.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from sdsearch_lightning.block_templates import BlockTemplates, check_fields
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.tokenization import TokenCodec
 from sdsearch_lightning.types import Demonstration, Passage, Pluggable, SiblingRecord, Span, SpanKind
@@ -55,11 +57,7 @@ class Protocol(Pluggable):
         refine: whether the policy also has a refine tag.
         question_mark: append `?` to a question that does not end with one (as Search-R1's data scripts do).
         use_chat_template: None means: where the tokenizer has one.
-        block_header: first line of the hindsight block; the block stands after the prompt inside the user turn, so
-            that student and teacher share their whole suffix. The published paper does not print its block.
-        block_entry: opens one sibling's entry; fields number (from 1), label.
-        block_query: one query of it; fields number (from 1), query, label.
-        block_no_query: stands for the queries of a sibling that never searched; fields as block_entry.
+        block: texts of the hindsight block.
     """
 
     required = ("prompt_ids", "render_block")
@@ -74,10 +72,7 @@ class Protocol(Pluggable):
         refine: bool = False,
         question_mark: bool = True,
         use_chat_template: bool | None = None,
-        block_header: str = "\nSearch queries and outcomes of several attempts at this question:\n",
-        block_entry: str = "[Rollout {number} | {label}]\n",
-        block_query: str = "search {number}: {query}\n",
-        block_no_query: str = "(no search)\n",
+        block: BlockTemplates = BlockTemplates(),  # noqa: B008  (frozen)
     ) -> None:
         if "{question}" not in prompt:
             raise ConfigError(f"model.protocol.prompt: expected text that holds {{question}}, found {prompt!r}.")
@@ -88,14 +83,9 @@ class Protocol(Pluggable):
                 "model.protocol.observation_template: expected text that holds {passages} once, "
                 f"found {observation_template!r}."
             )
-        _check_fields("passage_template", passage_template, "index", "title", "text", "contents")
-        _check_fields("block_entry", block_entry, "number", "label")
-        _check_fields("block_query", block_query, "number", "query", "label")
-        _check_fields("block_no_query", block_no_query, "number", "label")
+        check_fields("passage_template", passage_template, "index", "title", "text", "contents")
         self.invalid_message, self.question_mark = invalid_message, question_mark
-        self.use_chat_template = use_chat_template
-        self.block_header, self.block_entry = block_header, block_entry
-        self.block_query, self.block_no_query = block_query, block_no_query
+        self.use_chat_template, self.block = use_chat_template, block
         self.policy_tags = ("think", "search", "answer", *(("refine",) if refine else ()))
 
     @property
@@ -145,17 +135,7 @@ class Protocol(Pluggable):
 
     def render_block(self, codec: TokenCodec, entries: Sequence[SiblingRecord]) -> str:
         """The hindsight block h(G) of the paper as text; "" without entries. Queries are data: they bring no tags."""
-        if not entries:
-            return ""
-        lines = [self.block_header]
-        for number, entry in enumerate(entries, start=1):
-            label = str(entry.label)
-            lines.append(self.block_entry.format(number=number, label=label))
-            lines += [
-                self.block_query.format(number=n, query=codec.neutralize(query), label=label)
-                for n, query in enumerate(entry.queries, start=1)
-            ] or [self.block_no_query.format(number=number, label=label)]
-        return "".join(lines)
+        return self.block.write_siblings(codec, entries)
 
     def demonstration_spans(self, codec: TokenCodec, demonstration: Demonstration) -> tuple[Span, ...]:
         """A written rollout as spans, token for token what a rollout with the same text would hold.
@@ -175,16 +155,6 @@ class Protocol(Pluggable):
                 Span(SpanKind.SCAFFOLD, codec.encode(f"</{tag}>")),
             ]
         return tuple(spans)
-
-
-def _check_fields(name: str, template: str, *fields: str) -> None:
-    try:
-        template.format(**dict.fromkeys(fields, ""))
-    except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(
-            f"model.protocol.{name}: expected a template with fields {', '.join(fields)}, found {template!r} "
-            f"({type(error).__name__}: {error}). Write {{{{ and }}}} for plain braces."
-        ) from error
 
 
 class SearchR1Protocol(Protocol):

@@ -99,7 +99,8 @@ class SiblingRecord:
 
     rollout_index: int
     queries: tuple[str, ...]
-    label: Label
+    label: Label | None
+    """None where a block tells no outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,8 @@ class Trajectory:
     refinements: tuple[str, ...] = ()
     """Text inside refine tags, in order; only protocols with a refine tag have any."""
     num_invalid_actions: int = 0
+    num_tagged_queries: int = 0
+    """Those of them that were searches whose query held a tag or a special token."""
     reward: float | None = None
     advantage: float | None = None
     label: Label | None = None
@@ -232,6 +235,16 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherView:
+    """The block text that one rollout's teacher reads, at one of its queries or at all of them."""
+
+    rollout_index: int
+    query_index: int | None
+    """Counts the rollout's QUERY spans from 0; None = all of them."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class HindsightBlock:
     """The text that turns the policy into the teacher: all siblings' queries with their outcomes (paper, h(G))."""
 
@@ -240,6 +253,14 @@ class HindsightBlock:
     text: str
     weight: float = 1.0
     """Weight of this group in the JSD loss, from the `groups` rule; its denominator does not depend on it."""
+    views: tuple[TeacherView, ...] | None = None
+    """None: every rollout of the group reads `text`. Else what is listed, and a rollout without a view is not taught."""
+
+    def views_of(self, rollout_index: int) -> tuple[TeacherView, ...]:
+        """What the teacher of one rollout reads."""
+        if self.views is None:
+            return (TeacherView(rollout_index, None, self.text),)
+        return tuple(view for view in self.views if view.rollout_index == rollout_index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +300,8 @@ class StepBatch:
         self.questions = tuple(questions)
         self.instance_ids = tuple(instance_ids or ((0, position) for position in range(len(self.questions))))
         assert len(self.questions) == len(self.instance_ids), "one instance id per question"
+        self.skipped_updates = 0
+        """Updates of this batch that were left out because their gradient was not finite."""
         self.__dict__ |= dict.fromkeys(self._writers)
 
     def __len__(self) -> int:

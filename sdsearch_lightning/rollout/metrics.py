@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 from sdsearch_lightning.evaluation import RolloutScores
+from sdsearch_lightning.rewards import normalize_answer
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.search_pool import SearchCounts
-from sdsearch_lightning.types import Label, RolloutGroup
+from sdsearch_lightning.types import Label, RolloutGroup, SpanKind, Trajectory
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -18,6 +19,11 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     scores.update(rollouts)
     metrics = {f"rollout/{name}": float(value) for name, value in scores.compute().items() if name != "questions"}
     labels = [[t.label for t in group.trajectories] for group in groups]
+    searched = [t for t in rollouts if t.queries]
+    metrics |= {
+        f"rollout/{kind.lower()}_tokens": fmean(_num_tokens(t, kind) for t in rollouts)
+        for kind in (SpanKind.REASONING, SpanKind.QUERY, SpanKind.REFINE, SpanKind.ANSWER, SpanKind.OBSERVATION)
+    }
     return metrics | {
         "rollout/reward": fmean(t.reward or 0.0 for t in rollouts),
         "rollout/tokens": fmean(len(t.token_ids) for t in rollouts),
@@ -26,7 +32,29 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "rollout/mixed_groups": fmean(group.is_mixed for group in groups),
         "rollout/all_correct_groups": fmean(set(row) == {Label.CORRECT} for row in labels),
         "rollout/all_incorrect_groups": fmean(set(row) == {Label.INCORRECT} for row in labels),
+        "rollout/gold_in_passages": _share(searched, lambda t: _holds_gold(t, [p.contents for r in t.passages for p in r])),
+        "rollout/gold_in_query": _share(searched, lambda t: _holds_gold(t, t.queries)),
+        "rollout/gold_in_correct_query": _share(
+            [t for t in searched if t.label is Label.CORRECT], lambda t: _holds_gold(t, t.queries)
+        ),
+        "rollout/tagged_query_rate": sum(t.num_tagged_queries for t in rollouts)
+        / max(sum(t.num_tagged_queries + len(t.queries) for t in rollouts), 1),
     }
+
+
+def _num_tokens(trajectory: Trajectory, kind: SpanKind) -> int:
+    return sum(len(span.token_ids) for span in trajectory.spans if span.kind is kind)
+
+
+def _holds_gold(trajectory: Trajectory, texts: Iterable[str]) -> bool:
+    """Whether any text holds a gold answer, by the words of both."""
+    golds = [f" {normalize_answer(gold)} " for gold in trajectory.question.answers]
+    return any(gold in f" {normalize_answer(text)} " for text in texts for gold in golds if gold.strip())
+
+
+def _share(rollouts: Sequence[Trajectory], is_counted: Callable[[Trajectory], bool]) -> float:
+    """Share of `rollouts`; 0 of none."""
+    return sum(map(is_counted, rollouts)) / max(len(rollouts), 1)
 
 
 def window_metrics(progress: RolloutProgress, counts: SearchCounts) -> dict[str, float]:

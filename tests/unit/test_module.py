@@ -28,8 +28,9 @@ from training_data import (
 )
 
 from sdsearch_lightning.collate import SearchBatch, filler
+from sdsearch_lightning.divergences import JensenShannon
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses import JensenShannon, jensen_shannon
+from sdsearch_lightning.losses import jensen_shannon
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.module import SDSearchModule, StepSums
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup

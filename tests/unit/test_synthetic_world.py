@@ -147,6 +147,30 @@ def test_everything_follows_the_seed(tmp_path: Path) -> None:
     assert one.demonstrations()[399] == same.demonstrations()[399] != other.demonstrations()[399]
 
 
+def test_seeds_share_the_world_of_a_world_seed_and_differ_in_order_only(tmp_path: Path) -> None:
+    default, one, two = (
+        make(tmp_path, seed=7),
+        make(tmp_path, seed=1, world_seed=7),
+        make(tmp_path, seed=2, world_seed=7),
+    )
+    for data in (one, two):
+        assert data.world_folder == default.world_folder, "the fingerprint follows the world's seed"
+        assert data.world.documents == default.world.documents
+        for split in ("train", "val", "test"):
+            assert data.questions(split) == default.questions(split)
+        for index in (0, 399):
+            assert data.demonstrations()[index] == default.demonstrations()[index]
+    other = make(tmp_path, seed=1, world_seed=8)
+    assert other.world_folder != one.world_folder and other.world.documents != one.world.documents
+    assert other.questions("val") != one.questions("val") and other.demonstrations()[0] != one.demonstrations()[0]
+    default.prepare_data()
+    queries = [f"e{number} rel{number % 8}_a" for number in range(20)]
+    assert one.retriever.search(queries, 2) == default.retriever.search(queries, 2), "one encoder"
+    batches = {seed: next(iter(make(tmp_path, seed=seed, world_seed=7).train_dataloader())) for seed in (1, 2, 7)}
+    assert len({tuple(batch.questions) for batch in batches.values()}) == 3, "each seed has an order of its own"
+    assert make(tmp_path, seed=1, world_seed=0).world_folder == make(tmp_path, seed=0).world_folder, "0 is a seed too"
+
+
 def test_the_default_is_the_quick_start_world(tmp_path: Path) -> None:
     data = SyntheticWorldDataModule(cache_dir=str(tmp_path))
     assert isinstance(data, SearchDataModule)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from toys import CHATML, EOS, IM_END, IM_START, PASSAGES, PROTOCOL, byte_tokenizer, play, start
 
+from sdsearch_lightning.block_templates import BlockTemplates
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.templates import PROTOCOLS, AutoRefineProtocol, Protocol, SearchR1Protocol
 from sdsearch_lightning.tokenization import TokenCodec
@@ -182,10 +183,13 @@ def test_the_block_tells_queries_and_outcomes(byte_codec: TokenCodec) -> None:
 def test_every_line_of_the_block_is_a_template(byte_codec: TokenCodec) -> None:
     protocol = Protocol(
         "{question}",
-        block_header="H",
-        block_entry="({number}{label}",
-        block_query="[{number}{label}:{query}]",
-        block_no_query="-{number}{label}-",
+        block=BlockTemplates(
+            header="H",
+            entry="({number}{label}",
+            unlabelled_entry="<{number}",
+            query="[{number}{label}:{query}]",
+            no_query="-{number}{label}-",
+        ),
     )
     assert protocol.render_block(byte_codec, ENTRIES) == (
         "H(1CORRECT[1CORRECT:capital of France][2CORRECT:Seine](2INCORRECT-2INCORRECT-(3INCORRECT[1INCORRECT:Rome]"

@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from sdsearch_lightning.block_templates import BlockTemplates
 from sdsearch_lightning.collate import SearchBatch, collate, split_groups, weigh
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import RetrievalError
@@ -47,10 +48,9 @@ PROTOCOL = Protocol(
     documents_tag="documents",
     passage_template="{contents}\n",
     invalid_message=" invalid action ",
-    block_header=" siblings",
-    block_entry="",
-    block_query=" {label} {query} ;",
-    block_no_query=" {label} none ;",
+    block=BlockTemplates(
+        header=" siblings", entry="", query=" {label} {query} ;", no_query=" {label} none ;", unlabelled_entry=""
+    ),
 )
 WORDS = "Rome Oslo Italy Norway capital of river where is the siblings CORRECT INCORRECT none ; invalid action".split()
 TOKENIZER = word_level_tokenizer(WORDS, PROTOCOL.tags)

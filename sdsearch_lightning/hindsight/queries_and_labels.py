@@ -1,0 +1,22 @@
+"""The paper's block."""
+
+from __future__ import annotations
+
+from sdsearch_lightning.hindsight.base import GroupBlocks
+from sdsearch_lightning.hindsight.writer import BlockWriter
+from sdsearch_lightning.types import HindsightBlock, RolloutGroup, SiblingRecord
+
+
+class QueriesAndLabels(GroupBlocks):
+    """All siblings' queries with CORRECT / INCORRECT; every rollout of the group reads the same."""
+
+    def block(
+        self, group: RolloutGroup, records: tuple[SiblingRecord, ...], writer: BlockWriter
+    ) -> HindsightBlock | None:
+        """One text for the whole group."""
+        kept, text = writer.siblings(self.entries(group, records))
+        return HindsightBlock(group.instance_id, kept, text) if kept else None
+
+    def entries(self, group: RolloutGroup, records: tuple[SiblingRecord, ...]) -> tuple[SiblingRecord, ...]:
+        """What the block tells of whom."""
+        return records

@@ -1,0 +1,86 @@
+"""How a block gets its length: whole entries are dropped from its end until it fits, never a token of a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sdsearch_lightning.block_templates import BlockTemplates
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.templates import Protocol
+from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.types import SiblingRecord
+
+Item = TypeVar("Item")
+
+
+class BlockBudget:
+    """How many tokens a block may have, and the counts of what did not fit.
+
+    Args:
+        max_tokens: of one block text, tokenized by itself; None = any number.
+    """
+
+    def __init__(self, max_tokens: int | None = None) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"hindsight.max_block_tokens: expected at least 1, or null, found {max_tokens}.")
+        self.max_tokens = max_tokens
+        self.dropped_entries = 0
+        """Entries left out, over all texts written."""
+        self.groups_over_budget = 0
+        """Groups that are not taught because not even one entry fitted."""
+
+    def fit(
+        self, codec: TokenCodec, items: Sequence[Item], write: Callable[[Sequence[Item]], str]
+    ) -> tuple[Sequence[Item], str]:
+        """The longest beginning of `items` whose text is within the budget, and the text.
+
+        Args:
+            codec: counts tokens.
+            items: entries, in the order in which they are written.
+            write: makes the text of any beginning of them.
+
+        Returns:
+            Both empty where nothing fits, or nothing was there.
+        """
+        for kept in range(len(items), 0, -1):
+            text = write(items[:kept])
+            if self.max_tokens is None or len(codec.encode(text)) <= self.max_tokens:
+                self.dropped_entries += len(items) - kept
+                return items[:kept], text
+        self.dropped_entries += len(items)
+        return (), ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWriter:
+    """What a builder writes with: every text of a block comes out of `fit`."""
+
+    protocol: Protocol
+    codec: TokenCodec
+    budget: BlockBudget
+
+    @property
+    def templates(self) -> BlockTemplates:
+        """Texts of the blocks that the method itself does not need, and a user's own protocol may not have.
+
+        Raises:
+            ConfigError: the protocol has none.
+        """
+        templates = getattr(self.protocol, "block", None)
+        if not isinstance(templates, BlockTemplates):
+            raise ConfigError(
+                "hindsight.block: this block needs a protocol with BlockTemplates as its attribute `block`, found "
+                f"{type(self.protocol).__name__} without. Derive your protocol from Protocol, or give it that attribute."
+            )
+        return templates
+
+    def fit(self, items: Sequence[Item], write: Callable[[Sequence[Item]], str]) -> tuple[Sequence[Item], str]:
+        """See `BlockBudget.fit`."""
+        return self.budget.fit(self.codec, items, write)
+
+    def siblings(self, entries: Sequence[SiblingRecord]) -> tuple[tuple[SiblingRecord, ...], str]:
+        """Queries (and outcomes) of `entries`, as many as fit."""
+        kept, text = self.fit(entries, lambda some: self.protocol.render_block(self.codec, some))
+        return tuple(kept), text

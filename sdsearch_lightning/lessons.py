@@ -1,0 +1,57 @@
+"""Who is taught where: one lesson is one teacher sequence, a block text before a rollout, and the spans it judges.
+
+Next: collate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sdsearch_lightning.types import HindsightBlock, SpanKind, Trajectory
+
+Positions = Literal["queries", "policy"]
+"""JSD positions: tokens strictly inside executed queries (the paper), or every token the policy sampled (its ablation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One teacher sequence."""
+
+    rollout: int
+    """Index into the rollouts of the micro-batch."""
+    block_text: str
+    spans: tuple[int, ...]
+    """Indices into `Trajectory.spans`: the tokens at which student and teacher are compared."""
+
+
+def distilled_spans(trajectory: Trajectory, positions: Positions) -> tuple[int, ...]:
+    """Indices of the spans whose tokens are JSD positions; closing tags of queries never are with `queries`."""
+    return tuple(
+        index
+        for index, span in enumerate(trajectory.spans)
+        if span.sampled and (positions == "policy" or span.kind is SpanKind.QUERY)
+    )
+
+
+def num_distilled_tokens(trajectory: Trajectory, positions: Positions) -> int:
+    """|Q| of the paper; |A| with `policy`."""
+    return sum(len(trajectory.spans[index].token_ids) for index in distilled_spans(trajectory, positions))
+
+
+def plan_lessons(
+    rollouts: Sequence[tuple[Trajectory, HindsightBlock | None]], positions: Positions
+) -> tuple[Lesson, ...]:
+    """The lessons of a micro-batch, in the order of its rollouts; a rollout whose group is not taught has none.
+
+    A view of one query judges that query's span alone. A taught rollout without a query still gets its lesson, an
+    empty one: student and teacher then run in equal shapes, and an empty block gives a divergence of exactly 0.
+    """
+    lessons = []
+    for number, (trajectory, block) in enumerate(rollouts):
+        spans = distilled_spans(trajectory, positions)
+        for view in block.views_of(trajectory.rollout_index) if block is not None else ():
+            judged = spans if view.query_index is None else spans[view.query_index : view.query_index + 1]
+            lessons.append(Lesson(number, view.text, judged))
+    return tuple(lessons)
