@@ -25,8 +25,15 @@ from sdsearch_lightning.credit import CreditRows, Credits, credit_rollouts, cred
 from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher, summarize_teacher
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.evaluation_steps import EvaluationSteps
-from sdsearch_lightning.losses import AggregationMode, Divergence, JensenShannon, clipped_surrogate, kl_k3, token_weights
-from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.losses import (
+    AggregationMode,
+    Divergence,
+    JensenShannon,
+    clipped_surrogate,
+    kl_k3,
+    token_weights,
+)
+from sdsearch_lightning.models import ScratchModel, disable_dropout
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.protocol import Protocol
@@ -123,16 +130,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""
-        # With dropout on, the policy that trains would not be the policy that sampled.
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            # Attention layers hold their rate as a number of their own, read from the config when they were made.
-            for name in [n for n, rate in vars(module).items() if "dropout" in n and isinstance(rate, float)]:
-                setattr(module, name, 0.0)
-        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
-            if hasattr(model.config, name):
-                setattr(model.config, name, 0.0)
+        disable_dropout(model)
         super().attach(model, tokenizer)
         opening = self.codec.encode(f"<{self.protocol.documents_tag}>")
         closing = self.codec.encode(f"</{self.protocol.documents_tag}>")
@@ -156,13 +154,14 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             )
         totals: Counter[str] = Counter()
         credits: Credits = {}
+        learning_rate = self.learning_rate  # of this step: the schedule moves on with its last update
         for update in range(self.num_updates):
             share = slice(*(len(groups) * i // self.num_updates for i in (update, update + 1)))
             micro_batches = self._micro_batches(groups[share], blocks[share], on_policy=update == 0)
             self.backward_all(micro_batches, lambda micro: self._loss(micro, totals, credits))  # noqa: B023
             totals["grad_norm"] += self.apply_gradients(last=update == self.num_updates - 1)
         batch.credit = credit_table(groups, credits)
-        self._log_step(totals, blocks)
+        self._log_step(totals, blocks, learning_rate)
 
     def _micro_batches(
         self, groups: Sequence[RolloutGroup], blocks: Sequence[HindsightBlock | None], on_policy: bool
@@ -265,7 +264,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             logprobs = _log_softmax(logits, self.temperature).gather(1, batch.token_ids[rows][:, None])[:, 0]
         return (kl_k3(chosen, logprobs) * weight).sum()
 
-    def _log_step(self, totals: Counter[str], blocks: Sequence[HindsightBlock | None]) -> None:
+    def _log_step(self, totals: Counter[str], blocks: Sequence[HindsightBlock | None], learning_rate: float) -> None:
         names = [*POLICY_SUMS, *DISTILLATION_SUMS]
         values = torch.tensor([totals[name] for name in names], dtype=torch.float64)
         if self.trainer.world_size > 1:
@@ -273,7 +272,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         means = step_means(dict(zip(names, values.tolist(), strict=True)), self.num_updates)
         means |= {
             "train/grad_norm": totals["grad_norm"] / self.num_updates,
-            "train/lr": self._optimizers()[0].param_groups[0]["lr"],
+            "train/lr": learning_rate,
             "distill/weight": self.jsd_weight,
             "distill/groups": float(sum(block is not None for block in blocks)),
         }

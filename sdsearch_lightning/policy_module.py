@@ -193,6 +193,12 @@ class PolicyModule(pl.LightningModule):
                 schedule.step()
         return float(norm)
 
+    @property
+    def learning_rate(self) -> float:
+        """That of the first optimizer, as its next step will use it."""
+        rate: float = self._optimizers()[0].param_groups[0]["lr"]
+        return rate
+
     def _optimizers(self) -> list[LightningOptimizer]:
         optimizers = self.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]  # type: ignore[list-item,return-value]

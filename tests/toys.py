@@ -99,7 +99,9 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
 
 # What a rollout is about
 
-PROTOCOL = Protocol("question: {question} ", documents_tag="documents", question_mark=False)
+PROTOCOL = Protocol(
+    "question: {question} ", documents_tag="documents", question_mark=False, invalid_message=" invalid action "
+)
 QUESTION = Question("q0", "where is Paris ?", ("Paris", "City of Light"), "toy")
 PASSAGES = tuple(
     Passage(str(i), text)
@@ -254,7 +256,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LlamaForCau
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            initializer_range=0.4,
+            initializer_range=0.3,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
@@ -262,9 +264,20 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LlamaForCau
         return LlamaForCausalLM(config).double().eval()
 
 
-def tiny_policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Policy:
-    """`tiny_model` as a policy."""
-    return Policy(tiny_model(tokenizer, seed))
+class TalkativePolicy(Policy):
+    """`tiny_model` over whole words, with a constant leaning towards the tags: it searches and answers by chance."""
+
+    def __init__(self, codec: TokenCodec, seed: int = 0) -> None:
+        super().__init__(tiny_model(codec.tokenizer, seed))
+        leaning = {"<search>": 1.5, "</search>": 2.5, "<answer>": 0.0, "</answer>": 0.5, "<eos>": 0.0}
+        bias = torch.full((len(codec.tokenizer),), -1.0, dtype=torch.float64)
+        bias[[codec.encode(word)[0] for word in WORDS]] = 0.0
+        for text, value in leaning.items():
+            bias[codec.encode(text)[0]] = value
+        self.register_buffer("bias", bias)
+
+    def _head(self, rows: Tensor) -> Tensor:
+        return super()._head(rows) + self.bias
 
 
 # Trajectories

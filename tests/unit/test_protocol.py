@@ -205,7 +205,7 @@ def test_a_turn_that_reaches_its_budget_is_an_invalid_action(byte_codec: TokenCo
         (11, ["SSSSSSSSRRR"], ()),  # cut inside the query: not executed, not a JSD position
         (18, ["SSSSSSSSQSSSSSSSSS"], ("q",)),  # executed, but the passages find no room
         (18 + 41, ["SSSSSSSSQSSSSSSSSS"], ("q",)),  # they fit, and no token of the policy's after them
-        (18 + 42, ["SSSSSSSSQSSSSSSSSS", "S"], ("q",)),
+        (18 + 42, ["SSSSSSSSQSSSSSSSSS", "R"], ("q",)),
     ],
 )
 def test_the_token_budget_ends_the_rollout(
