@@ -1,4 +1,4 @@
-"""Small, honest stand-ins for the tests: tokenizers made in code, a retriever with six passages, players of given turns.
+"""Small, honest stand-ins: tokenizers made in code, a retriever with six passages, players of given turns.
 
 Nothing here decides anything the library decides: tokens go through the real `Conversation`, queries through the real
 `SearchPool`.
@@ -65,7 +65,14 @@ def bpe_tokenizer(pad_token: str = "<|pad|>") -> PreTrainedTokenizerFast:
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     """SentencePiece's way: a space is a visible character, unknown characters fall back to bytes."""
-    pieces = ["<unk>", *"▁abcdefghijklmnopqrstuvwxyz<>/?", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "</", "?</"]
+    pieces = [
+        "<unk>",
+        *"▁abcdefghijklmnopqrstuvwxyz<>/?",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁a",
+        "</",
+        "?</",
+    ]
     backend = Tokenizer(
         models.BPE(
             {piece: i for i, piece in enumerate(pieces)},
@@ -145,10 +152,11 @@ class ToyRetriever:
 # Players
 
 Turns = Sequence[str]
+LIMITS, SAMPLED = Limits(), Sampling()
 
 
 def start(
-    codec: TokenCodec, protocol: Protocol = PROTOCOL, limits: Limits = Limits(), question: Question = QUESTION
+    codec: TokenCodec, protocol: Protocol = PROTOCOL, limits: Limits = LIMITS, question: Question = QUESTION
 ) -> Conversation:
     """A conversation that waits for its first token."""
     return Conversation(make_request(codec, question, protocol=protocol), protocol, codec, limits)
@@ -159,7 +167,7 @@ def make_request(
     question: Question = QUESTION,
     instance_id: InstanceId = (0, 0),
     index: int = 0,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = SAMPLED,
     protocol: Protocol = PROTOCOL,
 ) -> RolloutRequest:
     """A request with a seed of its own."""
@@ -228,7 +236,9 @@ class ScriptedPolicy(nn.Module):
         self.scripts, self.num_tokens = scripts, num_tokens
         self.contexts: dict[tuple[int, ...], list[int]] = {}
 
-    def decode(self, token_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any, last: Tensor) -> Tensor:
+    def decode(
+        self, token_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any, last: Tensor
+    ) -> Tensor:
         cells = token_ids[:, None, :, None].double()
         # The engine feeds a sampled token together with what it forces: a chunk's first cell counts sampled tokens.
         firsts = torch.zeros_like(cells)

@@ -208,6 +208,16 @@ def test_a_policy_loss_is_minus_the_advantage_on_policy() -> None:
     assert record.metrics[0]["train/policy_loss"] == pytest.approx(-mean, rel=1e-6) != 0
 
 
+def test_gradients_are_clipped_to_the_norm_and_logged_before() -> None:
+    free, clipped = sgd_module(), sgd_module(gradient_clip_val=0.01)
+    start = weights_of(free)
+    norms = [run(module, taught()).metrics[0]["train/grad_norm"] for module in (free, clipped)]
+    assert norms[0] == norms[1] > 0.1
+    moved, barely = weights_of(free) - start, weights_of(clipped) - start
+    assert moved.norm().item() == pytest.approx(0.1 * norms[0], rel=1e-6)
+    torch.testing.assert_close(barely, moved * 0.01 / norms[0], rtol=1e-4, atol=1e-12)
+
+
 # Counting
 
 

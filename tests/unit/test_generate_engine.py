@@ -42,7 +42,7 @@ QUESTIONS = [
     Question(f"q{i}", text, ("Paris",))
     for i, text in enumerate(("where is Paris ?", "who", "capital of France", "the city of Rome is where ?"))
 ]
-GREEDY = Sampling(temperature=0.0)
+SAMPLED, GREEDY = Sampling(), Sampling(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def policy(word_codec: TokenCodec) -> TalkativePolicy:
     return TalkativePolicy(word_codec, seed=1)
 
 
-def ask(codec: TokenCodec, count: int = 6, sampling: Sampling = Sampling()) -> list[RolloutRequest]:
+def ask(codec: TokenCodec, count: int = 6, sampling: Sampling = SAMPLED) -> list[RolloutRequest]:
     return [
         make_request(codec, question, (0, position), index, sampling)
         for position, question in enumerate(QUESTIONS)
@@ -201,7 +201,11 @@ def test_a_prompt_that_a_group_shares_is_run_once(
 
 
 TURNS = {
-    "where is Paris ?": ["hm <search> capital of France </search>", "<search> Rome </search>", "<answer> Paris </answer>"],
+    "where is Paris ?": [
+        "hm <search> capital of France </search>",
+        "<search> Rome </search>",
+        "<answer> Paris </answer>",
+    ],
     "who": [f"a {EOS}", "<search> capital of France </search>", "<answer> b </answer>"],
     "capital of France": ["<answer> a b </answer>"],
     "the city of Rome is where ?": ["<search> the city </search>", "a </search>", "<answer> Italy </answer>"],

@@ -116,7 +116,10 @@ def test_a_scratch_model_comes_back_from_its_folder(tmp_path: Path) -> None:
     [
         (ScratchModel("lama", SMALL), r"model.scratch: .*lama"),
         (ScratchModel("llama", {"vocab_size": 3}), r"model.scratch: .*vocab_size"),
-        (ScratchModel("llama", SMALL | {"hidden_size": 15}), r"model.scratch: The hidden size \(15\) is not a multiple"),
+        (
+            ScratchModel("llama", SMALL | {"hidden_size": 15}),
+            r"model.scratch: The hidden size \(15\) is not a multiple",
+        ),
         (ScratchModel("llama", SMALL | {"hidden_size": "16"}), r"model.scratch: .*'hidden_size' expected int, got str"),
     ],
 )
@@ -137,6 +140,12 @@ def test_words_and_tags_are_one_token_each() -> None:
     tokenizer = word_level_tokenizer([*WORDS, "Paris", "<search>"], ["<search>", "</search>"])
     assert tokenizer.convert_ids_to_tokens(range(6)) == ["<unk>", "<pad>", "<eos>", "<search>", "</search>", WORDS[0]]
     assert len(tokenizer) == 5 + len(dict.fromkeys(WORDS))
-    assert tokenizer.tokenize("<search> capital of  Mars\n</search>") == ["<search>", "capital", "of", "<unk>", "</search>"]
+    assert tokenizer.tokenize("<search> capital of  Mars\n</search>") == [
+        "<search>",
+        "capital",
+        "of",
+        "<unk>",
+        "</search>",
+    ]
     assert (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer.decode(tokenizer.encode("<search> a ? </search>")) == "<search> a ? </search>"

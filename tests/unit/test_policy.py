@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toys import EOS, bpe_tokenizer, tiny_model
 from torch import Tensor, nn
+from toys import EOS, bpe_tokenizer, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from sdsearch_lightning.policy import PackedSequences, Policy

@@ -51,8 +51,13 @@ def test_a_terminal_gets_one_line_that_is_wiped(clock: Clock) -> None:
     window.report(1, 0, 0)
     window.close()
     drawn = stream.getvalue().split("\r\x1b[K")
-    assert drawn == ["", "rollouts 0/8, 0 searches, 400 tokens/s", "rollouts 0/8, 0 searches, 400 tokens/s",
-                     "rollouts 6/8, 2 searches, 333 tokens/s", ""]
+    assert drawn == [
+        "",
+        "rollouts 0/8, 0 searches, 400 tokens/s",
+        "rollouts 0/8, 0 searches, 400 tokens/s",
+        "rollouts 6/8, 2 searches, 333 tokens/s",
+        "",
+    ]
 
 
 def test_anything_else_gets_a_line_every_thirty_seconds(clock: Clock) -> None:

@@ -1,6 +1,6 @@
 """The state machine of one rollout, drawn: a letter under each sampled token.
 
-    R reasoning   Q query   F refine   A answer   S scaffold (tags, tokens that touch one, end-of-sequence)
+R reasoning   Q query   F refine   A answer   S scaffold (tags, tokens that touch one, end-of-sequence)
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import EOS, IM_END, PASSAGES, PROTOCOL, QUESTION, TOKENIZERS, bpe_tokenizer, byte_tokenizer, drawing, play, start
+from toys import (
+    EOS,
+    IM_END,
+    PASSAGES,
+    PROTOCOL,
+    QUESTION,
+    TOKENIZERS,
+    bpe_tokenizer,
+    byte_tokenizer,
+    drawing,
+    play,
+    start,
+)
 
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.policy import PackedSequences

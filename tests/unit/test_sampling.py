@@ -14,6 +14,7 @@ from sdsearch_lightning.types import Sampling
 
 PROBS = torch.tensor([0.05, 0.4, 0.0, 0.3, 0.25], dtype=torch.float64)
 LOGITS = PROBS.log()
+SAMPLED = Sampling()
 
 
 class Uniform(random.Random):
@@ -28,7 +29,7 @@ class Uniform(random.Random):
         return self.value
 
 
-def draw(logits: Tensor, uniforms: Sequence[float], sampling: Sampling = Sampling()) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, uniforms: Sequence[float], sampling: Sampling = SAMPLED) -> tuple[Tensor, Tensor]:
     rows = logits.expand(len(uniforms), -1)
     return sample(rows, [sampling] * len(uniforms), [Uniform(u) for u in uniforms])
 
@@ -110,7 +111,14 @@ def test_logprobs_are_float32_or_float64(dtype: torch.dtype) -> None:
 
 def test_seeds_are_the_same_on_any_machine_and_differ_in_every_part() -> None:
     assert derive_seed(0, "train", 3, (1, 2), 4) == 146677348856882455
-    parts = [(seed, phase, step, (0, p), i) for seed in (0, 1) for phase in "te" for step in (0, 1) for p in (0, 1) for i in (0, 1)]
+    parts = [
+        (seed, phase, step, (0, p), i)
+        for seed in (0, 1)
+        for phase in "te"
+        for step in (0, 1)
+        for p in (0, 1)
+        for i in (0, 1)
+    ]
     seeds = {derive_seed(*part) for part in parts}
     assert len(seeds) == 32 and all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(1, 23) != derive_seed(12, 3)

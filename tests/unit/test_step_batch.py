@@ -55,7 +55,9 @@ def test_a_slot_is_written_once(slot: str) -> None:
     batch = filled() if slot != "groups" else StepBatch([QUESTION])
     setattr(batch, slot, VALUES[slot])
     assert batch.require(slot, by="anyone") is VALUES[slot]
-    with pytest.raises(RuntimeError, match=rf"StepBatch.{slot} was already written: {WRITERS[slot][0]} is its one writer"):
+    with pytest.raises(
+        RuntimeError, match=rf"StepBatch.{slot} was already written: {WRITERS[slot][0]} is its one writer"
+    ):
         setattr(batch, slot, VALUES[slot])
 
 
