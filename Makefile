@@ -5,9 +5,9 @@ BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-TINY := --config configs/quickstart_smoke.yaml
+RUN := $(PYTHON) -m sdsearch_lightning
 
-.PHONY: help setup quickstart quickstart-smoke test check clean
+.PHONY: help setup quickstart quickstart-smoke test check lint types clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,7 +22,33 @@ $(STAMP): setup.py constraints.txt
 setup: $(STAMP) ## create .venv and install (once)
 
 quickstart: $(STAMP) ## cold start, then SD-Search: a model learns to search (SEED=0 NAME=quickstart)
-	$(PYTHON) -m sdsearch_lightning supervise --config configs/quickstart_cold_start.yaml --seed_everything $(SEED) \
-	  --run.name $(NAME)_cold_start
-	$(PYTHON) -m sdsearch_lightning fit --config configs/quickstart.yaml --seed_everything $(SEED) \
-	  --run.name $(NAME) --model.model_name_or_path runs/$(NAME)_cold_start/model
+	$(RUN) supervise --config configs/quickstart_cold_start.yaml --seed_everything $(SEED) --run.name $(NAME)_cold_start
+	$(RUN) fit --config configs/quickstart.yaml --seed_everything $(SEED) --run.name $(NAME) \
+	  --model.model_name_or_path runs/$(NAME)_cold_start/model
+
+SMOKE := --seed_everything $(SEED) --run.root runs/smoke --run.overwrite true
+quickstart-smoke: $(STAMP) ## the same two commands for a few steps
+	$(RUN) supervise --config configs/quickstart_cold_start.yaml $(SMOKE) --trainer.max_steps 30
+	$(RUN) fit --config configs/quickstart.yaml $(SMOKE) --trainer.max_steps 4 --trainer.val_check_interval 2 \
+	  --data.num_val_questions 16 --model.model_name_or_path runs/smoke/quickstart_cold_start/model
+	test -s runs/smoke/quickstart/summary.json && test -s runs/smoke/quickstart/report.html
+
+test: $(STAMP) ## all tests that need no GPU, network or extra
+	$(PYTHON) -m pytest -m "not gpu and not network and not parity"
+
+check: lint types ## lint, types, and the unit tests
+	$(PYTHON) -m pytest -q tests/unit
+
+lint: $(STAMP) ## ruff: rules and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+# Type checkers do not follow the mapping of callbacks/ and datamodules/ into the package: a tree of links shows it to them.
+types: $(STAMP) ## mypy
+	rm -rf .typecheck && mkdir -p .typecheck/sdsearch_lightning
+	ln -s $(CURDIR)/sdsearch_lightning/* $(CURDIR)/callbacks $(CURDIR)/datamodules .typecheck/sdsearch_lightning/
+	MYPYPATH=.typecheck $(PYTHON) -m mypy -p sdsearch_lightning
+
+clean: ## remove caches and builds; .venv and runs/ stay
+	rm -rf build dist *.egg-info .typecheck .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -11,7 +11,11 @@ from sdsearch_lightning.callbacks.rollout_grouping import RolloutGrouping
 from sdsearch_lightning.callbacks.teacher_diagnostics import TeacherDiagnostics
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 
-__all__ = ["GracefulStop", "HindsightConstruction", "JSDWeightScheduler", "RolloutGrouping",
+__all__ = [
+    "GracefulStop",
+    "HindsightConstruction",
+    "JSDWeightScheduler",
+    "RolloutGrouping",
     "TeacherDiagnostics",
     "TrajectoryLog",
 ]

@@ -115,10 +115,13 @@ class GracefulStop(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_first, self.signal = self.signal is None, number
-        is_training = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if not (is_first and is_training):
-            raise SystemExit(self.exit_code)
-        _say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint. Once more: at once.")
+        name = signal.Signals(number).name
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            _say(f"{name}: stopped; outside training there is nothing to save.")
+        elif is_first:
+            _say(f"{name}: stopping after this step, with a checkpoint. Once more: at once.")
+            return
+        raise SystemExit(self.exit_code)
 
 
 @rank_zero_only

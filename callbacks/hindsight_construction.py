@@ -20,8 +20,8 @@ class HindsightConstruction(pl.Callback):
     """Fills `StepBatch.hindsight`.
 
     Args:
-        groups: which groups are taught: all (the paper), any_correct, mixed, sqrt; see `losses.group_weight`. A group in
-            which no rollout searched never is.
+        groups: which groups are taught: all (the paper), any_correct, mixed, sqrt; see `losses.group_weight`. A group
+            in which no rollout searched never is.
         block: makes the blocks of the taught groups; null = `QueriesAndLabels`, the paper's.
         max_block_tokens: whole entries are dropped from the end of a block until it has at most so many tokens; a group
             whose first entry alone is longer is not taught. Both are logged. Rollouts are never cut. null = no limit.
@@ -62,8 +62,8 @@ class HindsightConstruction(pl.Callback):
         blocks = self.block.build(groups, self.groups, pl_module.protocol, pl_module.codec, **options)
         if len(blocks) != len(groups):
             raise ConfigError(
-                f"hindsight.block: expected one block or None per group, {len(groups)} in all, found {len(blocks)} from "
-                f"{type(self.block).__name__}.build."
+                f"hindsight.block: expected one block or None for each of {len(groups)} groups, found {len(blocks)} "
+                f"from {type(self.block).__name__}.build."
             )
         batch.hindsight = tuple(blocks)
         searched = [any(record.queries for record in sibling_records(group, pl_module.codec)) for group in groups]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import lightning.pytorch as pl
@@ -88,6 +88,8 @@ class RolloutGrouping(pl.Callback):
             raise ConfigError(f"rollout: group_size and top_k have to be at least 1, found {group_size} and {top_k}.")
         if temperature <= 0:
             raise ConfigError(f"rollout.temperature: training samples, so it has to be above 0, found {temperature}.")
+        if not 0 < top_p <= 1:
+            raise ConfigError(f"rollout.top_p: expected above 0 and at most 1, found {top_p}.")
         self.group_size, self.eval_samples, self.seed = group_size, eval_samples, seed
         self.sampling, self.top_k = Sampling(temperature, top_p), top_k
         self.limits = Limits(max_searches, max_invalid_actions, max_turn_tokens, max_observation_tokens, max_tokens)
@@ -150,10 +152,14 @@ class RolloutGrouping(pl.Callback):
             pool = trainer.datamodule.training_questions  # type: ignore[attr-defined]
             seed = derive_seed(self.seed, "refill", trainer.global_step, attempt, trainer.global_rank)
             drawn = random.Random(seed).sample(range(len(pool)), min(len(empty), len(pool)))
-            ids = [(epoch, position + attempt * len(pool)) for epoch, position in (batch.instance_ids[i] for i in empty)]
+            ids = [
+                (epoch, position + attempt * len(pool)) for epoch, position in (batch.instance_ids[i] for i in empty)
+            ]
             more = StepBatch([pool[i] for i in drawn], ids[: len(drawn)])
             requests = self._requests(module, more, self.group_size, self.sampling, "train", trainer.global_step)
-            for i, group in zip(empty, self._groups(self.run(trainer, module, requests), self.group_size), strict=False):
+            for i, group in zip(
+                empty, self._groups(self.run(trainer, module, requests), self.group_size), strict=False
+            ):
                 filled[i] = group
         return tuple(filled)
 
@@ -208,9 +214,8 @@ class RolloutGrouping(pl.Callback):
             self._searches,
             progress.report,
         )
-        with _rollout_window(module), trainer.precision_plugin.forward_context():
+        with _rollout_window(module), trainer.precision_plugin.forward_context(), closing(progress):
             trajectories = self.engine.run(requests)
-        progress.close()
         counts = self._searches.take_counts()
         if counts.errors:
             self._last_error = counts.last_error

@@ -1,7 +1,7 @@
 """The command line: `python -m sdsearch_lightning` and `sdsearch`.
 
 `--help`, `--version` and a misspelt command are answered here, before torch and lightning are imported (seconds).
-Next: cli.py.
+Next: commands.py.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"error: expected a command first ({', '.join(COMMANDS)}), got {command!r}.{hint}", file=sys.stderr)
         return 2
-    from sdsearch_lightning.cli import run
+    from sdsearch_lightning.commands import run
 
     return run(arguments)
 

@@ -112,7 +112,7 @@ def check_fields(name: str, template: str, *fields: str) -> None:
         ConfigError: an unknown field, or braces that do not pair.
     """
     try:
-        template.format(**dict.fromkeys(fields, ""))
+        template.format(**{field: 1 if field in ("index", "number") else "" for field in fields})
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(
             f"model.protocol.{name}: expected a template with fields {', '.join(fields)}, found {template!r} "

@@ -120,6 +120,7 @@ def _names_of(hint: Any) -> list[str]:
     if isinstance(hint, str):
         return [hint]
     if isinstance(hint, type) and not get_args(hint) and hint.__module__ != "builtins":
-        return [hint.__name__, *(name for child in type.__subclasses__(hint) for name in _names_of(child))]
+        children: list[type] = type.__subclasses__(hint)
+        return [hint.__name__, *(name for child in children for name in _names_of(child))]
     parts = (part for arg in get_args(hint) for part in (arg if isinstance(arg, list) else [arg]))
     return [name for part in parts for name in _names_of(part)]

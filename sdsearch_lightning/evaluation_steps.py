@@ -59,9 +59,10 @@ class EvaluationSteps(pl.LightningModule):
         """Count per source."""
         self._count("test", batch, by_source=True)
 
-    def predict_step(self, batch: StepBatch, batch_idx: int) -> list[Trajectory]:
-        """The rollouts themselves."""
-        return [t for group in batch.require("groups", by="SDSearchModule.predict_step") for t in group.trajectories]
+    def predict_step(self, batch: StepBatch, batch_idx: int) -> StepBatch:
+        """The batch, whose `groups` hold the rollouts: Lightning would take a list apart, and refuse what is frozen."""
+        batch.require("groups", by="SDSearchModule.predict_step")
+        return batch
 
     def _count(self, phase: str, batch: StepBatch, by_source: bool) -> None:
         for slot, prefix in (("groups", ""), ("sampled_groups", "sampled_")):

@@ -27,15 +27,16 @@ def load(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     looks_local = name_or_path.startswith((".", "/", "~", "runs/")) or name_or_path.count("/") > 1
-    if looks_local and not Path(name_or_path).expanduser().is_dir():
+    folder = str(Path(name_or_path).expanduser()) if looks_local else name_or_path
+    if looks_local and not Path(folder).is_dir():
         raise ConfigError(
             f"model.model_name_or_path: there is no folder {name_or_path!r}. If it is the result of a cold start, run "
             "`python -m sdsearch_lightning supervise` first."
         )
     try:
         # transformers would load bfloat16 checkpoints as bfloat16, in which small updates are lost.
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.model_name_or_path: cannot load {name_or_path!r}: {reason}") from error
@@ -65,6 +66,7 @@ def from_scratch(
         dtype: of the weights.
         seed: of the weights.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -76,8 +78,9 @@ def from_scratch(
             bos_token_id=None,
             **spec.options,
         )
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model.scratch: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = error.__cause__ or error  # config classes wrap what is wrong
+        raise ConfigError(f"model.scratch: {str(reason).splitlines()[0]}") from error
     _check_reload(config, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -85,6 +88,19 @@ def from_scratch(
         embedding = model.get_input_embeddings().weight
         torch.nn.init.normal_(embedding, std=spec.embedding_std or embedding.shape[1] ** -0.5)
     return model  # type: ignore[no-any-return]
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Turn dropout off for good: with it, the policy that trains would not be the policy that sampled."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # Attention layers hold their rate as a number of their own, read from the config when they were made.
+        for name in [name for name, rate in vars(module).items() if "dropout" in name and isinstance(rate, float)]:
+            setattr(module, name, 0.0)
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)
 
 
 def _check_reload(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:

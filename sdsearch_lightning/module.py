@@ -26,9 +26,9 @@ from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher, 
 from sdsearch_lightning.divergences import Divergence, JensenShannon
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.evaluation_steps import EvaluationSteps
-from sdsearch_lightning.losses import AggregationMode, token_weights
 from sdsearch_lightning.lessons import Positions
-from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.losses import AggregationMode, token_weights
+from sdsearch_lightning.models import ScratchModel, disable_dropout
 from sdsearch_lightning.objective import EntropyCoefs, PolicyObjective, log_softmax
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName
@@ -134,28 +134,18 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         # An impossible aggregation is refused here, not in the first step.
         token_weights(torch.zeros(1, 1, dtype=torch.bool), aggregation, aggregation_norm)
         self.divergence, self.teacher, self.positions = divergence, teacher, positions
-        self.objective = PolicyObjective(
-            clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature
-        )
+        self.objective = PolicyObjective(clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature)
         self.aggregation, self.aggregation_norm = aggregation, aggregation_norm
         self.num_updates = num_updates
         self.jsd_weight = 0.0
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
         self.reference: Policy | None = None
         self.teacher_policy: Policy | None = None
+        self.unsaved = ("reference.",) if getattr(teacher, "in_checkpoint", True) else ("reference.", "teacher_policy.")
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""
-        # With dropout on, the policy that trains would not be the policy that sampled.
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            # Attention layers hold their rate as a number of their own, read from the config when they were made.
-            for name in [n for n, rate in vars(module).items() if "dropout" in n and isinstance(rate, float)]:
-                setattr(module, name, 0.0)
-        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
-            if hasattr(model.config, name):
-                setattr(model.config, name, 0.0)
+        disable_dropout(model)
         super().attach(model, tokenizer)
         opening = self.codec.encode(f"<{self.protocol.documents_tag}>")
         closing = self.codec.encode(f"</{self.protocol.documents_tag}>")
@@ -181,6 +171,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
                 "needs one. Raise data.batch_size or lower model.num_updates."
             )
         tally, credits = StepTally(), Credits()
+        learning_rate = self.learning_rate  # of this step: the schedule moves on with its last update
         self.teacher.begin_batch(self.policy)
         for update in range(self.num_updates):
             share = slice(*(len(groups) * i // self.num_updates for i in (update, update + 1)))
@@ -194,7 +185,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
                 tally.skipped += 1
         batch.skipped_updates = tally.skipped
         batch.credit = credit_table(groups, credits)
-        self._log_step(tally, blocks)
+        self._log_step(tally, blocks, learning_rate)
 
     def micro_batches(
         self, groups: Sequence[RolloutGroup], blocks: Sequence[HindsightBlock | None], on_policy: bool
@@ -213,7 +204,9 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         )
         prompt = self.teacher_prompt if self.jsd_weight > 0 else None
         micro_batches = [
-            _MicroBatch(rollouts, replace(collate(rollouts, prompt, self.positions, dtype), on_policy=on_policy).to(self.device))
+            _MicroBatch(
+                rollouts, replace(collate(rollouts, prompt, self.positions, dtype), on_policy=on_policy).to(self.device)
+            )
             for rollouts in split_groups(weighed, self.max_micro_batch_tokens)
         ]
         return self.equalize(micro_batches, _MicroBatch((), filler(dtype).to(self.device)))
@@ -290,7 +283,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             credit=CreditRows(jsd.detach(), chosen, teacher.logprob, teacher.top_ids, teacher.top_probs),
         )
 
-    def _log_step(self, tally: StepTally, blocks: Sequence[HindsightBlock | None]) -> None:
+    def _log_step(self, tally: StepTally, blocks: Sequence[HindsightBlock | None], learning_rate: float) -> None:
         names = ["loss", *LOSS_TERMS, *POLICY_SUMS, *DISTILLATION_SUMS]
         values = torch.tensor([tally.sums[name] for name in names], dtype=torch.float64)
         if self.trainer.world_size > 1:
@@ -299,7 +292,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         means |= {
             "train/grad_norm": tally.sums["grad_norm"] / max(self.num_updates - tally.skipped, 1),
             "train/skipped_updates": float(tally.skipped),
-            "train/lr": self._optimizers()[0].param_groups[0]["lr"],
+            "train/lr": learning_rate,
             "distill/weight": self.jsd_weight,
             "distill/groups": float(sum(block is not None for block in blocks)),
             "distill/effective_weight": self.jsd_weight * sum(b.weight for b in blocks if b) / len(blocks),
@@ -307,19 +300,3 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         if tally.jsd:
             means["distill/jsd_p95"] = tally.jsd_p95
         self.log_dict(means, batch_size=len(blocks))
-
-    # Checkpoints: copies that a resumed run makes again from the initial model are never saved
-
-    @property
-    def _unsaved(self) -> tuple[str, ...]:
-        in_checkpoint = getattr(self.teacher, "in_checkpoint", True)
-        return ("reference.",) if in_checkpoint else ("reference.", "teacher_policy.")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave such copies out."""
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith(self._unsaved)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep them as they were made."""
-        checkpoint["state_dict"] |= {k: v for k, v in self.state_dict().items() if k.startswith(self._unsaved)}

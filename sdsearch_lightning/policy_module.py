@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -65,6 +65,8 @@ class PolicyModule(pl.LightningModule):
     """
 
     learns_from = "questions"
+    unsaved: tuple[str, ...] = ()
+    """Prefixes of weights that stay out of checkpoints: copies made from the initial model."""
 
     def __init__(
         self,
@@ -135,6 +137,15 @@ class PolicyModule(pl.LightningModule):
         self.policy.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what a resumed run makes again."""
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith(self.unsaved)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep it as it was made."""
+        checkpoint["state_dict"] |= {k: v for k, v in self.state_dict().items() if k.startswith(self.unsaved)}
+
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
         """One optimizer per spec that any parameter matches, each with the same learning-rate schedule."""
         shares: list[list[nn.Parameter]] = [[] for _ in self._optimizer_specs]
@@ -198,6 +209,12 @@ class PolicyModule(pl.LightningModule):
             for schedule in self._schedules():
                 schedule.step()
         return float(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the first optimizer, as its next step will use it."""
+        rate: float = self._optimizers()[0].param_groups[0]["lr"]
+        return rate
 
     def _optimizers(self) -> list[LightningOptimizer]:
         optimizers = self.optimizers()

@@ -7,7 +7,7 @@ The texts it speaks are in templates.py, whose classes are re-exported here.
 
 A turn ends at the first closing tag of an action, at end-of-sequence, or at its token budget. Its tokens are then
 sorted into spans by character offsets: a token that touches a tag is SCAFFOLD, what lies strictly between the tags of
-an executed search is QUERY. A query that is empty or holds a tag or a special token is an invalid action, never a search.
+an executed search is QUERY. A query that is empty or holds a tag or a special token is an invalid action, no search.
 
 Next: rollout/, the engines.
 """

@@ -7,6 +7,7 @@ with another run or overwritten. Next: `run_record.py`, what a run writes into i
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from sdsearch_lightning.errors import ConfigError, DataError
 
@@ -83,9 +84,13 @@ class RunFolder:
         """Whether the run came to its end; summary.json is the last thing it needs."""
         return (self.path / "summary.json").is_file()
 
+    @property
+    def _has_checkpoint(self) -> bool:
+        return self.last_checkpoint.is_symlink() or self.last_checkpoint.exists()
+
     def check_owner(self, config: Mapping[str, Any]) -> None:
         """Raises ConfigError if the folder holds a started run of another configuration than `config`."""
-        if not (self.is_finished or self.last_checkpoint.is_symlink()):
+        if not self.is_finished and not self._has_checkpoint:
             return
         if not self.config.is_file():
             raise ConfigError(f"{self.path} holds a run without its config.yaml.\n{_WAY_OUT}")
@@ -102,19 +107,21 @@ class RunFolder:
         Raises:
             DataError: there are checkpoints and none can be read.
         """
-        if not self.last_checkpoint.is_symlink():
+        if not self._has_checkpoint:
             return None
-        newest = self.last_checkpoint.readlink().name
-        candidates = [
-            path for path in sorted(self.checkpoints.glob("step_*.ckpt"), reverse=True) if path.name <= newest
-        ]
+        candidates = sorted(self.checkpoints.glob("step_*.ckpt"), reverse=True)
+        if self.last_checkpoint.is_symlink():  # files of later steps were never published
+            newest = self.last_checkpoint.readlink().name
+            candidates = [path for path in candidates if path.name <= newest]
+        else:
+            candidates = [self.last_checkpoint, *candidates]
         for path in candidates:
             try:
                 # Mapped, not read: a cut file is found out without loading the tensors.
                 return path, int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
             except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError) as error:
-                reason = str(error).splitlines()[0][:120] or type(error).__name__
-                rank_zero_warn(f"{path} is damaged ({reason}); trying the checkpoint before it.")
+                reason = str(error).partition("\n")[0][:80] or type(error).__name__
+                _warn(f"{path} is damaged and passed over: {reason}")
         raise DataError(f"none of the {len(candidates)} checkpoints in {self.checkpoints} can be read.\n{_WAY_OUT}")
 
     def replace_model(self, save: Callable[[Path], None]) -> None:
@@ -150,6 +157,11 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: config}
     items = (_flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items())
     return {key: value for item in items for key, value in item.items()}
+
+
+@rank_zero_only
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def remove(path: Path) -> None:

@@ -69,7 +69,7 @@ class MetricsLogger(Logger):
             self._write(self._columns, [*self._read()[1], row])
         else:
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
 
     @rank_zero_only
     def cut_after(self, step: int) -> None:
@@ -98,7 +98,7 @@ class MetricsLogger(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f".{self.path.name}.draft")
         with draft.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         os.replace(draft, self.path)
@@ -161,10 +161,12 @@ class RunCheckpoint(Checkpoint):
         self._seconds, self._clock = state_dict["seconds"], time.monotonic()
 
 
-class PublishCheckpoint(Callback):
-    """First in the list of callbacks: publishes the last step's checkpoint before the next step's long rollouts.
+class StepBoundary(Callback):
+    """First in the list of callbacks: closes the step before, ahead of the long rollouts of the next.
 
-    `RunCheckpoint` cannot: Lightning moves checkpoint callbacks to the end, behind the rollouts.
+    It publishes the checkpoint, which `RunCheckpoint` cannot do in time: Lightning moves checkpoint callbacks to the
+    end. And it forgets the logged values: Lightning would log them again in each step of the epoch that has none of
+    its own, so that a quantity that did not occur would look as if it had, and a resumed run would differ.
     """
 
     def __init__(self, checkpoint: RunCheckpoint) -> None:
@@ -172,3 +174,6 @@ class PublishCheckpoint(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.checkpoint.publish(trainer)
+        for metric in trainer.fit_loop._results.values():
+            if not metric.meta.on_epoch:  # a mean over the epoch is still being taken
+                metric.reset()

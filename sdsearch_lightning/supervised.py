@@ -108,13 +108,14 @@ class SupervisedModule(PolicyModule):
             return share
 
         self.backward_all(micro_batches, loss)
+        learning_rate = self.learning_rate  # of this step: the schedule moves on with the update
         norm = self.apply_gradients()
         value = torch.tensor(sum(losses), dtype=torch.float64)
         self.log_dict(
             {
                 "train/loss": float(self.sum_over_ranks(value) if self.trainer.world_size > 1 else value),
                 "train/grad_norm": norm,
-                "train/lr": self._optimizers()[0].param_groups[0]["lr"],
+                "train/lr": learning_rate,
             },
             batch_size=len(batch),
         )

@@ -29,9 +29,9 @@ AUTOREFINE_PROMPT = (
     "questions, you must first reason through the available information using <think> and </think>. If you identify "
     "missing knowledge, you may issue a search request using <search> query </search> at any time. The retrieval "
     "system will provide you with the three most relevant documents enclosed in <documents> and </documents>. After "
-    "each search, you need to summarize and refine the existing documents in <refine> and </refine>. You may send multiple "
-    "search requests if needed. Once you have sufficient information, provide a concise final answer using <answer> "
-    "and </answer>. For example, <answer> Donald Trump </answer>. Question: {question}\n"
+    "each search, you need to summarize and refine the existing documents in <refine> and </refine>. You may send "
+    "multiple search requests if needed. Once you have sufficient information, provide a concise final answer using "
+    "<answer> and </answer>. For example, <answer> Donald Trump </answer>. Question: {question}\n"
 )
 INVALID_ACTION = (
     "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. "

@@ -277,17 +277,12 @@ class TokenCredit:
 
 
 class StepBatch:
-    """One rollout batch on its way from questions to the loss: each slot has one writer and is written once.
-
-    Slots, None until written: `groups` (RolloutGrouping), `sampled_groups` (RolloutGrouping, evaluation only),
-    `hindsight` (HindsightConstruction; one entry per group, None = not taught), `credit` (SDSearchModule; per group
-    and rollout, None = no teacher there).
-    """
+    """One rollout batch on its way from questions to the loss: a slot is None until its one writer fills it, once."""
 
     groups: tuple[RolloutGroup, ...] | None
-    sampled_groups: tuple[RolloutGroup, ...] | None
-    hindsight: tuple[HindsightBlock | None, ...] | None
-    credit: tuple[tuple[tuple[TokenCredit, ...] | None, ...], ...] | None
+    sampled_groups: tuple[RolloutGroup, ...] | None  # evaluation only
+    hindsight: tuple[HindsightBlock | None, ...] | None  # one per group, None = not taught
+    credit: tuple[tuple[tuple[TokenCredit, ...] | None, ...], ...] | None  # per rollout, None = no teacher there
 
     _writers: ClassVar[dict[str, tuple[str, str]]] = {
         "groups": ("RolloutGrouping", "rollout:"),

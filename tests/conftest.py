@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import PROTOCOL, TOKENIZERS, ToyRetriever, byte_tokenizer, bpe_tokenizer, word_tokenizer
+from toys import PROTOCOL, TOKENIZERS, ToyRetriever, bpe_tokenizer, byte_tokenizer, word_tokenizer
 
 from sdsearch_lightning.tokenization import TokenCodec
 

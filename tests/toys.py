@@ -1,4 +1,4 @@
-"""Small, honest stand-ins for the tests: tokenizers made in code, a retriever with six passages, players of given turns.
+"""Small, honest stand-ins: tokenizers made in code, a retriever with six passages, players of given turns.
 
 Nothing here decides anything the library decides: tokens go through the real `Conversation`, queries through the real
 `SearchPool`.
@@ -65,7 +65,14 @@ def bpe_tokenizer(pad_token: str = "<|pad|>") -> PreTrainedTokenizerFast:
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     """SentencePiece's way: a space is a visible character, unknown characters fall back to bytes."""
-    pieces = ["<unk>", *"▁abcdefghijklmnopqrstuvwxyz<>/?", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "</", "?</"]
+    pieces = [
+        "<unk>",
+        *"▁abcdefghijklmnopqrstuvwxyz<>/?",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁a",
+        "</",
+        "?</",
+    ]
     backend = Tokenizer(
         models.BPE(
             {piece: i for i, piece in enumerate(pieces)},
@@ -99,7 +106,9 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
 
 # What a rollout is about
 
-PROTOCOL = Protocol("question: {question} ", documents_tag="documents", question_mark=False)
+PROTOCOL = Protocol(
+    "question: {question} ", documents_tag="documents", question_mark=False, invalid_message=" invalid action "
+)
 QUESTION = Question("q0", "where is Paris ?", ("Paris", "City of Light"), "toy")
 PASSAGES = tuple(
     Passage(str(i), text)
@@ -143,10 +152,11 @@ class ToyRetriever:
 # Players
 
 Turns = Sequence[str]
+LIMITS, SAMPLED = Limits(), Sampling()
 
 
 def start(
-    codec: TokenCodec, protocol: Protocol = PROTOCOL, limits: Limits = Limits(), question: Question = QUESTION
+    codec: TokenCodec, protocol: Protocol = PROTOCOL, limits: Limits = LIMITS, question: Question = QUESTION
 ) -> Conversation:
     """A conversation that waits for its first token."""
     return Conversation(make_request(codec, question, protocol=protocol), protocol, codec, limits)
@@ -157,7 +167,7 @@ def make_request(
     question: Question = QUESTION,
     instance_id: InstanceId = (0, 0),
     index: int = 0,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = SAMPLED,
     protocol: Protocol = PROTOCOL,
 ) -> RolloutRequest:
     """A request with a seed of its own."""
@@ -226,7 +236,9 @@ class ScriptedPolicy(nn.Module):
         self.scripts, self.num_tokens = scripts, num_tokens
         self.contexts: dict[tuple[int, ...], list[int]] = {}
 
-    def decode(self, token_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any, last: Tensor) -> Tensor:
+    def decode(
+        self, token_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any, last: Tensor
+    ) -> Tensor:
         cells = token_ids[:, None, :, None].double()
         # The engine feeds a sampled token together with what it forces: a chunk's first cell counts sampled tokens.
         firsts = torch.zeros_like(cells)
@@ -254,7 +266,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LlamaForCau
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            initializer_range=0.4,
+            initializer_range=0.3,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
@@ -262,9 +274,20 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LlamaForCau
         return LlamaForCausalLM(config).double().eval()
 
 
-def tiny_policy(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Policy:
-    """`tiny_model` as a policy."""
-    return Policy(tiny_model(tokenizer, seed))
+class TalkativePolicy(Policy):
+    """`tiny_model` over whole words, with a constant leaning towards the tags: it searches and answers by chance."""
+
+    def __init__(self, codec: TokenCodec, seed: int = 0) -> None:
+        super().__init__(tiny_model(codec.tokenizer, seed))
+        leaning = {"<search>": 1.5, "</search>": 2.5, "<answer>": 0.0, "</answer>": 0.5, "<eos>": 0.0}
+        bias = torch.full((len(codec.tokenizer),), -1.0, dtype=torch.float64)
+        bias[[codec.encode(word)[0] for word in WORDS]] = 0.0
+        for text, value in leaning.items():
+            bias[codec.encode(text)[0]] = value
+        self.register_buffer("bias", bias)
+
+    def _head(self, rows: Tensor) -> Tensor:
+        return super()._head(rows) + self.bias
 
 
 # Trajectories

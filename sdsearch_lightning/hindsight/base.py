@@ -23,14 +23,15 @@ def judged(group: RolloutGroup) -> tuple[Trajectory, ...]:
 
 
 def is_query(text: str, codec: TokenCodec) -> bool:
-    """Whether a query may enter a block. `Conversation` refuses empty ones and those with a tag or a special token; here
-    they are dropped once more, so that none of another engine can reach a teacher.
+    """Whether a query may enter a block: not empty, no tag, no special token.
+
+    `Conversation` refuses such queries already; they are dropped once more so that none can reach a teacher.
     """
     return bool(text.strip()) and not codec.holds_control(text)
 
 
 def sibling_records(group: RolloutGroup, codec: TokenCodec) -> tuple[SiblingRecord, ...]:
-    """Queries and outcome of each judged rollout, in rollout order, the taught one among them (paper: tau_i is included)."""
+    """Queries and outcome of each judged rollout, in rollout order, the taught one among them (paper: with tau_i)."""
     return tuple(
         SiblingRecord(t.rollout_index, tuple(query for query in t.queries if is_query(query, codec)), t.label)
         for t in judged(group)

@@ -33,7 +33,7 @@ class _EntriesPerRollout(GroupBlocks):
 
 
 class OwnRollout(_EntriesPerRollout):
-    """Each rollout reads its own queries and outcome, and no sibling's (paper, "no multi-rollout group": -1.0 points)."""
+    """Each rollout reads its own queries and outcome, and no sibling's (paper, "no group": -1.0 points)."""
 
     def entries(self, own: SiblingRecord, records: tuple[SiblingRecord, ...]) -> tuple[SiblingRecord, ...]:
         """Its own."""

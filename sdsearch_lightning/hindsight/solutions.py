@@ -1,4 +1,4 @@
-"""Privileged hints of the method's relatives: a sibling's solution, the gold answer. Both hold the answer on purpose."""
+"""Hints of the method's relatives: a sibling's solution, the gold answer. Both tell the answer on purpose."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from sdsearch_lightning.types import HindsightBlock, Label, RolloutGroup, Siblin
 
 
 class SuccessfulSibling(GroupBlocks):
-    """Each rollout reads the first CORRECT sibling's searches, what they returned, and its answer (SDPO, arXiv:2601.20802).
+    """Each rollout reads the first CORRECT sibling's searches, what they returned, and its answer.
 
+    After SDPO (arXiv:2601.20802).
     Never its own solution: a rollout without another CORRECT one is not taught. Reasoning (and refine notes) stay out:
     the text is made of the recorded queries, passages and answer, not cut out of the rollout.
     """
@@ -43,9 +44,9 @@ class SuccessfulSibling(GroupBlocks):
 
 
 class GoldAnswer(GroupBlocks):
-    """Every rollout reads the first gold answer (OPSD, arXiv:2601.18734, and SDPG, arXiv:2606.04036, read a gold solution).
+    """Every rollout reads the first gold answer, after OPSD (arXiv:2601.18734) and SDPG (arXiv:2606.04036).
 
-    It needs no sibling; a rule on outcomes decides as ever which groups are taught.
+    No sibling is read; which groups are taught is the rule's as ever.
     """
 
     def block(

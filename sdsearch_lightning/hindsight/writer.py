@@ -72,7 +72,7 @@ class BlockWriter:
         if not isinstance(templates, BlockTemplates):
             raise ConfigError(
                 "hindsight.block: this block needs a protocol with BlockTemplates as its attribute `block`, found "
-                f"{type(self.protocol).__name__} without. Derive your protocol from Protocol, or give it that attribute."
+                f"{type(self.protocol).__name__} without. Derive your protocol from Protocol, or give it the attribute."
             )
         return templates
 

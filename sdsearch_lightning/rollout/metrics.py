@@ -32,7 +32,9 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "rollout/mixed_groups": fmean(group.is_mixed for group in groups),
         "rollout/all_correct_groups": fmean(set(row) == {Label.CORRECT} for row in labels),
         "rollout/all_incorrect_groups": fmean(set(row) == {Label.INCORRECT} for row in labels),
-        "rollout/gold_in_passages": _share(searched, lambda t: _holds_gold(t, [p.contents for r in t.passages for p in r])),
+        "rollout/gold_in_passages": _share(
+            searched, lambda t: _holds_gold(t, [p.contents for r in t.passages for p in r])
+        ),
         "rollout/gold_in_query": _share(searched, lambda t: _holds_gold(t, t.queries)),
         "rollout/gold_in_correct_query": _share(
             [t for t in searched if t.label is Label.CORRECT], lambda t: _holds_gold(t, t.queries)

@@ -55,7 +55,7 @@ def test_each_row_comes_back_at_its_own_span() -> None:
     kinds = [span.kind for span in two.spans]
     first, second = (i for i, kind in enumerate(kinds) if kind is SpanKind.QUERY)
     assert [len(two.spans[i].token_ids) for i in (first, second)] == [2, 1]
-    assert table[0][0] == (expected(range(0, 2), first), expected(range(2, 3), second))
+    assert table[0][0] == (expected(range(2), first), expected(range(2, 3), second))
     assert table[0][1] == (expected(range(3, 6), [s.kind for s in one.spans].index(SpanKind.QUERY)),)
     assert table[2][0] == (expected(range(6, 8), first), expected(range(8, 9), second))
 

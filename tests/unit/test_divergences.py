@@ -146,9 +146,7 @@ def test_no_gradient_reaches_the_teacher(name: str, options: dict[str, str]) -> 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_equal_rows_are_exactly_zero(
-    name: str, options: dict[str, str], dtype: torch.dtype, top_k: int | None
-) -> None:
+def test_equal_rows_are_exactly_zero(name: str, options: dict[str, str], dtype: torch.dtype, top_k: int | None) -> None:
     if top_k is None:
         options = {}
     logits = randn(64, 33, seed=7, scale=4).to(dtype)
@@ -400,7 +398,12 @@ def test_a_config_names_class_and_options() -> None:
     made = parse("--divergence=JensenShannon", "--divergence.support=student", "--divergence.tail=bucket", "--divergence.top_k=100")  # fmt: skip
     assert isinstance(made, JensenShannon) and made.support == Support(100, "student", "bucket")
     assert parse("--divergence=LogitMSE", "--divergence.top_k=null").support.top_k is None
-    for wrong in (["JensenShannon", "support=both"], ["LogitMSE", "tail=bucket"], ["Jensen"], ["ForwardKL", "beta=0.1"]):
+    for wrong in (
+        ["JensenShannon", "support=both"],
+        ["LogitMSE", "tail=bucket"],
+        ["Jensen"],
+        ["ForwardKL", "beta=0.1"],
+    ):
         with pytest.raises(jsonargparse.ArgumentError):
             parse(f"--divergence={wrong[0]}", *(f"--divergence.{option}" for option in wrong[1:]))
 

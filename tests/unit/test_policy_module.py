@@ -53,7 +53,9 @@ def test_the_policy_gives_the_logits_of_the_plain_model(family: str) -> None:
 
 def test_a_softcapped_head_is_capped() -> None:
     model = tiny_model("gemma2", **FAMILIES["gemma2"])
-    (logits,), (hidden,), again = Policy(model)(PackedSequences.pack(SEQUENCES), [torch.tensor([1])], torch.ones(1, 16).double())
+    (logits,), (hidden,), again = Policy(model)(
+        PackedSequences.pack(SEQUENCES), [torch.tensor([1])], torch.ones(1, 16).double()
+    )
     uncapped = model.lm_head(hidden)
     assert again is not None and again.abs().max() < 3
     torch.testing.assert_close(logits, 3 * torch.tanh(uncapped / 3))
@@ -191,7 +193,9 @@ def supervised(*specs: OptimizerSpec) -> SupervisedModule:
 
 
 def test_the_first_optimizer_that_matches_takes_the_parameter() -> None:
-    module = supervised(OptimizerSpec(sgd(1), r"layers.*proj\.weight"), OptimizerSpec(sgd(2), "proj"), OptimizerSpec(sgd(3)))
+    module = supervised(
+        OptimizerSpec(sgd(1), r"layers.*proj\.weight"), OptimizerSpec(sgd(2), "proj"), OptimizerSpec(sgd(3))
+    )
     projections, rest = shares(module)  # the second one is left with nothing, so it is not made
     names = {name for name, _ in module.policy.named_parameters()}
     assert projections == {name for name in names if "proj" in name} and len(projections) == 14

@@ -1,6 +1,6 @@
 """The state machine of one rollout, drawn: a letter under each sampled token.
 
-    R reasoning   Q query   F refine   A answer   S scaffold (tags, tokens that touch one, end-of-sequence)
+R reasoning   Q query   F refine   A answer   S scaffold (tags, tokens that touch one, end-of-sequence)
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import EOS, IM_END, PASSAGES, PROTOCOL, QUESTION, TOKENIZERS, bpe_tokenizer, byte_tokenizer, drawing, play, start
+from toys import (
+    EOS,
+    IM_END,
+    PASSAGES,
+    PROTOCOL,
+    QUESTION,
+    TOKENIZERS,
+    bpe_tokenizer,
+    byte_tokenizer,
+    drawing,
+    play,
+    start,
+)
 
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.policy import PackedSequences
@@ -205,7 +217,7 @@ def test_a_turn_that_reaches_its_budget_is_an_invalid_action(byte_codec: TokenCo
         (11, ["SSSSSSSSRRR"], ()),  # cut inside the query: not executed, not a JSD position
         (18, ["SSSSSSSSQSSSSSSSSS"], ("q",)),  # executed, but the passages find no room
         (18 + 41, ["SSSSSSSSQSSSSSSSSS"], ("q",)),  # they fit, and no token of the policy's after them
-        (18 + 42, ["SSSSSSSSQSSSSSSSSS", "S"], ("q",)),
+        (18 + 42, ["SSSSSSSSQSSSSSSSSS", "R"], ("q",)),
     ],
 )
 def test_the_token_budget_ends_the_rollout(

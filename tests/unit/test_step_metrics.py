@@ -39,7 +39,9 @@ def entropy_by_hand(row: list[float]) -> float:
 def test_policy_sums_by_hand() -> None:
     rows = logprobs(R)
     chosen = rows[:, 2]
-    gaps = torch.tensor([0.0, 0.17, 0.19, -0.21, -0.24, 0.3, 0.0], dtype=torch.float64)  # log 1.2 = .182, log .8 = -.223
+    gaps = torch.tensor(
+        [0.0, 0.17, 0.19, -0.21, -0.24, 0.3, 0.0], dtype=torch.float64
+    )  # log 1.2 = .182, log .8 = -.223
     sums = policy_sums(rows, chosen, chosen - 2 * gaps, chosen - gaps, 0.2, 0.2)
     assert sums["policy_tokens"].item() == R
     assert sums["clipped"].item() == 3
@@ -74,7 +76,9 @@ def test_sums_add_up_over_micro_batches(cuts: tuple[int, ...]) -> None:
     total: Counter[str] = Counter()
     for a, b in pairwise(cuts):
         chosen = rows[a:b, 0]
-        total.update({k: float(v) for k, v in policy_sums(rows[a:b], chosen, chosen, chosen - gaps[a:b], 0.2, 0.2).items()})
+        total.update(
+            {k: float(v) for k, v in policy_sums(rows[a:b], chosen, chosen, chosen - gaps[a:b], 0.2, 0.2).items()}
+        )
     whole = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0] - gaps, 0.2, 0.2)
     assert total == pytest.approx({name: float(value) for name, value in whole.items()})
 

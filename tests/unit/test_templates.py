@@ -23,11 +23,11 @@ SEARCH_R1 = (
 AUTOREFINE = (
     "You are a helpful assistant excel at answering questions with multi-turn search engine calling. To answer "
     "questions, you must first reason through the available information using <think> and </think>. If you identify "
-    "missing knowledge, you may issue a search request using <search> query </search> at any time. The retrieval system "
-    "will provide you with the three most relevant documents enclosed in <documents> and </documents>. After each "
-    "search, you need to summarize and refine the existing documents in <refine> and </refine>. You may send multiple "
-    "search requests if needed. Once you have sufficient information, provide a concise final answer using <answer> and "
-    "</answer>. For example, <answer> Donald Trump </answer>. Question: "
+    "missing knowledge, you may issue a search request using <search> query </search> at any time. The retrieval "
+    "system will provide you with the three most relevant documents enclosed in <documents> and </documents>. After "
+    "each search, you need to summarize and refine the existing documents in <refine> and </refine>. You may send "
+    "multiple search requests if needed. Once you have sufficient information, provide a concise final answer using "
+    "<answer> and </answer>. For example, <answer> Donald Trump </answer>. Question: "
 )
 INVALID = (
     "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I "
@@ -118,6 +118,11 @@ def test_the_chat_template_can_be_turned_off_and_cannot_be_made_up(
         ({"prompt": "no slot"}, r"model.protocol.prompt: expected text that holds \{question\}, found 'no slot'"),
         ({"observation_template": "<d></d>"}, r"holds \{passages\} once, found '<d></d>'"),
         ({"observation_template": "{passages}{passages}"}, r"holds \{passages\} once"),
+        ({"passage_template": "{body}"}, r"passage_template: .* fields index, title, text, contents, found '\{body\}'"),
+        ({"passage_template": "{"}, r"passage_template: .*Write \{\{ and \}\} for plain braces"),
+        ({"block_entry": "{query}"}, "block_entry: .* fields number, label"),
+        ({"block_query": "{}"}, "block_query: .* fields number, query, label"),
+        ({"block_no_query": "{query}"}, "block_no_query: .* fields number, label"),
     ],
 )
 def test_a_template_without_its_slot_is_refused(options: dict[str, Any], message: str) -> None:
@@ -147,8 +152,8 @@ def test_a_passage_keeps_its_lines_and_braces() -> None:
 
 
 def test_the_passage_template_knows_four_fields() -> None:
-    protocol = Protocol("{question}", passage_template="{index}|{title}|{text}|{contents};")
-    assert protocol.format_passages([Passage("0", "T\nx")]) == "1|T|x|T\nx;"
+    protocol = Protocol("{question}", passage_template="{index:02d}|{title:.1}|{text}|{contents};")
+    assert protocol.format_passages([Passage("0", "T\nx")]) == "01|T|x|T\nx;"
 
 
 def test_passages_are_data(any_codec: TokenCodec) -> None:

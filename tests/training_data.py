@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from sdsearch_lightning.block_templates import BlockTemplates
 from sdsearch_lightning.collate import SearchBatch, collate, split_groups, weigh
-from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.hindsight import QueriesAndLabels
 from sdsearch_lightning.models import ScratchModel, word_level_tokenizer
 from sdsearch_lightning.module import SDSearchModule, StepSums
-from sdsearch_lightning.policy import PackedSequences
 from sdsearch_lightning.protocol import Conversation, Protocol, Search
-from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.tokenization import TokenCodec
 from sdsearch_lightning.types import (
     Demonstration,
@@ -159,6 +154,24 @@ def micro_batches(
     return [collate(share, prompt if blocks else None, module.policy.dtype) for share in shares]
 
 
+def taught_batch(
+    module: SDSearchModule, groups: Sequence[RolloutGroup] | None = None, rule: str = "all"
+) -> SearchBatch:
+    """One micro-batch of all rollouts, the teacher's side included."""
+    groups = groups or three_groups()
+    (batch,) = micro_batches(module, groups, blocks_of(groups, rule))
+    return batch
+
+
+def drifted(model: Any = None, **options: Any) -> SDSearchModule:
+    """A policy that has moved away from its reference."""
+    module = make_module(model, kl_coef=0.1, **options)
+    with torch.no_grad():
+        for i, weight in enumerate(module.policy.parameters()):
+            weight.add_(0.05 * torch.sin(torch.arange(weight.numel()).view_as(weight) + i))
+    return module
+
+
 def step(module: SDSearchModule, batch: SearchBatch) -> StepSums:
     return module.student_step(batch, module.teacher_step(batch) if batch.teacher is not None else None)
 
@@ -227,89 +240,3 @@ def closed_form(
                 jsd = ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
                 jsd_loss = jsd_loss + group_weight * jsd / len(queries) / num_searching
     return policy_loss, jsd_loss, kl
-
-
-# A run
-
-
-class Lookup:
-    """A retriever that always finds the same."""
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        return [list(PASSAGES[:k]) for _ in queries]
-
-
-class Broken(Lookup):
-    """One that answers the probe at the start, and then nothing."""
-
-    calls = 0
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        self.calls += 1
-        if self.calls > 1:
-            raise ConnectionError("no such host")
-        return super().search(queries, k)
-
-
-class ToyData(SearchDataModule):
-    """Twelve questions, and as many demonstrations."""
-
-    def __init__(self, batch_size: int = 3, retriever: Any = None) -> None:
-        super().__init__(retriever=retriever or Lookup(), batch_size=batch_size)
-
-    def questions(self, split: str) -> list[Question]:
-        return [replace(QUESTION, id=f"q{i}", text=f"{QUESTION.text} {WORDS[i]}") for i in range(12)]
-
-    def demonstrations(self) -> list[Demonstration]:
-        sibling = SiblingRecord(0, ("capital of Norway",), Label.INCORRECT)
-        return [replace(demonstration((sibling,) * (i % 3)), question=q) for i, q in enumerate(self.questions("train"))]
-
-    def vocabulary(self) -> tuple[str, ...]:
-        return tuple(WORDS)
-
-
-class ScriptedEngine(Engine):
-    """Plays one of the scripts, drawn from the request's seed; log-probs are the policy's own."""
-
-    def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-        return [self._run(request) for request in requests]
-
-    def _run(self, request: RolloutRequest) -> Trajectory:
-        script = SCRIPTS[random.Random(request.seed).randrange(len(SCRIPTS))]
-        result = self.searches.submit(["x"]).result()[0]
-        draft = play(self.start(request), script, result)
-        sampled = torch.tensor(draft.policy_mask).nonzero()[:, 0]
-        (logits,), _, _ = self.policy(PackedSequences.pack([draft.token_ids]), [sampled])
-        tokens = torch.tensor(draft.token_ids)[sampled]
-        temperature = request.sampling.temperature or 1.0
-        logprobs = (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        return play(self.start(request), script, result, logprobs.tolist())
-
-
-class Record(pl.Callback):
-    """Keeps batches, and what each step logged."""
-
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
-        self.metrics: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.batches.append(batch)
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def fit(module: Any, *callbacks: pl.Callback, data: Any = None, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
-    """A real, silent fit on the CPU."""
-    options = {"max_steps": 1, "enable_checkpointing": False, "limit_val_batches": 0} | options
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        callbacks=list(callbacks),
-        **options,
-    )
-    trainer.fit(module, datamodule=data or ToyData(), ckpt_path=ckpt_path)
-    return trainer
