@@ -52,3 +52,7 @@ types: $(STAMP) ## mypy
 clean: ## remove caches and builds; .venv and runs/ stay
 	rm -rf build dist *.egg-info .typecheck .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: study-core
+study-core: $(STAMP) ## GRPO and SD-Search on paired seeds: a smoke test of the evidence (30 minutes on 2 cores, resumable)
+	$(PYTHON) -m benchmarks.study_core

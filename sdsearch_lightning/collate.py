@@ -178,12 +178,14 @@ def collate(
     offsets = [0, *lengths.cumsum(0).tolist()]
     rows = [[offsets[lesson.rollout] + i for i in _judged_tokens(trajectories, lesson)] for lesson in lessons]
     weights = [rollouts[lesson.rollout].query_weight for lesson in lessons]
+    judged = [row for part in rows for row in part]
+    assert len(set(judged)) == len(judged), "a block's views overlap: a token would be taught twice"
     batch = SearchBatch(
         sequences=PackedSequences.pack([trajectory.token_ids for trajectory in trajectories]),
         policy_weight=torch.cat([rollout.policy_weight for rollout in rollouts]).to(dtype),
         sampled_logprobs=torch.tensor([value for t in trajectories for value in t.sampled_logprobs], dtype=dtype),
         advantages=torch.tensor([t.advantage or 0.0 for t in trajectories], dtype=dtype).repeat_interleave(lengths),
-        query_row=torch.tensor([row for part in rows for row in part], dtype=torch.long),
+        query_row=torch.tensor(judged, dtype=torch.long),
         query_weight=torch.tensor([w for w, part in zip(weights, rows, strict=True) for _ in part], dtype=dtype),
         span_kind=torch.tensor(
             [SPAN_KINDS.index(span.kind) for t in trajectories for span in t.spans for _ in span.token_ids]

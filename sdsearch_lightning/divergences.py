@@ -34,10 +34,10 @@ class Support:
     """The tokens that count at a position, and what becomes of the probability outside of them.
 
         teacher       the teacher's top k: what the block makes likely
-        student       the student's top k: what the policy would write (SDPO, arXiv:2601.20802, with k = 100 and a bucket)
+        student       the student's top k: what the policy would write (SDPO, arXiv:2601.20802: k = 100 and a bucket)
         union         both: k to 2k tokens
         renormalize   the tail is dropped, and both sides are distributions given that the token is in the support
-        bucket        the tail is one more token, with all the remaining mass: probability that leaves the support counts
+        bucket        the tail is one more token, with all the remaining mass: what leaves the support counts
 
     Raises:
         ConfigError: `top_k` below 1, an unknown name, or an option that says nothing about a full vocabulary.
@@ -86,7 +86,7 @@ class Support:
             return logits.gather(-1, token_ids).masked_fill(repeated, -math.inf)
         logprobs = floored_log_softmax(logits)
         # Summed over what is outside, not 1 - what is inside: a tail of 1e-12 keeps its digits and its gradient.
-        outside = logprobs.scatter(-1, token_ids, torch.finfo(logprobs.dtype).min / 2)
+        outside = logprobs.scatter(-1, token_ids, -math.inf)
         inside = logprobs.gather(-1, token_ids).masked_fill(repeated, -math.inf)
         return torch.cat([inside, outside.logsumexp(-1, keepdim=True)], dim=-1)
 

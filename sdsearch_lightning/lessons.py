@@ -12,7 +12,7 @@ from typing import Literal
 from sdsearch_lightning.types import HindsightBlock, SpanKind, Trajectory
 
 Positions = Literal["queries", "policy"]
-"""JSD positions: tokens strictly inside executed queries (the paper), or every token the policy sampled (its ablation)."""
+"""JSD positions: tokens strictly inside executed queries (the paper), or all that the policy sampled (its ablation)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         whole = [ids[0] for ids in (opening, closing) if len(ids) == 1]
         self.register_buffer("environment_ids", torch.tensor(whole, dtype=torch.long), persistent=False)
         if self.objective.kl_coef > 0:
-            self.reference = Policy(deepcopy(model)).requires_grad_(False).eval()
+            self.reference = Policy(deepcopy(model)).requires_grad_(False)
         self.teacher_policy = self.teacher.attach(self.policy)
         if (check := getattr(self.divergence, "check", None)) is not None:
             check(len(tokenizer))

@@ -79,7 +79,10 @@ class PolicyObjective:
     def sums(self, logits: Tensor, reference_logits: Tensor | None, batch: SearchBatch, rows: Tensor) -> PolicySums:
         """The terms of a micro-batch.
 
-            min(pi_now / pi_engine, tis_cap) * clipped_surrogate(pi, pi_old, A)    the factor only with tis_cap, no gradient
+            min(pi_now / pi_engine, tis_cap) * clipped_surrogate(pi, pi_old, A)
+
+        The first factor is there only with `tis_cap`, and carries no gradient (truncated importance sampling: it corrects
+        for an engine whose numerics differ from the trainer's; in one process both agree to rounding and it is 1).
 
         The ratio's denominator is the policy itself while it is the one that sampled, else the engine's log-probs.
 
@@ -102,7 +105,8 @@ class PolicyObjective:
             reference = log_softmax(reference_logits, self.temperature).gather(1, tokens)[:, 0]
             kl = (kl_k3(chosen, reference) * weight).sum()
         if not self.entropy_coef.is_zero:
-            coefs = torch.tensor([self.entropy_coef.by_kind().get(kind, 0.0) for kind in SPAN_KINDS]).to(chosen)
+            by_kind = self.entropy_coef.by_kind()
+            coefs = chosen.new_tensor([by_kind.get(kind, 0.0) for kind in SPAN_KINDS])
             entropy_loss = -(entropy(logprobs) * coefs[batch.span_kind[rows]] * weight).sum()
         is_query = batch.span_kind[rows] == SPAN_KINDS.index(SpanKind.QUERY)
         metrics = policy_sums(logprobs, chosen, engine, old, is_query, self.clip_low, self.clip_high)

@@ -120,7 +120,7 @@ class PolicyModule(pl.LightningModule):
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take a ready model and tokenizer; what `configure_model` does last, and all a use without a Trainer needs."""
         self.tokenizer, self.codec = tokenizer, TokenCodec(tokenizer, self.protocol.tags)
-        self.policy = Policy(model)
+        self.policy = Policy(model).train()  # as Lightning expects it; there is no dropout to tell the modes apart
 
     def _vocabulary(self) -> Sequence[str]:
         datamodule = getattr(self._trainer, "datamodule", None)

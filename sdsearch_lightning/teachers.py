@@ -72,7 +72,7 @@ class CopiedTeacher(Teacher):
 
     def attach(self, policy: Policy) -> Policy:
         """A frozen copy; tied weights stay tied."""
-        self.copy = deepcopy(policy).requires_grad_(False).eval()
+        self.copy = deepcopy(policy).requires_grad_(False)
         return self.copy
 
     def policy(self, policy: Policy) -> Policy:
@@ -81,7 +81,7 @@ class CopiedTeacher(Teacher):
 
 
 class BatchStartTeacher(CopiedTeacher):
-    """The weights that sampled the rollouts: with one update per batch the same as `LiveTeacher`, which needs no copy."""
+    """The weights that sampled the rollouts; with one update per batch it is `LiveTeacher` at the price of a copy."""
 
     in_checkpoint = False
 
@@ -114,8 +114,8 @@ class EMATeacher(CopiedTeacher):
         # parameters() names a tied weight once, so it moves once; state_dict() would move it twice.
         for mine, current in zip(self.copy.parameters(), policy.parameters(), strict=True):
             mine.lerp_(current, self.rate)
-        for mine, current in zip(self.copy.buffers(), policy.buffers(), strict=True):
-            mine.copy_(current)
+        for buffer, current_buffer in zip(self.copy.buffers(), policy.buffers(), strict=True):
+            buffer.copy_(current_buffer)
 
 
 class FrozenTeacher(CopiedTeacher):

@@ -254,7 +254,7 @@ class HindsightBlock:
     weight: float = 1.0
     """Weight of this group in the JSD loss, from the `groups` rule; its denominator does not depend on it."""
     views: tuple[TeacherView, ...] | None = None
-    """None: every rollout of the group reads `text`. Else what is listed, and a rollout without a view is not taught."""
+    """None: every rollout of the group reads `text`. Else what is listed; a rollout without a view is not taught."""
 
     def views_of(self, rollout_index: int) -> tuple[TeacherView, ...]:
         """What the teacher of one rollout reads."""

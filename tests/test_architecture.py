@@ -18,7 +18,8 @@ LAYERS = """
 errors pluggable
 types
 tokenization rewards advantages losses schedules policy
-templates evaluation retrieval
+block_templates divergences evaluation retrieval teachers
+templates
 protocol hindsight collate distillation models
 rollout credit step_metrics evaluation_steps
 policy_module

@@ -145,13 +145,13 @@ def micro_batches(
 ) -> list[SearchBatch]:
     """The micro-batches of one update; without `blocks`, those of GRPO alone."""
 
-    def prompt(trajectory: Trajectory, block: HindsightBlock) -> Sequence[int]:
-        return PROTOCOL.prompt_ids(CODEC, trajectory.question.text, block.text)
+    def prompt(trajectory: Trajectory, block_text: str) -> Sequence[int]:
+        return PROTOCOL.prompt_ids(CODEC, trajectory.question.text, block_text)
 
     options.setdefault("mode", module.aggregation)
     weighed = weigh(groups, blocks or [None] * len(groups), dtype=module.policy.dtype, **options)
     shares = split_groups(weighed, max_tokens)
-    return [collate(share, prompt if blocks else None, module.policy.dtype) for share in shares]
+    return [collate(share, prompt if blocks else None, dtype=module.policy.dtype) for share in shares]
 
 
 def taught_batch(

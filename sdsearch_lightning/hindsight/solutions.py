@@ -12,9 +12,8 @@ from sdsearch_lightning.types import HindsightBlock, Label, RolloutGroup, Siblin
 class SuccessfulSibling(GroupBlocks):
     """Each rollout reads the first CORRECT sibling's searches, what they returned, and its answer.
 
-    After SDPO (arXiv:2601.20802).
-    Never its own solution: a rollout without another CORRECT one is not taught. Reasoning (and refine notes) stay out:
-    the text is made of the recorded queries, passages and answer, not cut out of the rollout.
+    After SDPO (arXiv:2601.20802). Never its own: a rollout without another CORRECT one is not taught. Reasoning and
+    refine notes stay out: the text is made of recorded queries, passages and answer, not cut out of the rollout.
     """
 
     def block(

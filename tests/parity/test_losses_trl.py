@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.advantages import group_relative
+from sdsearch_lightning.divergences import JensenShannon
 from sdsearch_lightning.losses import aggregate, clipped_surrogate, jensen_shannon, kl_k3
 
 pytest.importorskip("trl")
@@ -61,8 +62,26 @@ def test_jensen_shannon_is_generalized_jsd_loss(trl: SimpleNamespace, beta: floa
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 0.9, 1])
-def test_truncated_jensen_shannon_is_sdpos_on_the_same_support(trl: SimpleNamespace, beta: float) -> None:
-    """SDPO's support is the student's top k: made the teacher's by swapping the sides, and beta with them."""
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_the_students_support_is_sdpos(trl: SimpleNamespace, beta: float, tail: Any) -> None:
+    def theirs(student: Tensor) -> Tensor:
+        return trl.sdpo.compute_topk_self_distillation_loss(
+            student, teacher, distillation_topk=7, distillation_alpha=beta, distillation_add_tail=tail == "bucket"
+        )
+
+    student, teacher = randn(20, 50, seed=2, scale=3).requires_grad_(), randn(20, 50, seed=3, scale=3)
+    ours = JensenShannon(beta, 7, "student", tail).divergence(student, teacher)
+    assert close(ours, theirs(student))
+    assert not close(JensenShannon(beta, 8, "student", tail).divergence(student, teacher), theirs(student))
+    assert not close(JensenShannon(beta, 7, "teacher", tail).divergence(student, teacher), theirs(student))
+    (ours_gradient,) = torch.autograd.grad(ours.sum(), student)
+    (theirs_gradient,) = torch.autograd.grad(theirs(student).sum(), student)
+    assert close(ours_gradient, theirs_gradient)
+    assert not close(ours_gradient * 1.001, theirs_gradient)
+
+
+@pytest.mark.parametrize("beta", [0, 0.5, 0.9, 1])
+def test_the_teachers_support_is_sdpos_with_the_sides_swapped(trl: SimpleNamespace, beta: float) -> None:
     student, teacher = randn(20, 50, seed=2, scale=3), randn(20, 50, seed=3, scale=3)
     theirs = trl.sdpo.compute_topk_self_distillation_loss(
         teacher, student, distillation_topk=7, distillation_alpha=1 - beta, distillation_add_tail=False

@@ -31,8 +31,8 @@ from sdsearch_lightning.types import HindsightBlock, Label, RolloutGroup, Rollou
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
-def teacher_prompt(trajectory: Trajectory, block: HindsightBlock) -> Sequence[int]:
-    return PROTOCOL.prompt_ids(CODEC, trajectory.question.text, block.text)
+def teacher_prompt(trajectory: Trajectory, block_text: str) -> Sequence[int]:
+    return PROTOCOL.prompt_ids(CODEC, trajectory.question.text, block_text)
 
 
 def flat(groups: Sequence[Sequence[WeightedRollout]]) -> list[WeightedRollout]:
@@ -41,7 +41,7 @@ def flat(groups: Sequence[Sequence[WeightedRollout]]) -> list[WeightedRollout]:
 
 def collated(groups: Sequence[RolloutGroup], with_teacher: bool = True) -> SearchBatch:
     weighed = weigh(groups, blocks_of(groups), "token-mean", dtype=torch.float64)
-    return collate(flat(weighed), teacher_prompt if with_teacher else None, torch.float64)
+    return collate(flat(weighed), teacher_prompt if with_teacher else None, dtype=torch.float64)
 
 
 def test_a_rollout_drawn_as_tokens() -> None:

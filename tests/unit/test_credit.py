@@ -22,6 +22,7 @@ from training_data import (
 
 from sdsearch_lightning.collate import split_groups, weigh
 from sdsearch_lightning.credit import CreditRows, Credits, credit_rollouts, credit_table
+from sdsearch_lightning.lessons import plan_lessons
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, SpanKind, TokenCredit
 
 
@@ -34,7 +35,9 @@ def numbered(count: int) -> CreditRows:
 
 def deal(groups: list[RolloutGroup], blocks: list[HindsightBlock | None], rows: int) -> Credits:
     weighed = weigh(groups, blocks, "token-mean")
-    return credit_rollouts([r for g in weighed for r in g], numbered(rows))
+    rollouts = [r for g in weighed for r in g]
+    lessons = plan_lessons([(r.trajectory, r.block) for r in rollouts], "queries")
+    return credit_rollouts(rollouts, lessons, numbered(rows))
 
 
 def expected(rows: range, span: int) -> TokenCredit:
@@ -79,7 +82,7 @@ def test_a_taught_group_of_weight_zero_keeps_its_verdicts() -> None:
 
 def test_rows_left_over_are_a_mistake() -> None:
     groups = [group(rollout(ONE))]
-    with pytest.raises(AssertionError, match="every query row belongs to a span"):
+    with pytest.raises(AssertionError, match="every row belongs to a span"):
         deal(groups, blocks_of(groups), 4)
 
 
@@ -90,8 +93,9 @@ def test_the_verdicts_of_a_step_are_about_their_own_tokens() -> None:
     (batch,) = micro_batches(module, groups, blocks)
     credit = step(module, batch).credit
     assert credit is not None
+    table = credit_table(groups, credit_rollouts(rollouts, batch.lessons, credit))
     found = 0
-    for g, block, row in zip(groups, blocks, credit_table(groups, credit_rollouts(rollouts, credit)), strict=True):
+    for g, block, row in zip(groups, blocks, table, strict=True):
         for t, verdicts in zip(g.trajectories, row, strict=True):
             prompt = CODEC.encode(t.question.text + block.text)
             student = logprob_rows(module.policy.model, t.token_ids)

@@ -80,8 +80,8 @@ def test_a_sibling_whose_query_holds_a_tag_changes_nothing(byte_codec: TokenCode
         block = build(byte_codec, given)
         assert block is not None
 
-        def prompt(trajectory: Trajectory, told: HindsightBlock) -> Sequence[int]:
-            return PROTOCOL.prompt_ids(byte_codec, trajectory.question.text, told.text)
+        def prompt(trajectory: Trajectory, text: str) -> Sequence[int]:
+            return PROTOCOL.prompt_ids(byte_codec, trajectory.question.text, text)
 
         (rollouts,) = weigh([given], [block], "token-mean")
         batch = collate(rollouts[:1], prompt)

@@ -214,7 +214,7 @@ def test_the_reference_is_a_frozen_copy_where_it_is_needed() -> None:
     ("options", "message"),
     [
         ({"num_updates": 0}, "model.num_updates: expected at least 1"),
-        ({"kl_coef": -0.1}, "model.kl_coef: expected 0 or more"),
+        ({"kl_coef": -0.1}, "model.kl_coef: expected a finite number of at least 0"),
         ({"aggregation": "mean"}, "Unknown aggregation mode 'mean': expected one of token-mean"),
         ({"aggregation": "seq-mean-token-sum-norm", "aggregation_norm": 0.0}, "Expected norm above 0"),
     ],

@@ -13,6 +13,7 @@ from torch import Tensor
 from sdsearch_lightning.distillation import TeacherRows, summarize_teacher
 from sdsearch_lightning.step_metrics import (
     DISTILLATION_SUMS,
+    LOSS_TERMS,
     POLICY_SUMS,
     distillation_sums,
     policy_sums,
@@ -42,18 +43,25 @@ def test_policy_sums_by_hand() -> None:
     gaps = torch.tensor(
         [0.0, 0.17, 0.19, -0.21, -0.24, 0.3, 0.0], dtype=torch.float64
     )  # log 1.2 = .182, log .8 = -.223
-    sums = policy_sums(rows, chosen, chosen - 2 * gaps, chosen - gaps, 0.2, 0.2)
+    searched = torch.tensor([False, True, False, False, True, False, False])
+    sums = policy_sums(rows, chosen, chosen - 2 * gaps, chosen - gaps, searched, 0.2, 0.2)
     assert sums["policy_tokens"].item() == R
     assert sums["clipped"].item() == 3
     assert sums["logprob_gap"].item() == pytest.approx(2 * gaps.abs().sum().item(), abs=1e-12)
     assert sums["entropy"].item() == pytest.approx(math.fsum(map(entropy_by_hand, rows.tolist())), abs=1e-12)
-    assert policy_sums(rows, chosen, chosen, chosen - gaps, 0.2, 0.28)["clipped"].item() == 2
+    assert sums["searched_tokens"].item() == 2
+    assert sums["query_entropy"].item() == pytest.approx(
+        sum(entropy_by_hand(rows[i].tolist()) for i in (1, 4)), abs=1e-12
+    )
+    assert policy_sums(rows, chosen, chosen, chosen - gaps, searched, 0.2, 0.28)["clipped"].item() == 2
 
 
 def test_distillation_sums_by_hand() -> None:
     student, teacher = logprobs(3, 1), logprobs(3, 2)
     jsd = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    sums = distillation_sums(jsd, student, teacher_rows(teacher), ENVIRONMENT)
+    sums = distillation_sums(jsd, student, student[:, 4], teacher_rows(teacher), ENVIRONMENT)
+    assert sums["student_logprob"].item() == pytest.approx(student[:, 4].sum().item())
+    assert sums["teacher_logprob"].item() == pytest.approx(teacher[:, 0].sum().item())
     assert sums["query_tokens"].item() == 3
     assert sums["jsd"].item() == pytest.approx(0.6)
     for name, rows in (("student", student), ("teacher", teacher)):
@@ -65,26 +73,27 @@ def test_distillation_sums_by_hand() -> None:
 
 def test_sums_carry_no_graph() -> None:
     rows = logprobs(3).requires_grad_()
-    sums = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0], 0.2, 0.2)
-    sums |= distillation_sums(rows[:, 0], rows, teacher_rows(rows), ENVIRONMENT)
+    sums = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0], torch.ones(3, dtype=torch.bool), 0.2, 0.2)
+    sums |= distillation_sums(rows[:, 0], rows, rows[:, 1], teacher_rows(rows), ENVIRONMENT)
     assert not any(value.requires_grad for value in sums.values())
 
 
 @pytest.mark.parametrize("cuts", [(0, R), (0, 1, 3, R), (0, 0, R)])
 def test_sums_add_up_over_micro_batches(cuts: tuple[int, ...]) -> None:
     rows, gaps = logprobs(R), torch.linspace(-0.5, 0.5, R, dtype=torch.float64)
+    searched = torch.arange(R) % 2 == 0
     total: Counter[str] = Counter()
     for a, b in pairwise(cuts):
         chosen = rows[a:b, 0]
         total.update(
-            {k: float(v) for k, v in policy_sums(rows[a:b], chosen, chosen, chosen - gaps[a:b], 0.2, 0.2).items()}
+            {k: float(v) for k, v in policy_sums(rows[a:b], chosen, chosen, chosen - gaps[a:b], searched[a:b], 0.2, 0.2).items()}
         )
-    whole = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0] - gaps, 0.2, 0.2)
+    whole = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0] - gaps, searched, 0.2, 0.2)
     assert total == pytest.approx({name: float(value) for name, value in whole.items()})
 
 
 def totals(**values: float) -> dict[str, float]:
-    return dict.fromkeys((*POLICY_SUMS, *DISTILLATION_SUMS), 0.0) | values
+    return dict.fromkeys(("loss", *LOSS_TERMS, *POLICY_SUMS, *DISTILLATION_SUMS), 0.0) | values
 
 
 def test_step_means_by_hand() -> None:
@@ -93,6 +102,11 @@ def test_step_means_by_hand() -> None:
             loss=3.0,
             policy_loss=2.0,
             kl=0.5,
+            entropy_loss=0.6,
+            searched_tokens=5.0,
+            query_entropy=3.0,
+            student_logprob=-6.0,
+            teacher_logprob=-2.0,
             jsd_loss=0.8,
             policy_tokens=20.0,
             entropy=40.0,
@@ -112,6 +126,10 @@ def test_step_means_by_hand() -> None:
             "train/loss": 1.5,
             "train/policy_loss": 1.0,
             "train/kl": 0.25,
+            "train/entropy_loss": 0.3,
+            "train/query_entropy": 0.6,
+            "distill/student_logprob": -1.5,
+            "distill/teacher_logprob": -0.5,
             "train/entropy": 2.0,
             "train/clip_fraction": 0.25,
             "train/logprob_gap": 0.05,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sdsearch_lightning.block_templates import BlockTemplates
 from sdsearch_lightning.datamodules import SearchDataModule, SyntheticWorldDataModule
 from sdsearch_lightning.datamodules.synthetic_world_encoder import WorldSearch, word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
@@ -87,7 +88,7 @@ def test_the_vocabulary_spells_questions_documents_and_demonstrations(tmp_path: 
 def test_the_vocabulary_spells_the_texts_of_its_protocol(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     options = yaml.safe_load((root / "configs" / "protocol" / "synthetic_world.yaml").read_text())["init_args"]
-    protocol = Protocol(**options)
+    protocol = Protocol(**options | {"block": BlockTemplates(**options["block"])})
     data = make(tmp_path)
     codec = TokenCodec(word_level_tokenizer(data.vocabulary(), protocol.tags), protocol.tags)
     unknown = codec.tokenizer.unk_token_id
@@ -148,11 +149,8 @@ def test_everything_follows_the_seed(tmp_path: Path) -> None:
 
 
 def test_seeds_share_the_world_of_a_world_seed_and_differ_in_order_only(tmp_path: Path) -> None:
-    default, one, two = (
-        make(tmp_path, seed=7),
-        make(tmp_path, seed=1, world_seed=7),
-        make(tmp_path, seed=2, world_seed=7),
-    )
+    default = make(tmp_path, seed=7)
+    one, two = (make(tmp_path, seed=seed, world_seed=7) for seed in (1, 2))
     for data in (one, two):
         assert data.world_folder == default.world_folder, "the fingerprint follows the world's seed"
         assert data.world.documents == default.world.documents

@@ -142,7 +142,7 @@ def test_a_copy_is_frozen_apart_and_reads_as_the_policy_did(kind: type[CopiedTea
     policy.model.lm_head.weight.grad = torch.ones_like(policy.model.lm_head.weight)
     copy = teacher.attach(policy)
     assert copy is teacher.policy(policy) is teacher.copy is not policy
-    assert policy.training and not copy.training
+    assert policy.training
     assert not any(weight.requires_grad for weight in copy.parameters())
     assert all(weight.grad is None for weight in copy.parameters())
     assert not {w.data_ptr() for w in copy.parameters()} & {w.data_ptr() for w in policy.parameters()}
@@ -226,9 +226,9 @@ def test_a_config_names_the_kind_and_an_unknown_one_is_an_error() -> None:
     for kind in ("LiveTeacher", "BatchStartTeacher", "FrozenTeacher"):
         assert type(parse(f"--teacher={kind}")).__name__ == kind
     assert isinstance(parse(f"--teacher={__name__}.Mine"), Mine)
-    for wrong in (["ema"], ["frozen"], ["Sometimes"], ["FrozenTeacher", "rate=0.1"], ["collections.Counter"]):
+    for name, *wrong in (["ema"], ["frozen"], ["Sometimes"], ["FrozenTeacher", "rate=0.1"], ["collections.Counter"]):
         with pytest.raises(jsonargparse.ArgumentError):
-            parse(f"--teacher={wrong[0]}", *(f"--teacher.{option}" for option in wrong[1:]))
+            parse(f"--teacher={name}", *(f"--teacher.{option}" for option in wrong))
 
 
 def test_a_look_alike_needs_all_four_methods() -> None:

@@ -120,9 +120,6 @@ def test_the_chat_template_can_be_turned_off_and_cannot_be_made_up(
         ({"observation_template": "{passages}{passages}"}, r"holds \{passages\} once"),
         ({"passage_template": "{body}"}, r"passage_template: .* fields index, title, text, contents, found '\{body\}'"),
         ({"passage_template": "{"}, r"passage_template: .*Write \{\{ and \}\} for plain braces"),
-        ({"block_entry": "{query}"}, "block_entry: .* fields number, label"),
-        ({"block_query": "{}"}, "block_query: .* fields number, query, label"),
-        ({"block_no_query": "{query}"}, "block_no_query: .* fields number, label"),
     ],
 )
 def test_a_template_without_its_slot_is_refused(options: dict[str, Any], message: str) -> None:
@@ -180,25 +177,10 @@ def test_a_budget_below_the_tags_still_closes_them(byte_codec: TokenCodec) -> No
 # The hindsight block
 
 
-def test_the_block_tells_queries_and_outcomes(byte_codec: TokenCodec) -> None:
+def test_the_block_is_part_of_the_protocol(byte_codec: TokenCodec) -> None:
     assert PROTOCOL.render_block(byte_codec, ENTRIES) == BLOCK
-    assert PROTOCOL.render_block(byte_codec, ()) == ""
-
-
-def test_every_line_of_the_block_is_a_template(byte_codec: TokenCodec) -> None:
-    protocol = Protocol(
-        "{question}",
-        block=BlockTemplates(
-            header="H",
-            entry="({number}{label}",
-            unlabelled_entry="<{number}",
-            query="[{number}{label}:{query}]",
-            no_query="-{number}{label}-",
-        ),
-    )
-    assert protocol.render_block(byte_codec, ENTRIES) == (
-        "H(1CORRECT[1CORRECT:capital of France][2CORRECT:Seine](2INCORRECT-2INCORRECT-(3INCORRECT[1INCORRECT:Rome]"
-    )
+    protocol = SearchR1Protocol(block=BlockTemplates(header="H", entry="", query="{query};", no_query=""))
+    assert protocol.render_block(byte_codec, ENTRIES) == "Hcapital of France;Seine;Rome;"
 
 
 def test_queries_in_the_block_are_data(byte_codec: TokenCodec) -> None:

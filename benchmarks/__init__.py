@@ -1,0 +1,1 @@
+"""Studies that measure the library through its own command line; each is a target of the Makefile."""

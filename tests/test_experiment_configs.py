@@ -1,0 +1,97 @@
+"""Every file of configs/experiment is understood on top of the quick start, and an ablation changes one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
+from sdsearch_lightning.datamodules import SearchDataModule
+from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.run_folder import RunOptions
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ABLATIONS = sorted((CONFIGS / "experiment/ablation").glob("*.yaml"))
+PRESETS = sorted((CONFIGS / "experiment/preset").glob("*.yaml"))
+GROUPS = {"rollout": RolloutGrouping, "hindsight": HindsightConstruction, "jsd": JSDWeightScheduler}
+CHANGES = {
+    "block": "hindsight.block",
+    "groups": "hindsight.groups",
+    "divergence": "model.divergence",
+    "support": "model.divergence",
+    "positions": "model.positions",
+    "teacher": "model.teacher",
+    "label": "rollout.label",
+    "schedule": "jsd.schedule",
+}
+"""What the first word of an ablation's name says."""
+
+
+@cache
+def parser() -> LightningArgumentParser:
+    made = LightningArgumentParser()
+    made.add_argument("--seed_everything", type=int)
+    made.add_class_arguments(RunOptions, "run")
+    made.add_lightning_class_args(SDSearchModule, "model")
+    made.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
+    made.add_lightning_class_args(pl.Trainer, "trainer")
+    for name, callback in GROUPS.items():
+        made.add_lightning_class_args(callback, name)
+    return made
+
+
+@cache
+def parsed(*files: Path) -> Any:
+    return parser().parse_args([f"--config={path}" for path in (CONFIGS / "quickstart.yaml", *files)])
+
+
+def changes(before: Any, after: Any, name: str = "") -> Iterator[str]:
+    """Options whose values differ, a plug-in as one."""
+    for key in {*before, *after}:
+        pair = before.get(key), after.get(key)
+        if all(isinstance(value, dict) and "class_path" not in value for value in pair):
+            yield from changes(*pair, f"{name}{key}.")
+        elif pair[0] != pair[1]:
+            yield f"{name}{key}"
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=stem)
+def test_an_ablation_changes_one_thing(path: Path) -> None:
+    found = set(changes(parsed().as_dict(), parsed(path).as_dict())) - {"config"}
+    expected = {"run.name", CHANGES[path.stem.split("_")[0]]}
+    assert found == (expected if path.stem != "groups_mixed" else {"run.name"}), "the quick start has mixed groups"
+
+
+@pytest.mark.parametrize("path", [*ABLATIONS, *PRESETS], ids=stem)
+def test_a_run_has_the_name_of_its_file_and_its_parts_can_be_made(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# ") and yaml.safe_load(text)["run"] == {"name": path.stem}
+    options = parsed(path).clone()
+    for group in ("data", "trainer"):  # neither is what these files are about
+        del options[group]
+    made = parser().instantiate_classes(options)
+    assert isinstance(made.model, SDSearchModule)
+    assert all(isinstance(made[name], callback) for name, callback in GROUPS.items())
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=stem)
+def test_a_preset_says_where_it_comes_from_and_what_is_missing(path: Path) -> None:
+    text = path.read_text()
+    assert ("arXiv:" in text and "Not reproduced" in text) or path.stem == "sharpening_control"
+
+
+def test_no_two_presets_are_the_same() -> None:
+    found = [frozenset(changes(parsed().as_dict(), parsed(path).as_dict())) for path in PRESETS]
+    assert len(PRESETS) == 8 and len(ABLATIONS) == 31 - 1
+    assert len({str(parsed(path).as_dict() | {"run": None, "config": None}) for path in PRESETS}) == len(found)
