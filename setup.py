@@ -20,6 +20,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "sdsearch_lightning",
+        "sdsearch_lightning.hindsight",
         "sdsearch_lightning.report",
         "sdsearch_lightning.retrieval",
         "sdsearch_lightning.rollout",

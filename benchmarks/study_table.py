@@ -146,7 +146,7 @@ def _verdict(arm: Arm, lr: float | None, weight: float | None, plan: Plan) -> st
 
 
 def _failures(records: Records, runs: Sequence[Run]) -> Iterator[str]:
-    failed = [records[run.key] for run in runs if run.key in records and False]
+    failed = [records[run.key] for run in runs if run.key in records and not _is_ok(records, run)]
     missing = [run.name for run in runs if run.key not in records]
     yield f"\nFailed runs: {len(failed) or 'none'}. Runs not done: {', '.join(missing) or 'none'}."
     for record in failed:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.report.trajectories import Record, append_records, cut_torn_line, make_record, rank_file
-from sdsearch_lightning.types import RolloutGroup, StepBatch
+from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
 
 
 class TrajectoryLog(Callback):
@@ -139,7 +139,7 @@ class TrajectoryLog(Callback):
                     phase=phase,
                     step=step,
                     rank=trainer.global_rank,
-                    block=block.text if block else None,
+                    block=_block_text(block, trajectory),
                     credit=credit,
                     top_tokens=self.top_tokens,
                 )
@@ -157,6 +157,12 @@ class TrajectoryLog(Callback):
 def _has_rollouts(batch: Any) -> bool:
     """Whether the batch holds rollouts; those of a cold start are demonstrations."""
     return isinstance(batch, StepBatch) and batch.groups is not None
+
+
+def _block_text(block: HindsightBlock | None, trajectory: Trajectory) -> str | None:
+    """What a rollout's teacher read, its views one after the other; None where it had no teacher."""
+    texts = [view.text for view in block.views_of(trajectory.rollout_index)] if block is not None else []
+    return "".join(texts) if texts else None
 
 
 def _is_whole(trainer: Trainer) -> bool:

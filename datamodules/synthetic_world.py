@@ -137,6 +137,11 @@ class SyntheticWorldDataModule(SearchDataModule):
             seed=self.world_seed,
         )
 
+    def best_query(self, question: Question) -> str:
+        """The query that finds the first hop of `question`: its start entity with the term this world's documents use."""
+        _, start, _, relation, *_ = question.text.split()
+        return f"{start} {self.world.terms[relation]}"
+
     def vocabulary(self) -> tuple[str, ...]:
         """Words of a word-level tokenizer for the world and its protocol texts; the tags come from the protocol."""
         return self._shape.vocabulary

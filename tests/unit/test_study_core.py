@@ -1,9 +1,8 @@
-"""The study: its statistics and its commands; that it resumes, chooses, pairs and hides nothing. No run is real."""
+"""The study resumes, chooses, pairs and hides nothing. No run is real here: a fake writes planted curves."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import threading
 import time
@@ -13,28 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
     sys.path.append(str(ROOT))
 
 from benchmarks import study_core  # noqa: E402
-from benchmarks.measures import (  # noqa: E402
-    T_975,
-    area_under,
-    mean,
-    measure,
-    paired_difference,
-    step_reaching,
-    t_quantile,
-)
 from benchmarks.study_core import Outcome, Processes, Study, StudyError, main  # noqa: E402
-from benchmarks.study_plan import COLD_START, FULL, SMOKE, Run  # noqa: E402
+from benchmarks.study_plan import FULL, SMOKE, Run  # noqa: E402
 from benchmarks.study_table import render  # noqa: E402
-from sdsearch_lightning import commands  # noqa: E402
-from sdsearch_lightning.errors import DataError  # noqa: E402
-from sdsearch_lightning.report.metrics import Point  # noqa: E402
 
 BEST_RATE, GAIN = 1e-3, {"grpo": 0.0, "entropy_penalty": 0.05, "sd_all": -0.02, "sd_mixed": 0.06}
 BEST_WEIGHT = {"grpo": 0.0, "entropy_penalty": -0.05, "sd_all": 0.1, "sd_mixed": 0.3}
@@ -96,62 +82,6 @@ def row(table: str, *cells: str) -> list[str]:
     """The first row that starts with `cells`."""
     start = f"| {' | '.join(cells)} | "
     return next(line for line in table.splitlines() if line.startswith(start))[2:-2].split(" | ")
-
-
-def test_t_quantiles_hold_95_percent_of_the_distribution() -> None:
-    for degrees in range(1, len(T_975) + 1):
-        scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
-        for shift, holds in ((0.0, True), (0.02, False), (-0.02, False)):
-            bound, parts = t_quantile(degrees) + shift * t_quantile(degrees), 4000
-            xs = [-bound + 2 * bound * (i + 0.5) / parts for i in range(parts)]
-            share = sum(scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2) for x in xs) * 2 * bound / parts
-            assert (abs(share - 0.95) < 2e-4) is holds, (degrees, share)
-    assert t_quantile(3) == pytest.approx(3.182, abs=5e-4)
-    for degrees in (0, len(T_975) + 1):
-        with pytest.raises(ValueError, match=f"found {degrees}"):
-            t_quantile(degrees)
-
-
-def test_a_paired_difference_is_of_pairs() -> None:
-    found = paired_difference([0.5, 0.7, 0.6, 0.9], [0.4, 0.6, 0.4, 0.7])  # differences .1 .1 .2 .2
-    assert found is not None and found.n == 4
-    assert found.mean == pytest.approx(0.15)
-    assert found.half_width == pytest.approx(3.1824 * math.sqrt(0.01 / 3) / 2)
-    reordered = paired_difference([0.5, 0.7, 0.6, 0.9], [0.7, 0.4, 0.6, 0.4])
-    assert reordered is not None and reordered.half_width is not None
-    assert reordered.half_width > 2 * found.half_width, "other pairs, another spread"
-    single = paired_difference([0.5], [0.4])
-    assert single is not None and single.half_width is None
-    assert paired_difference([0.5, None], [0.4, 0.3]) is paired_difference([], []) is None
-    assert mean([1.0, None]) is mean([]) is None and mean([1.0, 2.0]) == 1.5
-
-
-def test_the_area_is_a_mean_height_over_uneven_steps() -> None:
-    curve = [Point(0, 0.0), Point(10, 0.4), Point(40, 1.0)]
-    assert area_under(curve, 40) == pytest.approx((10 * 0.2 + 30 * 0.7) / 40)
-    for broken in (curve[1:], curve[:2], curve[:1], [], [curve[0], curve[1], *curve[1:]]):
-        with pytest.raises(DataError, match="expected evaluations from step 0 to step 40"):
-            area_under(broken, 40)
-
-
-def test_the_step_that_reaches_a_level_is_read_off_a_line() -> None:
-    curve = [Point(0, 0.1), Point(5, 0.3), Point(10, 0.7), Point(15, 0.4)]
-    assert step_reaching(curve, 0.5) == pytest.approx(7.5)
-    assert step_reaching(curve, 0.3) == 5 and step_reaching(curve, 0.1) == 0
-    assert step_reaching(curve, 0.71) is None and step_reaching([], 0.5) is None
-
-
-def test_the_entropy_is_of_the_last_steps_and_may_be_missing(tmp_path: Path) -> None:
-    rows = ["step,val/sampled_exact_match,val/exact_match,train/query_entropy", "0,0.1,0.2,"]
-    rows += [f"{step},,,{9 if step < 6 else step / 10}" for step in range(1, 11)] + ["10,0.6,0.8,"]
-    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
-    found = measure(tmp_path, 10)
-    assert found["query_entropy"] == pytest.approx(0.8)  # of steps 6 to 10
-    assert (found["sampled_start"], found["sampled_end"], found["greedy_end"]) == (0.1, 0.6, 0.8)
-    assert found["sampled_area"] == pytest.approx(0.35) and found["greedy_area"] == pytest.approx(0.5)
-    (tmp_path / "metrics.csv").write_text("\n".join(line.rpartition(",")[0] for line in rows) + "\n")
-    without = measure(tmp_path, 10)
-    assert without == found | {"query_entropy": None}
 
 
 def test_the_study_tunes_on_seeds_of_its_own_and_compares_what_it_chose(tmp_path: Path) -> None:
@@ -314,56 +244,6 @@ def test_each_command_is_printed_before_it_runs_and_sets_all_that_is_set(
             return super().__call__(arguments, log)
 
     assert run(tmp_path, Watching(), "--smoke", "--workers", "1") == 0
-
-
-def parsed(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The configuration that the command line makes of a run's command."""
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as exit_:
-        commands.run([*arguments, "--print_config"])
-    assert exit_.value.code == 0
-    return yaml.safe_load(capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("arm", FULL.arms, ids=lambda arm: arm.name)
-def test_the_command_line_takes_each_arm(
-    arm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    weight = arm.weights[-1]
-    config = parsed(FULL.arguments(Run("tuning", arm.name, 101, 0.0014, weight), "r"), monkeypatch, capsys)
-    is_taught = arm.name.startswith("sd_")
-    assert config["seed_everything"] == 101 and config["data"]["init_args"]["world_seed"] == COLD_START.seed
-    assert config["model"]["optimizer"]["init_args"]["lr"] == 0.0014
-    assert config["model"]["model_name_or_path"] == "r/cold_start/model"
-    assert config["jsd"]["weight"] == (weight if is_taught else 0)
-    assert config["model"]["entropy_coef"]["query"] == (weight if arm.name == "entropy_penalty" else 0)
-    assert config["hindsight"]["groups"] == ("all" if arm.name == "sd_all" else "mixed")
-    trainer = config["trainer"]
-    assert trainer["max_steps"] == FULL.max_steps and FULL.max_steps % trainer["val_check_interval"] == 0
-    assert config["rollout"]["eval_samples"] == 2
-    assert trainer["callbacks"][0]["class_path"].endswith("TrajectoryLog")
-    assert config["run"]["root"] == "r" and config["run"]["overwrite"] is True
-
-
-def test_arms_differ_in_nothing_else(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    configs = []
-    for arm in FULL.arms:
-        config = parsed(FULL.arguments(Run("comparison", arm.name, 0, 1e-3, arm.weights[0]), "r"), monkeypatch, capsys)
-        del config["run"]["name"], config["jsd"]["weight"], config["model"]["entropy_coef"]["query"]
-        del config["hindsight"]["groups"]
-        configs.append(config)
-    assert all(config == configs[0] for config in configs)
-
-
-def test_the_command_line_takes_the_cold_start_and_the_smoke_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = parsed(FULL.arguments(COLD_START, "r"), monkeypatch, capsys)
-    assert config["seed_everything"] == 0 and config["run"]["name"] == "cold_start"
-    run_ = Run("tuning", "grpo", 100, 5e-4, 0.0)
-    config = parsed(SMOKE.arguments(run_, "r"), monkeypatch, capsys)
-    assert config["trainer"]["max_steps"] == 2 and config["data"]["init_args"]["batch_size"] == 4
-    assert config["data"]["init_args"]["world_seed"] == 0
 
 
 def test_processes_tell_exit_code_output_and_their_own_cpu_time(tmp_path: Path) -> None:

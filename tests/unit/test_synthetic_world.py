@@ -189,3 +189,13 @@ def test_the_default_is_the_quick_start_world(tmp_path: Path) -> None:
 def test_impossible_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(tmp_path, **options)
+
+
+def test_the_best_query_finds_the_first_hop_first(tmp_path: Path) -> None:
+    data = make(tmp_path)
+    data.prepare_data()
+    for question in data.questions("val")[:8]:
+        start, relation = question.text.split()[1:4:2]
+        (first, *_), = data.retriever.search([data.best_query(question)], 2)
+        subject, term, *_ = first.contents.split()
+        assert subject == start and term.startswith(f"{relation}_")

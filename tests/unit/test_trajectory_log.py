@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.report import read_trajectories
-from sdsearch_lightning.types import HindsightBlock, Question, RolloutGroup, StepBatch
+from sdsearch_lightning.types import HindsightBlock, Question, RolloutGroup, StepBatch, TeacherView
 
 QUESTION = Question("q0", "where is Rome ?", ("Rome",), "toy")
 
@@ -41,9 +41,12 @@ class Module(LightningModule):
     def fill(self, batch: StepBatch, num_rollouts: int) -> None:
         batch.groups = groups(batch, num_rollouts)
 
+    def block(self, batch: StepBatch) -> HindsightBlock:
+        return HindsightBlock(batch.instance_ids[0], (), "told")
+
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         self.fill(batch, 2)
-        batch.hindsight = (HindsightBlock(batch.instance_ids[0], (), "told"), None)
+        batch.hindsight = (self.block(batch), None)
         assert batch.groups is not None
         batch.credit = (tuple(credit(t) for t in batch.groups[0].trajectories), (None, None))
         optimizer: Any = self.optimizers()
@@ -120,6 +123,20 @@ def test_a_fit_writes_every_rollout_with_step_block_and_credit(make_trainer: Any
     assert positions("val") == {0: [0, 1, 2, 3], 1: [0], 2: [0], 3: [0, 1, 2, 3]}  # first and last one: all questions
     assert positions("val_sampled")[1] == [0, 0]
     assert all(r["block"] is None and r["credit"] is None for r in records if r["phase"] != "train")
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_each_rollout_has_the_text_that_its_own_teacher_read(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def views(self: Module, batch: StepBatch) -> HindsightBlock:
+        told = (TeacherView(1, 0, "first;"), TeacherView(1, 1, "second;"))
+        return HindsightBlock(batch.instance_ids[0], (), "", views=told)
+
+    monkeypatch.setattr(Module, "block", views)
+    fit(make_trainer(TrajectoryLog(), **FIT), train=1, val=0)
+    records = read_lines(tmp_path / "trajectories.jsonl")
+    assert [r["block"] for r in records[:4]] == [None, "first;second;", None, None]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
