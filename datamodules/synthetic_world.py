@@ -138,7 +138,7 @@ class SyntheticWorldDataModule(SearchDataModule):
         )
 
     def best_query(self, question: Question) -> str:
-        """The query that finds the first hop of `question`: its start entity with the term this world's documents use."""
+        """The query that finds the first hop: the start entity with the term that this world's documents use."""
         _, start, _, relation, *_ = question.text.split()
         return f"{start} {self.world.terms[relation]}"
 

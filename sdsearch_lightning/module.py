@@ -157,8 +157,6 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         if (check := getattr(self.divergence, "check", None)) is not None:
             check(len(tokenizer))
 
-    # The step
-
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """All updates of one rollout batch; logs, and writes `batch.credit`."""
         groups: tuple[RolloutGroup, ...] = batch.require("groups", by="SDSearchModule.training_step")

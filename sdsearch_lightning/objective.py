@@ -81,8 +81,8 @@ class PolicyObjective:
 
             min(pi_now / pi_engine, tis_cap) * clipped_surrogate(pi, pi_old, A)
 
-        The first factor is there only with `tis_cap`, and carries no gradient (truncated importance sampling: it corrects
-        for an engine whose numerics differ from the trainer's; in one process both agree to rounding and it is 1).
+        The first factor is there only with `tis_cap`, and carries no gradient (truncated importance sampling: it
+        corrects for an engine whose numerics differ from the trainer's; in one process both agree and it is 1).
 
         The ratio's denominator is the policy itself while it is the one that sampled, else the engine's log-probs.
 

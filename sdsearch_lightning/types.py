@@ -9,58 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, ClassVar
 
+from sdsearch_lightning.kinds import Label as Label
+from sdsearch_lightning.kinds import SpanKind as SpanKind
+from sdsearch_lightning.kinds import StopReason as StopReason
 from sdsearch_lightning.pluggable import Pluggable as Pluggable
 
 InstanceId = tuple[int, int]
 """(epoch, position in that epoch): unique per prompt instance, so a question that occurs twice makes two groups."""
-
-
-class _AnyCase(StrEnum):
-    @classmethod
-    def _missing_(cls, value: object) -> _AnyCase | None:
-        return cls.__members__.get(str(value).upper())
-
-
-class SpanKind(_AnyCase):
-    """What a run of tokens is. The strings are the names, as they stand in trajectories.jsonl."""
-
-    PROMPT = "PROMPT"
-    REASONING = "REASONING"  # whatever the policy writes that is none of the others, malformed actions included
-    QUERY = "QUERY"  # strictly inside the tags of a search that was executed: the JSD positions
-    REFINE = "REFINE"
-    ANSWER = "ANSWER"
-    SCAFFOLD = "SCAFFOLD"  # tags, and every token that straddles a tag boundary; end-of-sequence
-    OBSERVATION = "OBSERVATION"  # forced by the environment: passages with their tags, the invalid-action message
-
-
-class StopReason(_AnyCase):
-    """Why a rollout ended."""
-
-    ANSWERED = "ANSWERED"
-    MAX_SEARCHES = "MAX_SEARCHES"  # asked for one search more than allowed
-    MAX_TOKENS = "MAX_TOKENS"  # ran out of its token budget
-    MALFORMED = "MALFORMED"  # used up its budget of invalid actions
-    RETRIEVAL_ERROR = "RETRIEVAL_ERROR"  # the retriever failed: not the policy's fault, so it is not trained on
-
-    @property
-    def is_truncated(self) -> bool:
-        """Ended by a budget."""
-        return self in (StopReason.MAX_TOKENS, StopReason.MAX_SEARCHES, StopReason.MALFORMED)
-
-    @property
-    def is_error(self) -> bool:
-        """Ended by the environment."""
-        return self is StopReason.RETRIEVAL_ERROR
-
-
-class Label(_AnyCase):
-    """Outcome of a rollout as the hindsight block tells it; independent of the reward."""
-
-    CORRECT = "CORRECT"
-    INCORRECT = "INCORRECT"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "sdsearch_lightning"
 
 LAYERS = """
-errors pluggable
+errors pluggable kinds
 types
-tokenization rewards advantages losses schedules policy
+tokenization rewards advantages losses schedules policy lessons
 block_templates divergences evaluation retrieval teachers
 templates
 protocol hindsight collate distillation models
 rollout credit step_metrics evaluation_steps
+objective
 policy_module
 module supervised
 report run_folder

@@ -18,7 +18,7 @@ from sdsearch_lightning.evaluation import RolloutScores
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "metrics.md"
-PHASES = ("train", "val", "test", "rollout", "search", "distill", "health")
+PHASES = ("train", "val", "test", "rollout", "search", "distill", "teacher", "health")
 KEY = re.compile(rf"({'|'.join(PHASES)})(/(<source>|[a-z][a-z0-9_]*))+")
 
 

@@ -214,9 +214,11 @@ def closed_form(
     for trajectories, group_weight, text in zip(judged, group_weights, block_texts, strict=True):
         for t in trajectories:
             tokens = t.token_ids
-            rows = logprob_rows(model, tokens, module.temperature)
+            rows = logprob_rows(model, tokens, module.objective.temperature)
             frozen = (
-                logprob_rows(module.reference.model, tokens, module.temperature).detach() if module.kl_coef else rows
+                logprob_rows(module.reference.model, tokens, module.objective.temperature).detach()
+                if module.objective.kl_coef
+                else rows
             )
             for i, token in enumerate(tokens):
                 if not t.policy_mask[i]:
@@ -224,7 +226,9 @@ def closed_form(
                 old = rows[i, token].detach() if on_policy else t.sampled_logprobs[i]
                 ratio = (rows[i, token] - old).exp()
                 objective = ratio * t.advantage
-                clipped = min(max(ratio.item(), 1 - module.clip_low), 1 + module.clip_high) * t.advantage
+                clipped = (
+                    min(max(ratio.item(), 1 - module.objective.clip_low), 1 + module.objective.clip_high) * t.advantage
+                )
                 policy_loss = policy_loss - (objective if objective.item() <= clipped else clipped) / num_tokens
                 d = frozen[i, token] - rows[i, token]
                 kl = kl + (d.exp() - d - 1) / num_tokens

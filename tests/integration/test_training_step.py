@@ -27,8 +27,8 @@ from training_run import Broken, Record, ScriptedEngine, ToyData, fit
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
 from sdsearch_lightning.collate import SearchBatch
 from sdsearch_lightning.distillation import TeacherRows
+from sdsearch_lightning.divergences import JensenShannon
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses import JensenShannon
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.rewards import ExactMatchReward
 from sdsearch_lightning.rollout import Engine, GenerateEngine

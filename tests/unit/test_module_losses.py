@@ -25,7 +25,7 @@ from training_data import (
 )
 
 from sdsearch_lightning.collate import filler
-from sdsearch_lightning.losses import JensenShannon
+from sdsearch_lightning.divergences import JensenShannon
 from sdsearch_lightning.module import StepSums
 
 WHOLE = JensenShannon(top_k=None)

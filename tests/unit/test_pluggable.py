@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from sdsearch_lightning.divergences import Divergence, JensenShannon
 from sdsearch_lightning.hindsight import BlockBuilder, QueriesAndLabels
-from sdsearch_lightning.losses import Divergence, JensenShannon
 from sdsearch_lightning.protocol import Protocol, SearchR1Protocol
 from sdsearch_lightning.retrieval import DenseRetriever, Retriever
 from sdsearch_lightning.rewards import ExactMatchReward, F1LabelRule, LabelRule, Reward

@@ -86,7 +86,10 @@ def test_sums_add_up_over_micro_batches(cuts: tuple[int, ...]) -> None:
     for a, b in pairwise(cuts):
         chosen = rows[a:b, 0]
         total.update(
-            {k: float(v) for k, v in policy_sums(rows[a:b], chosen, chosen, chosen - gaps[a:b], searched[a:b], 0.2, 0.2).items()}
+            {
+                k: float(v)
+                for k, v in policy_sums(rows[a:b], chosen, chosen, chosen - gaps[a:b], searched[a:b], 0.2, 0.2).items()
+            }
         )
     whole = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0] - gaps, searched, 0.2, 0.2)
     assert total == pytest.approx({name: float(value) for name, value in whole.items()})

@@ -16,6 +16,7 @@ from torch import Tensor
 from training_data import CODEC, PROTOCOL, TOKENIZER, demonstration, gradient, logprob_rows, tiny_model, weights_of
 from training_run import Record, ToyData, fit
 
+from sdsearch_lightning.block_templates import BlockTemplates
 from sdsearch_lightning.datamodules.synthetic_world_demonstrations import WorldDemonstrations
 from sdsearch_lightning.datamodules.synthetic_world_encoder import word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
@@ -93,7 +94,8 @@ def replay(written: Demonstration, protocol: Protocol, codec: TokenCodec) -> Tra
 
 
 def test_a_demonstration_holds_what_a_rollout_with_the_same_text_holds() -> None:
-    protocol = Protocol(**yaml.safe_load((ROOT / "configs/protocol/synthetic_world.yaml").read_text())["init_args"])
+    texts = yaml.safe_load((ROOT / "configs/protocol/synthetic_world.yaml").read_text())["init_args"]
+    protocol = Protocol(**texts | {"block": BlockTemplates(**texts["block"])})
     shape = WorldShape(num_entities=60, num_relations=8, terms_per_relation=4, facts_per_entity=6)
     codec = TokenCodec(word_level_tokenizer(shape.vocabulary, protocol.tags), protocol.tags)
     options = {"length": 30, "num_worlds": 2, "hop_mix": (0.2, 0.5, 0.3), "block_share": 0.5, "top_k": 2, "seed": 0}

@@ -196,6 +196,6 @@ def test_the_best_query_finds_the_first_hop_first(tmp_path: Path) -> None:
     data.prepare_data()
     for question in data.questions("val")[:8]:
         start, relation = question.text.split()[1:4:2]
-        (first, *_), = data.retriever.search([data.best_query(question)], 2)
+        ((first, *_),) = data.retriever.search([data.best_query(question)], 2)
         subject, term, *_ = first.contents.split()
         assert subject == start and term.startswith(f"{relation}_")
