@@ -123,19 +123,20 @@ class TeacherDiagnostics(pl.Callback):
         best_query = getattr(trainer.datamodule, "best_query", None)  # type: ignore[attr-defined]
         if best_query is None:
             return {}
-        masses: dict[str, list[float]] = {"student": [], "teacher": []}
+        masses: dict[str, list[float]] = {"teacher/best_query_student": [], "teacher/best_query_teacher": []}
         for group, block in zip(batch.groups or (), blocks, strict=True):
             if block is not None and (query := best_query(group.question)) is not None:
-                for who, text in (("student", ""), ("teacher", block.text)):
-                    masses[who].append(first_query_probability(module, group, text, query))
-        return {f"teacher/best_query_{who}": sum(m) / len(m) for who, m in masses.items() if m}
+                for mass, text in zip(masses.values(), ("", block.text), strict=True):
+                    mass.append(first_query_probability(module, group, text, query))
+        return {name: sum(mass) / len(mass) for name, mass in masses.items() if mass}
 
     def _gradient_norms(
         self, trainer: pl.Trainer, module: SDSearchModule, batch: StepBatch, blocks: Sequence[HindsightBlock | None]
     ) -> Mapping[str, float]:
         taught = batch.hindsight if batch.hindsight is not None and module.jsd_weight > 0 else [None] * len(batch)
         assert batch.groups is not None
-        return {f"teacher/grad_norm_{k}": v for k, v in gradient_norms(module, batch.groups, taught).items()}
+        norms = gradient_norms(module, batch.groups, taught)
+        return {"teacher/grad_norm_policy": norms["policy"], "teacher/grad_norm_jsd": norms["jsd"]}
 
 
 def _is_mixed(group: RolloutGroup) -> bool:

@@ -21,8 +21,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     labels = [[t.label for t in group.trajectories] for group in groups]
     searched = [t for t in rollouts if t.queries]
     metrics |= {
-        f"rollout/{kind.lower()}_tokens": fmean(_num_tokens(t, kind) for t in rollouts)
-        for kind in (SpanKind.REASONING, SpanKind.QUERY, SpanKind.REFINE, SpanKind.ANSWER, SpanKind.OBSERVATION)
+        f"rollout/{name}_tokens": fmean(_num_tokens(t, SpanKind(name)) for t in rollouts)
+        for name in ("reasoning", "query", "refine", "answer", "observation")
     }
     return metrics | {
         "rollout/reward": fmean(t.reward or 0.0 for t in rollouts),
