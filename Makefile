@@ -28,9 +28,9 @@ quickstart: $(STAMP) ## cold start, then SD-Search: a model learns to search (SE
 
 SMOKE := --seed_everything $(SEED) --run.root runs/smoke --run.overwrite true
 quickstart-smoke: $(STAMP) ## the same two commands for a few steps
-	$(RUN) supervise --config configs/quickstart_cold_start.yaml $(SMOKE) --trainer.max_steps 30
+	$(RUN) supervise --config configs/quickstart_cold_start.yaml $(SMOKE) --trainer.max_steps 20
 	$(RUN) fit --config configs/quickstart.yaml $(SMOKE) --trainer.max_steps 4 --trainer.val_check_interval 2 \
-	  --data.num_val_questions 16 --model.model_name_or_path runs/smoke/quickstart_cold_start/model
+	  --jsd.warmup_steps 1 --data.num_val_questions 8 --model.model_name_or_path runs/smoke/quickstart_cold_start/model
 	test -s runs/smoke/quickstart/summary.json && test -s runs/smoke/quickstart/report.html
 
 test: $(STAMP) ## all tests that need no GPU, network or extra

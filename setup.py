@@ -59,7 +59,7 @@ setup(
         "lora": ["peft"],
         "vllm": ["vllm"],
         "parity": ["trl", "liger-kernel", "scipy"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "scipy"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scipy", "setuptools>=77"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["sdsearch=sdsearch_lightning.__main__:main"]},

@@ -43,6 +43,7 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,  # a sanity pass is a full rollout; `fit` validates at step 0 instead
     "inference_mode": False,  # key-value buffers made in inference mode could not be written in training
     "log_every_n_steps": 1,  # a step is a whole rollout batch
+    "enable_model_summary": False,  # one row and eight lines of totals
 }
 
 
@@ -166,7 +167,7 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand].trainer
         listed, loggers = _as_list(config.callbacks), _as_list(config.logger)
-        own = self.own_callbacks()
+        own = [] if config.fast_dev_run else self.own_callbacks()  # they write
         if self.is_training_run and config.enable_checkpointing is not False:
             own.append(self.checkpoint)
         replaced = {type(callback) for callback in listed}
@@ -254,10 +255,9 @@ class SuperviseCLI(RunCLI):
 
     def report(self) -> None:
         summary = read_summary(self.folder.path) or {}
-        facts = f"{summary['steps']} steps in {duration(summary['seconds'])}, seed {summary['seed']}"
-        say(
-            f"cold start: {facts}, train/loss {summary['train_loss']['first']:.3f} -> {summary['train_loss']['last']:.3f}"
-        )
+        loss = "train/loss {first:.3f} -> {last:.3f}".format(**summary["train_loss"])
+        seconds = duration(summary["seconds"])
+        say(f"cold start: {summary['steps']} steps in {seconds}, seed {summary['seed']}, {loss}")
         say(f"the model is in {self.folder.model}")
 
 

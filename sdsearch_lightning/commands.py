@@ -70,7 +70,7 @@ def quieten() -> None:
         logging.getLogger(name).addFilter(lambda record: NOISE.match(record.getMessage()) is None)
     for message in IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    warnings.filterwarnings("ignore", module="jsonargparse")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what lightning's own CLI calls
     transformers.utils.logging.disable_progress_bar()  # it would count the files of each model that is saved
 
 
@@ -94,9 +94,7 @@ def export(argv: Sequence[str]) -> None:
         raise ConfigError(f"output: {options.output} exists already; name a new folder.")
     config_path = RunFolder(path.absolute().parent.parent).config
     if not config_path.is_file():
-        raise ConfigError(
-            f"ckpt_path: expected the run's configuration at {config_path}, found none. Export from there."
-        )
+        raise ConfigError(f"ckpt_path: expected the run's configuration at {config_path}, found none.")
     module = build_module(yaml.safe_load(config_path.read_text(encoding="utf-8")))
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     module.on_load_checkpoint(checkpoint)

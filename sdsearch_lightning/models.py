@@ -81,6 +81,9 @@ def from_scratch(
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = error.__cause__ or error  # config classes wrap what is wrong
         raise ConfigError(f"model.scratch: {str(reason).splitlines()[0]}") from error
+    # A config class keeps whatever it is given: a misspelled option would quietly leave its default.
+    if unknown := [name for name in spec.options if not hasattr(type(config)(), name)]:
+        raise ConfigError(f"model.scratch.options: {spec.model_type!r} has no option {', '.join(unknown)}.")
     _check_reload(config, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -114,7 +114,8 @@ def test_only_taught_groups_have_a_teacher() -> None:
     batch = collate(flat(weigh(groups, blocks, "token-mean")), teacher_prompt)
     assert batch.teacher is not None and batch.teacher.num_sequences == 3 + 2
     assert len(batch.query_row) == len(batch.query_weight) == 3 + 3 + 3
-    assert collated(groups, with_teacher=False).teacher is None
+    untaught = collated(groups, with_teacher=False)
+    assert untaught.teacher is None and len(untaught.query_row) == 0
     nothing_asked = [group(rollout(DIRECT))]
     assert blocks_of(nothing_asked) == [None]
     assert collated(nothing_asked).teacher is None

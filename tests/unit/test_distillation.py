@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.distillation import NUM_TOP, TeacherRows, divergence_to_teacher, entropy, summarize_teacher
-from sdsearch_lightning.divergences import JensenShannon
+from sdsearch_lightning.divergences import Divergence, JensenShannon
 from sdsearch_lightning.losses import jensen_shannon
 
 Q, V, H = 6, 11, 4
@@ -48,6 +48,16 @@ def test_a_support_of_the_whole_vocabulary_keeps_hidden_rows_only(top_k: int | N
     value = divergence_to_teacher(JensenShannon(top_k=top_k), student.requires_grad_(), rows, teacher)
     assert torch.equal(value, jensen_shannon(student, teacher))
     value.sum().backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+def test_a_users_own_divergence_cannot_teach_the_teacher() -> None:
+    class Squares(Divergence):
+        def divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+            return (student_logits - teacher_logits).square().sum(-1)
+
+    student, teacher = randn(Q, V, seed=1).requires_grad_(), randn(Q, V, seed=2).requires_grad_()
+    divergence_to_teacher(Squares(), student, summary(teacher.detach(), None), teacher).sum().backward()
     assert teacher.grad is None and student.grad is not None
 
 

@@ -133,9 +133,10 @@ def test_a_new_model_depends_on_its_seed_alone() -> None:
     [
         (ScratchModel("qwen2"), "model_type 'qwen2': transformers ties this type to Qwen2.*Use llama"),
         (ScratchModel("lama"), "model.scratch: .*lama"),
+        (ScratchModel("llama", {"hiden_size": 16}), "model.scratch.options: 'llama' has no option hiden_size"),
     ],
 )
-def test_a_type_that_would_swap_the_tokenizer_is_refused(spec: ScratchModel, message: str) -> None:
+def test_a_model_that_cannot_be_made_or_loaded_again_is_refused(spec: ScratchModel, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         models.from_scratch(spec, TOKENIZER, torch.float32, 0)
 

@@ -18,6 +18,7 @@ from sdsearch_lightning.callbacks import RolloutGrouping
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.rewards import ExactMatchReward
 from sdsearch_lightning.rollout import Engine
+from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.tokenization import TokenCodec
 from sdsearch_lightning.types import (
     InstanceId,
@@ -194,8 +195,12 @@ def test_the_same_evaluation_twice_drops_no_row_and_repeats_every_token(word_cod
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_window_is_eval_mode_without_gradients_and_back(word_codec: TokenCodec, training: bool) -> None:
-    seen = []
+def test_the_window_is_eval_mode_without_gradients_and_back(
+    word_codec: TokenCodec, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    """Also where the engine breaks; the progress line is wiped then, too."""
+    seen, wiped = [], []
+    monkeypatch.setattr(RolloutProgress, "close", lambda self: wiped.append(self))
 
     class Watching(ScriptedEngine):
         def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
@@ -209,7 +214,7 @@ def test_the_window_is_eval_mode_without_gradients_and_back(word_codec: TokenCod
     run.train([PARIS])
     with pytest.raises(KeyError):
         run.train([PARIS])
-    assert seen == [(False, False, False)] * 2
+    assert seen == [(False, False, False)] * 2 and len(wiped) == 2
     assert run.module.policy.training is training and torch.is_grad_enabled()
 
 

@@ -175,10 +175,14 @@ def test_broken_characters_do_not_swallow_a_tag(byte_codec: TokenCodec, junk: by
     assert turn.ranges[-1][1] == len(turn.text)
 
 
-def test_a_long_turn_costs_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_long_turn_costs_linear_time(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
     codec = TokenCodec(bpe_tokenizer(), PROTOCOL.tags)
+    tokens = byte_ids(codec, b"\xff" * 1000) if broken else codec.encode("日本語 Paris 🗼 " * 100)
     decoded: list[int] = []
     decode = codec.decode
     monkeypatch.setattr(codec, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
-    spell(codec, "日本語 Paris 🗼 " * 100)
+    turn = TurnText(codec)
+    for token_id in tokens:
+        turn.push(token_id)
     assert len(decoded) > 1000 and max(decoded) <= 8

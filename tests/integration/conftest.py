@@ -1,0 +1,125 @@
+"""One cold start and one run of the command line, on a world of thirty entities, that the tests here look at."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sdsearch_lightning.__main__ import main
+
+ROOT = Path(__file__).parent.parent.parent
+INTERRUPTED = Path(__file__).with_name("interrupted.py")
+
+DATA = """\
+data:
+  class_path: SyntheticWorldDataModule
+  init_args:
+    num_entities: 30
+    num_relations: 4
+    facts_per_entity: 4
+    num_train_questions: 20
+    num_val_questions: 4
+    num_demonstrations: 96
+    num_demonstration_worlds: 2
+    batch_size: 4
+    cache_dir: cache
+"""
+
+COLD_START = f"""{DATA}
+run: {{name: cold, checkpoint_every: 5}}
+trainer: {{max_steps: 24, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}}
+model:
+  protocol: autorefine
+  scratch:
+    options: {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64}}
+  optimizers:
+  - optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.003}}}}
+"""
+
+FIT = f"""{DATA}
+run: {{name: rl, checkpoint_every: 2}}
+trainer:
+  max_steps: 8
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  val_check_interval: 3
+  check_val_every_n_epoch: null
+model:
+  model_name_or_path: runs/cold/model
+  protocol: autorefine
+  optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.001}}}}
+rollout: {{group_size: 3, top_k: 2, max_searches: 2, max_turn_tokens: 8, max_observation_tokens: 16, max_tokens: 200,
+          eval_samples: 1}}
+jsd: {{warmup_steps: 1, weight: 0.1}}
+"""
+
+
+@dataclass
+class Result:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Workplace:
+    """A folder with configurations, in which commands run as a user runs them."""
+
+    path: Path
+
+    def start(self, *command: str) -> Result:
+        """`python COMMAND` in a process of its own, with this checkout on the path."""
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, *command], cwd=self.path, env=environment, capture_output=True, text=True, timeout=240
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def interrupted(self, *arguments: str) -> Result:
+        """`sdsearch ARGUMENTS`, with a signal at a chosen call: see interrupted.py."""
+        return self.start(str(INTERRUPTED), *arguments)
+
+    def sdsearch(self, *arguments: str) -> Result:
+        """`sdsearch ARGUMENTS` in this process, which has paid for the imports; a warning that is shown is an error."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.chdir(self.path), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main(arguments)
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+        return Result(code, out.getvalue(), err.getvalue())
+
+    def run(self, name: str) -> Path:
+        """A run folder."""
+        return self.path / "runs" / name
+
+    def metrics(self, name: str) -> list[dict[str, str]]:
+        """Rows of metrics.csv without timings, which no two runs share."""
+        with (self.run(name) / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        timings = ("seconds", "tokens_per_second")
+        return [{key: value for key, value in row.items() if not key.endswith(timings)} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """After `supervise` and `fit`: runs/cold and runs/rl."""
+    place = Workplace(tmp_path_factory.mktemp("workplace"))
+    (place.path / "cold.yaml").write_text(COLD_START)
+    (place.path / "fit.yaml").write_text(FIT)
+    for command in (("supervise", "--config", "cold.yaml"), ("fit", "--config", "fit.yaml")):
+        done = place.start("-m", "sdsearch_lightning", *command)
+        (place.path / f"{command[0]}.out").write_text(done.stdout)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return place

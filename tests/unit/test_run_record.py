@@ -1,0 +1,135 @@
+import csv
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from sdsearch_lightning.run_record import MetricsLogger, RunCheckpoint, StepBoundary
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Model(pl.LightningModule):
+    """Logs `train/even` in even steps only; validates after each second batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward((self.weight - batch).square().sum())
+        optimizer.step()
+        self.log("train/weight", self.weight.detach())
+        if self.trainer.global_step % 2 == 0:
+            self.log("train/even", float(self.trainer.global_step))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/weight", self.weight.detach(), batch_size=1)
+
+
+class Probe(pl.Callback):
+    """Notes what is on disk at the start of each step's long work."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        last = self.folder / "checkpoints" / "last.ckpt"
+        self.seen.append((trainer.global_step, last.readlink().stem if last.is_symlink() else None))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    checkpoint, logger, probe = (
+        RunCheckpoint(tmp_path / "checkpoints", every_n_steps=2),
+        MetricsLogger(tmp_path / "metrics.csv"),
+        Probe(tmp_path),
+    )
+    trainer = pl.Trainer(
+        max_steps=7,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[StepBoundary(checkpoint), probe, checkpoint],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=1,
+    )
+    logger.trainer = trainer
+    data = torch.utils.data.DataLoader(torch.arange(10.0))
+    trainer.fit(Model(), data, torch.utils.data.DataLoader(torch.zeros(1)))
+    return tmp_path, probe, checkpoint
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+class TestTraining:
+    def test_step_is_the_global_step_and_shared_by_a_step_and_its_validation(self, trained):
+        rows = read(trained[0] / "metrics.csv")
+        assert [row["step"] for row in rows if row["train/weight"]] == list("1234567")
+        assert [row["step"] for row in rows if row["val/weight"]] == list("246")
+
+    def test_a_value_that_a_step_does_not_log_is_not_repeated(self, trained):
+        rows = read(trained[0] / "metrics.csv")
+        assert {row["step"] for row in rows if row["train/even"]} == set("246")
+
+    def test_a_checkpoint_counts_only_once_its_step_is_written_and_before_the_next_long_work(self, trained):
+        expected = [None, None, "step_00000002", "step_00000002", "step_00000004", "step_00000004", "step_00000006"]
+        assert trained[1].seen == list(enumerate(expected))
+
+    def test_the_last_step_is_saved_whatever_its_number_and_two_files_are_kept(self, trained):
+        files = sorted(path.name for path in (trained[0] / "checkpoints").iterdir())
+        assert files == ["last.ckpt", "step_00000006.ckpt", "step_00000007.ckpt"]
+        assert torch.load(trained[0] / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
+
+    def test_seconds_go_on_after_a_resume(self, trained):
+        resumed = RunCheckpoint(trained[0])
+        resumed.load_state_dict({"seconds": 100.0})
+        assert 100.0 <= resumed.seconds < 101.0
+        assert resumed.state_dict()["seconds"] >= 100.0
+
+
+@pytest.fixture
+def logger(tmp_path):
+    return MetricsLogger(tmp_path / "run" / "metrics.csv")
+
+
+def test_a_new_metric_adds_a_column_and_keeps_the_rows(logger):
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.log_metrics({"b": 0.1 + 0.2, "a": 2.0}, step=2)
+    logger.log_metrics({"b": 3.0}, step=3)
+    assert logger.path.read_text() == "step,a,b\n1,1.0,\n2,2.0,0.30000000000000004\n3,,3.0\n"
+
+
+def test_a_cut_file_grows_into_what_an_uncut_one_is(logger):
+    history = [({"a": 1.0}, 1), ({"a": 2.0}, 2), ({"val": 5.0}, 2), ({"a": 3.0, "late": 1.0}, 3), ({"a": 4.0}, 4)]
+    for metrics, step in history:
+        logger.log_metrics(metrics, step=step)
+    whole = logger.path.read_bytes()
+    logger.path.write_bytes(whole[:-2])  # a kill in the middle of a line
+    resumed = MetricsLogger(logger.path)
+    resumed.cut_after(2)
+    assert resumed.path.read_text() == "step,a,val\n1,1.0,\n2,2.0,\n2,,5.0\n"
+    for metrics, step in history[3:]:
+        resumed.log_metrics(metrics, step=step)
+    assert resumed.path.read_bytes() == whole
+
+
+def test_what_is_logged_for_a_step_is_known(logger):
+    assert not logger.has("val/", 0)
+    logger.log_metrics({"val/f1": 0.0}, step=0)
+    logger.log_metrics({"train/loss": 1.0}, step=1)
+    assert logger.has("val/", 0)
+    assert not logger.has("val/", 1)
+    assert not logger.has("val/", 10)
