@@ -125,9 +125,9 @@ class RolloutGrouping(pl.Callback):
     def on_train_batch_start(
         self,
         trainer: pl.Trainer,
-        pl_module: SDSearchModule,
+        pl_module: SDSearchModule,  # type: ignore[override]
         batch: StepBatch,
-        batch_idx: int,  # type: ignore[override]
+        batch_idx: int,
     ) -> None:
         """Run, score and group the rollouts of a training batch."""
         requests = self._requests(pl_module, batch, self.group_size, self.sampling, "train", trainer.global_step)
@@ -166,10 +166,10 @@ class RolloutGrouping(pl.Callback):
     def on_validation_batch_start(
         self,
         trainer: pl.Trainer,
-        pl_module: SDSearchModule,
+        pl_module: SDSearchModule,  # type: ignore[override]
         batch: StepBatch,
         batch_idx: int,
-        *_: object,  # type: ignore[override]
+        *_: object,
     ) -> None:
         """Run greedy rollouts, and `eval_samples` sampled ones, with the same seeds in every evaluation."""
         greedy = self._requests(pl_module, batch, 1, GREEDY, "eval")
@@ -179,8 +179,8 @@ class RolloutGrouping(pl.Callback):
         if self.eval_samples:
             batch.sampled_groups = self._groups(trajectories[len(greedy) :], self.eval_samples)
 
-    on_test_batch_start = on_validation_batch_start
-    on_predict_batch_start = on_validation_batch_start
+    on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
+    on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
 
     def _requests(
         self, module: SDSearchModule, batch: StepBatch, count: int, sampling: Sampling, phase: str, step: int = 0

@@ -93,6 +93,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         seed: see `PolicyModule`.
     """
 
+    environment_ids: Tensor
+
     def __init__(
         self,
         model_name_or_path: str | None = None,
@@ -135,11 +137,10 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         token_weights(torch.zeros(1, 1, dtype=torch.bool), aggregation, aggregation_norm)
         self.divergence, self.teacher, self.positions = divergence, teacher, positions
         self.objective = PolicyObjective(clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature)
-        self.aggregation, self.aggregation_norm = aggregation, aggregation_norm
-        self.num_updates = num_updates
+        self.aggregation, self.aggregation_norm, self.num_updates = aggregation, aggregation_norm, num_updates
         self.jsd_weight = 0.0
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
-        self.reference: Policy | None = None
+        self.reference: Policy | None = None  # both copies are made in `attach`
         self.teacher_policy: Policy | None = None
         self.unsaved = ("reference.",) if getattr(teacher, "in_checkpoint", True) else ("reference.", "teacher_policy.")
 
@@ -147,9 +148,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""
         disable_dropout(model)
         super().attach(model, tokenizer)
-        opening = self.codec.encode(f"<{self.protocol.documents_tag}>")
-        closing = self.codec.encode(f"</{self.protocol.documents_tag}>")
-        whole = [ids[0] for ids in (opening, closing) if len(ids) == 1]
+        tags = [self.codec.encode(f"<{slash}{self.protocol.documents_tag}>") for slash in ("", "/")]
+        whole = [ids[0] for ids in tags if len(ids) == 1]
         self.register_buffer("environment_ids", torch.tensor(whole, dtype=torch.long), persistent=False)
         if self.objective.kl_coef > 0:
             self.reference = Policy(deepcopy(model)).requires_grad_(False)
@@ -189,8 +189,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         self, groups: Sequence[RolloutGroup], blocks: Sequence[HindsightBlock | None], on_policy: bool
     ) -> list[_MicroBatch]:
         """One update's micro-batches, as many on every rank: weights first, from global counts, then the split."""
-        several = self.trainer.world_size > 1
-        dtype = self.policy.dtype
+        several, dtype = self.trainer.world_size > 1, self.policy.dtype
         weighed = weigh(
             groups,
             blocks,
@@ -267,8 +266,9 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         if self.reference is not None:
             with torch.no_grad():
                 (reference_logits,), _, _ = self.reference(batch.sequences, [rows])
-        sums = self.objective.sums(torch.cat([query_logits, other_logits]), reference_logits, batch, rows)
-        sums = StepSums(sums.policy_loss, torch.zeros_like(sums.kl), sums.kl, sums.metrics, sums.entropy_loss)
+        policy = self.objective.sums(torch.cat([query_logits, other_logits]), reference_logits, batch, rows)
+        nothing = torch.zeros_like(policy.kl)
+        sums = StepSums(policy.policy_loss, nothing, policy.kl, policy.metrics, policy.entropy_loss)
         if teacher is None:
             return sums
         jsd = divergence_to_teacher(self.divergence, query_logits, teacher, teacher_logits)

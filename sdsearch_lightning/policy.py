@@ -10,7 +10,7 @@ Next: module.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,8 +47,12 @@ class PackedSequences:
 
     def to(self, device: torch.device | str) -> PackedSequences:
         """The same on `device`."""
-        moved = (tensor.to(device) for tensor in (self.token_ids, self.position_ids, self.sequence_index))
-        return PackedSequences(*moved, self.num_sequences, self.max_length)
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            sequence_index=self.sequence_index.to(device),
+        )
 
 
 class Policy(nn.Module):

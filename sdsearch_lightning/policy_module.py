@@ -124,7 +124,7 @@ class PolicyModule(pl.LightningModule):
 
     def _vocabulary(self) -> Sequence[str]:
         datamodule = getattr(self._trainer, "datamodule", None)
-        words = datamodule.vocabulary() if hasattr(datamodule, "vocabulary") else None
+        words = datamodule.vocabulary() if datamodule is not None and hasattr(datamodule, "vocabulary") else None
         if not words:
             raise ConfigError(
                 f"model.scratch needs a datamodule with a vocabulary, found {type(datamodule).__name__} without one. "
@@ -221,8 +221,8 @@ class PolicyModule(pl.LightningModule):
         return optimizers if isinstance(optimizers, list) else [optimizers]  # type: ignore[list-item,return-value]
 
     def _schedules(self) -> list[LambdaLR]:
-        schedules = self.lr_schedulers()
-        return schedules if isinstance(schedules, list) else [schedules]  # type: ignore[list-item]
+        schedules: Any = self.lr_schedulers()
+        return schedules if isinstance(schedules, list) else [schedules]
 
     @contextlib.contextmanager
     def _no_sync(self, enabled: bool) -> Iterator[None]:

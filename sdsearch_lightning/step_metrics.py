@@ -7,7 +7,7 @@ explained in docs/metrics.md.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -34,7 +34,7 @@ DISTILLATION_SUMS = (
 class StepTally:
     """What adds up over the micro-batches of a step on this rank."""
 
-    sums: Counter[str] = field(default_factory=Counter)
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     jsd: list[Tensor] = field(default_factory=list)
     """[Q] divergences per token, for the quantile."""
     skipped: int = 0

@@ -111,8 +111,8 @@ class _Batch:
             if any(row.unread for row in self.rows):
                 feeding = [[] if row.waiting else row.unread for row in self.rows]
                 self._logits = self._feed(feeding, [row.length for row in self.rows])
-                for row, tokens in zip(self.rows, feeding, strict=True):
-                    row.length += len(tokens)
+                for row, fed in zip(self.rows, feeding, strict=True):
+                    row.length += len(fed)
             active = [i for i, row in enumerate(self.rows) if not row.waiting]
             tokens, logprobs = sample(
                 self._logits[active],
