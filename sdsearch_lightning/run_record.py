@@ -88,7 +88,7 @@ class MetricsLogger(Logger):
         if not self.path.is_file():
             return [], []
         lines = [
-            line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) 
+            line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
         ]
         reader = csv.DictReader(lines)
         return list(reader.fieldnames or ()), list(reader)
