@@ -87,7 +87,9 @@ class MetricsLogger(Logger):
         """Columns and rows; a last line that a kill cut off is left out."""
         if not self.path.is_file():
             return [], []
-        lines = [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True)]
+        lines = [
+            line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+        ]
         reader = csv.DictReader(lines)
         return list(reader.fieldnames or ()), list(reader)
 

@@ -105,3 +105,19 @@ def test_without_a_signal_nothing_happens(tmp_path):
     trainer = trainer_of(stop, tmp_path)
     trainer.fit(Model({}), loader(8), loader(1))
     assert trainer.global_step == 6 and not stop.is_stopping
+
+
+def test_the_handlers_before_it_are_put_back_by_itself():
+    """Lightning would put back its own, older ones, but only after its teardown."""
+    mine = [lambda *_: None, lambda *_: None]
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    old = [signal.signal(number, handler) for number, handler in zip(numbers, mine, strict=True)]
+    try:
+        stop = GracefulStop()
+        stop.on_train_start(pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), Model({}))
+        assert signal.getsignal(signal.SIGTERM) not in mine
+        stop.on_train_end(None, None)
+        assert [signal.getsignal(number) for number in numbers] == mine
+    finally:
+        for number, handler in zip(numbers, old, strict=True):
+            signal.signal(number, handler)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from toys import (
     EOS,
     IM_END,
@@ -140,10 +141,13 @@ def test_straddling_tokens_are_scaffold(bpe_codec: TokenCodec, turn: str, query:
 
 
 def test_a_token_that_closes_two_tags_closes_the_first() -> None:
-    codec = TokenCodec(byte_tokenizer("</search></answer>x"), PROTOCOL.tags)
-    trajectory = play(start(codec), codec, ["<search>a</search></answer>x", ANSWER])
+    tokenizer, both = byte_tokenizer(), "</search></answer>x"
+    tokenizer.add_tokens([AddedToken(both, special=False)])
+    codec = TokenCodec(tokenizer, PROTOCOL.tags)
+    assert len(codec.encode(both)) == 1
+    trajectory = play(start(codec), codec, [f"<search>a{both}", ANSWER])
     assert (trajectory.queries, drawing(trajectory)[0]) == (("a",), "SSSSSSSSQS")
-    trajectory = play(start(codec), codec, ["<answer>a</search></answer>x", ANSWER])  # closed, never opened
+    trajectory = play(start(codec), codec, [f"<answer>a{both}", ANSWER])  # closed, never opened
     assert (trajectory.queries, trajectory.num_invalid_actions, drawing(trajectory)[0]) == ((), 1, "SSSSSSSSRS")
 
 

@@ -40,11 +40,17 @@ class Probe(pl.Callback):
     """Notes what is on disk at the start of each step's long work."""
 
     def __init__(self, folder):
-        self.folder, self.seen = folder, []
+        self.folder, self.seen, self.seen_in_validation = folder, [], []
+
+    def published(self):
+        last = self.folder / "checkpoints" / "last.ckpt"
+        return last.readlink().stem if last.is_symlink() else None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        last = self.folder / "checkpoints" / "last.ckpt"
-        self.seen.append((trainer.global_step, last.readlink().stem if last.is_symlink() else None))
+        self.seen.append((trainer.global_step, self.published()))
+
+    def on_validation_start(self, trainer, pl_module):
+        self.seen_in_validation.append((trainer.global_step, self.published()))
 
 
 @pytest.fixture
@@ -87,6 +93,7 @@ class TestTraining:
     def test_a_checkpoint_counts_only_once_its_step_is_written_and_before_the_next_long_work(self, trained):
         expected = [None, None, "step_00000002", "step_00000002", "step_00000004", "step_00000004", "step_00000006"]
         assert trained[1].seen == list(enumerate(expected))
+        assert trained[1].seen_in_validation == [(2, None), (4, "step_00000002"), (6, "step_00000004")]
 
     def test_the_last_step_is_saved_whatever_its_number_and_two_files_are_kept(self, trained):
         files = sorted(path.name for path in (trained[0] / "checkpoints").iterdir())
@@ -124,6 +131,15 @@ def test_a_cut_file_grows_into_what_an_uncut_one_is(logger):
     for metrics, step in history[3:]:
         resumed.log_metrics(metrics, step=step)
     assert resumed.path.read_bytes() == whole
+
+
+def test_a_torn_line_is_not_taken_for_an_earlier_step(logger):
+    for step in range(1, 13):
+        logger.log_metrics({"a": float(step)}, step=step)
+    text = logger.path.read_text()
+    logger.path.write_text(text[: text.index("12,") + 1])  # of step 12, only the 1 was written
+    logger.cut_after(3)
+    assert logger.path.read_text() == "step,a\n1,1.0\n2,2.0\n3,3.0\n"
 
 
 def test_what_is_logged_for_a_step_is_known(logger):
