@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -112,6 +113,8 @@ class RunCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         run = RunOptions(**vars(self.options.run))
+        if run.num_threads is not None:
+            torch.set_num_threads(run.num_threads)
         self.folder = RunFolder(Path(run.root) / run.name)
         self.checkpoint = RunCheckpoint(self.folder.checkpoints, run.checkpoint_every)
         self.stop = GracefulStop(self.checkpoint.request, "The same command goes on from there.")
@@ -247,17 +250,19 @@ class SuperviseCLI(RunCLI):
         self.train(**kwargs)
         if self.is_training_run and self.trainer.is_global_zero:
             self.folder.replace_model(self.model.save_pretrained)
-            metrics = read_metrics(self.folder.path)
-            first, last = (metrics["train/loss"][i].value for i in (0, -1))
-            facts = self.facts | {"steps": self.trainer.global_step, "train_loss": {"first": first, "last": last}}
+            # A run shorter than trainer.log_every_n_steps logs nothing.
+            metrics = read_metrics(self.folder.path) if self.folder.metrics.is_file() else {}
+            losses = [point.value for point in metrics.get("train/loss", [])]
+            loss = {"first": losses[0], "last": losses[-1]} if losses else None
+            facts = self.facts | {"steps": self.trainer.global_step, "train_loss": loss}
             write_summary(self.folder.path, build_summary(metrics, facts))
             self.report()
 
     def report(self) -> None:
         summary = read_summary(self.folder.path) or {}
-        loss = "train/loss {first:.3f} -> {last:.3f}".format(**summary["train_loss"])
-        seconds = duration(summary["seconds"])
-        say(f"cold start: {summary['steps']} steps in {seconds}, seed {summary['seed']}, {loss}")
+        loss = summary["train_loss"]
+        told = f", train/loss {loss['first']:.3f} -> {loss['last']:.3f}" if loss else ""
+        say(f"cold start: {summary['steps']} steps in {duration(summary['seconds'])}, seed {summary['seed']}{told}")
         say(f"the model is in {self.folder.model}")
 
 
