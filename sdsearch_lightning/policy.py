@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sdsearch_lightning.errors import ConfigError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -95,6 +97,24 @@ class Policy(nn.Module):
         padded[sequences.sequence_index, sequences.position_ids] = sequences.token_ids
         states: Tensor = self.model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
         return states
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare with the model's own logits on four tokens: some families do more in their head than is done here.
+
+        Raises:
+            ConfigError: the logits differ.
+        """
+        device = next(self.model.parameters()).device
+        tokens = [(7 * i) % self.model.config.vocab_size for i in range(4)]
+        sequences = PackedSequences.pack([tokens], device)
+        (mine,), _, _ = self(sequences, [torch.arange(1, 4, device=device)])
+        theirs = self.model(input_ids=sequences.token_ids[None], use_cache=False).logits[0, :-1]
+        if not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+            raise ConfigError(
+                f"Models of type {self.model.config.model_type!r} scale or shift their logits in a way that is not "
+                "known here: training would use other probabilities than the model's. Use another family."
+            )
 
     def project(self, hidden: Tensor) -> Tensor:
         """[Q, V] logits of hidden rows [Q, H] of an earlier call; for copies that nobody wraps."""

@@ -121,6 +121,7 @@ class PolicyModule(pl.LightningModule):
         """Take a ready model and tokenizer; what `configure_model` does last, and all a use without a Trainer needs."""
         self.tokenizer, self.codec = tokenizer, TokenCodec(tokenizer, self.protocol.tags)
         self.policy = Policy(model).train()  # as Lightning expects it; there is no dropout to tell the modes apart
+        self.policy.check()
 
     def _vocabulary(self) -> Sequence[str]:
         datamodule = getattr(self._trainer, "datamodule", None)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toys import EOS, bpe_tokenizer, tiny_model
+from training_data import tiny_model as family
 from transformers import DynamicCache, PreTrainedModel
 
+from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy import PackedSequences, Policy
 
 TOKENIZER = bpe_tokenizer(pad_token=EOS)
@@ -109,3 +111,11 @@ def test_what_is_kept_is_float32_or_float64(weights: torch.dtype, kept: torch.dt
         dtype = weights
 
     assert Policy(Model()).dtype == kept  # type: ignore[arg-type]
+
+
+def test_a_family_whose_head_is_another_is_refused() -> None:
+    Policy(family("llama")).check()
+    scaled = family("granite", logits_scaling=8.0)
+    with pytest.raises(ConfigError, match=r"Models of type 'granite' scale or shift their logits"):
+        Policy(scaled).check()
+    Policy(family("granite", logits_scaling=1.0)).check()
