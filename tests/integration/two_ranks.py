@@ -1,0 +1,75 @@
+"""One short fit on the CPU with SD on, on as many processes as asked for; rank 0 writes losses and weights.
+
+    python two_ranks.py DEVICES OUTPUT
+
+Questions at odd positions are answered without a search. With two processes they are all on rank 1, whose share of a
+step then has not one query token.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+from training_data import DIRECT, PROTOCOL, TOKENIZER, tiny_model, weights_of  # noqa: E402
+from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
+
+from sdsearch_lightning import SDSearchModule  # noqa: E402
+from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping  # noqa: E402
+from sdsearch_lightning.models import ScratchModel  # noqa: E402
+from sdsearch_lightning.rewards import ExactMatchReward  # noqa: E402
+from sdsearch_lightning.types import RolloutRequest, Trajectory  # noqa: E402
+
+KEYS = ("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd", "distill/teacher_rows")
+
+
+class SilentAtOddPositions(ScriptedEngine):
+    """Searches at even positions only."""
+
+    def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+        searching = self.scripts
+        done = []
+        for request in requests:
+            self.scripts = (DIRECT,) if request.instance_id[1] % 2 else searching
+            done.append(self._run(request))
+        self.scripts = searching
+        return done
+
+
+def main(devices: int, output: str) -> None:
+    torch.set_num_threads(1)
+    module = SDSearchModule(
+        scratch=ScratchModel(),
+        protocol=PROTOCOL,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
+        kl_coef=0.1,
+        max_micro_batch_tokens=200,  # several micro-batches, and not equally many on both ranks
+    )
+    module.attach(tiny_model(), TOKENIZER)
+    record = Record()
+    grouping = RolloutGrouping(
+        group_size=3, top_k=2, max_tokens=160, reward=ExactMatchReward(), engine=SilentAtOddPositions()
+    )
+    method = HindsightConstruction(), JSDWeightScheduler(0.3, 0)
+    distributed = {"strategy": "ddp", "devices": 2} if devices == 2 else {}
+    data = ToyData(batch_size=6 // devices)
+    trainer = fit(module, grouping, *method, record, data=data, max_steps=2, **distributed)
+    searches = sum(len(t.queries) for batch in record.batches for g in batch.groups for t in g.trajectories)
+    assert trainer.global_rank == 0 or searches == 0, "rank 1 has no query token"
+    if trainer.is_global_zero:
+        steps = [[metrics[key] for key in KEYS] for metrics in record.metrics]
+        Path(output).write_text(json.dumps({"steps": steps, "weights": weights_of(module).tolist()}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
