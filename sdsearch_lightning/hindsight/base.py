@@ -57,6 +57,7 @@ class BlockBuilder(Pluggable):
     per_query: ClassVar[bool] = False
     """Whether a view belongs to one query: there is then nothing to read at other tokens."""
 
+    @abstractmethod
     def build(
         self,
         groups: Sequence[RolloutGroup],
@@ -74,7 +75,6 @@ class BlockBuilder(Pluggable):
             codec: tells control strings, counts tokens.
             budget: given where hindsight.max_block_tokens is set; a builder without this parameter cannot have one.
         """
-        raise NotImplementedError
 
 
 class GroupBlocks(BlockBuilder):

@@ -7,6 +7,7 @@ batch composition nor scheduling changes a result.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 from sdsearch_lightning.policy import Policy
@@ -37,15 +38,15 @@ class Engine(Pluggable):
         """
         self.policy, self.start, self.searches, self.report = policy, start, searches, report
 
+    @abstractmethod
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
         """Run all requests to their stop reason; one trajectory per request, same order."""
-        raise NotImplementedError
 
-    def sync(self, policy: Policy) -> None:
+    def sync(self, policy: Policy) -> None:  # noqa: B027  (optional, not abstract)
         """Bring the engine's weights up to date; nothing to do where they are shared."""
 
-    def sleep(self) -> None:
+    def sleep(self) -> None:  # noqa: B027
         """Give back memory while the policy trains."""
 
-    def wake(self) -> None:
+    def wake(self) -> None:  # noqa: B027
         """Undo `sleep`."""
