@@ -99,8 +99,7 @@ class PolicyObjective:
         values = clipped_surrogate(chosen, old, batch.advantages[rows], self.clip_low, self.clip_high)
         if self.tis_cap is not None:
             values = values * (chosen.detach() - engine).exp().clamp(max=self.tis_cap)
-        nothing = chosen.new_zeros(())
-        kl = entropy_loss = nothing
+        kl = entropy_loss = chosen.new_zeros(())
         if reference_logits is not None:
             reference = log_softmax(reference_logits, self.temperature).gather(1, tokens)[:, 0]
             kl = (kl_k3(chosen, reference) * weight).sum()
