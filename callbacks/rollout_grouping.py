@@ -18,12 +18,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sdsearch_lightning.advantages import AdvantageScale, group_relative
-from sdsearch_lightning.errors import ConfigError, RolloutError
+from sdsearch_lightning.errors import ConfigError, RolloutError, SDSearchError
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.protocol import Conversation
 from sdsearch_lightning.retrieval import check_retriever
 from sdsearch_lightning.rewards import AutoRefineReward, F1LabelRule, LabelRule, Reward
-from sdsearch_lightning.rollout import Engine, GenerateEngine, SearchPool
+from sdsearch_lightning.rollout import Engine, SearchPool, SlotEngine
+from sdsearch_lightning.rollout.engine import run_awake
 from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.sampling import derive_seed
@@ -78,7 +79,7 @@ class RolloutGrouping(pl.Callback):
         reward: Reward = AutoRefineReward(),  # noqa: B008  (stateless)
         label: LabelRule = F1LabelRule(),  # noqa: B008  (stateless)
         advantage_scale: AdvantageScale = "std",
-        engine: Engine = GenerateEngine(),  # noqa: B008  (attached anew by each run)
+        engine: Engine = SlotEngine(),  # noqa: B008  (attached anew by each run)
         refill_attempts: int = 0,
         max_error_fraction: float = 0.2,
         seed: int = 0,
@@ -215,7 +216,7 @@ class RolloutGrouping(pl.Callback):
             progress.report,
         )
         with _rollout_window(module), trainer.precision_plugin.forward_context(), closing(progress):
-            trajectories = self.engine.run(requests)
+            trajectories = self._run_on_every_rank(module, requests)
         counts = self._searches.take_counts()
         if counts.errors:
             self._last_error = counts.last_error
@@ -224,6 +225,21 @@ class RolloutGrouping(pl.Callback):
             module.log_dict(
                 window_metrics(progress, counts), batch_size=len(requests), sync_dist=trainer.world_size > 1
             )
+        return trajectories
+
+    def _run_on_every_rank(self, module: SDSearchModule, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+        """Run the engine; where it fails on one rank, stop on all, or the others would wait for it in the next step."""
+        trajectories: list[Trajectory] = []
+        failure: SDSearchError | None = None
+        try:
+            trajectories = run_awake(self.engine, module.policy, requests)
+        except SDSearchError as error:
+            failure = error
+        failures = int(module.sum_over_ranks(torch.tensor(int(failure is not None))))
+        if failure is not None:
+            raise failure
+        if failures:
+            raise RolloutError(f"The rollouts failed on {failures} other ranks; their messages say why.")
         return trajectories
 
     def _groups(self, trajectories: Sequence[Trajectory], size: int) -> tuple[RolloutGroup, ...]:

@@ -19,7 +19,7 @@ from sdsearch_lightning.evaluation import RolloutScores
 from sdsearch_lightning.hindsight import LeaveOneOut, QueriesAndLabels
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.objective import log_softmax
-from sdsearch_lightning.policy import PackedSequences
+from sdsearch_lightning.packing import PackedSequences
 from sdsearch_lightning.rollout.sampling import derive_seed
 from sdsearch_lightning.types import HindsightBlock, Label, RolloutGroup, RolloutRequest, SpanKind, StepBatch
 
@@ -186,8 +186,9 @@ def first_query_probability(module: SDSearchModule, group: RolloutGroup, block_t
     packed = PackedSequences.pack(rows, module.device)
     ends = torch.tensor([len(row) for row in rows], device=module.device).cumsum(0)
     targets = torch.cat([torch.arange(int(end) - len(tokens), int(end), device=module.device) for end in ends])
-    (logits,), _, _ = module.policy(packed, [targets])
-    logprobs = log_softmax(logits, 1.0).gather(1, packed.token_ids[targets][:, None])[:, 0]
+    logprobs = log_softmax(module.policy.logits(packed, targets), 1.0).gather(1, packed.token_ids[targets][:, None])[
+        :, 0
+    ]
     return float(logprobs.view(len(rows), len(tokens)).sum(1).exp().mean())
 
 

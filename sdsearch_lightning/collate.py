@@ -7,7 +7,7 @@ never split; student and teacher hold the same tokens at paired positions.
     token           p p p  <s> q q </s>  d d d  <a> a </a>          p prompt, q query, d documents, a answer
     policy_weight   0 0 0   w  w w  w    0 0 0   w  w  w
     query_row                  x x
-    teacher         p p p h h h  <s> q q </s> ...                   h hindsight block; same suffix, shifted
+    teacher         p p p h h h  <s> q q                            h hindsight block; same suffix, to its last query
 
 Next: module.py.
 """
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from sdsearch_lightning.lessons import Lesson, Positions, num_distilled_tokens, plan_lessons
 from sdsearch_lightning.losses import AggregationMode, StepTotals, query_weights, token_weights
-from sdsearch_lightning.policy import PackedSequences
-from sdsearch_lightning.types import HindsightBlock, RolloutGroup, SpanKind, Trajectory
+from sdsearch_lightning.packing import PackedSequences, split_by_size
+from sdsearch_lightning.types import HindsightBlock, InstanceId, RolloutGroup, SpanKind, Trajectory
 
 TeacherPrompt = Callable[[Trajectory, str], Sequence[int]]
 """Token ids of the prompt with a block text."""
@@ -53,7 +53,7 @@ class SearchBatch:
     lessons: tuple[Lesson, ...] = ()
     """Where the Q rows come from, in order."""
     teacher: PackedSequences | None = None
-    """The same rollouts behind a hindsight block; None where nothing is taught."""
+    """The rollouts with queries behind a hindsight block; None where nothing is taught."""
     teacher_query_row: Tensor | None = None
     """[Q] index into the teacher's tokens, paired with `query_row`."""
     on_policy: bool = False
@@ -138,23 +138,22 @@ def weigh(
     ]
 
 
-def split_groups(groups: Sequence[Sequence[WeightedRollout]], max_tokens: int) -> list[list[WeightedRollout]]:
-    """Micro-batches of whole groups whose padded size stays within `max_tokens`, longest groups first.
+def split_groups(
+    groups: Sequence[Sequence[WeightedRollout]], max_tokens: int, size: Callable[[Sequence[int]], int] = sum
+) -> list[list[WeightedRollout]]:
+    """Micro-batches of whole groups within a token budget, groups with the longest rollouts first.
 
-    A group larger than the budget gets a micro-batch of its own.
+    Args:
+        groups: those without a rollout are left out; one larger than the budget gets a micro-batch of its own.
+        max_tokens: the budget.
+        size: tokens that the body computes for rollouts of given lengths; that of the policy's layout.
     """
 
-    def longest(group: Sequence[WeightedRollout]) -> int:
-        return max((len(r.trajectory.token_ids) for r in group), default=0)
+    def lengths(group: Sequence[WeightedRollout]) -> list[int]:
+        return [len(rollout.trajectory.token_ids) for rollout in group]
 
-    batches: list[list[WeightedRollout]] = []
-    width = 0  # groups come longest first, so the first one of a batch sets its padded width
-    for group in sorted(filter(None, groups), key=longest, reverse=True):
-        if not batches or (len(batches[-1]) + len(group)) * width > max_tokens:
-            batches.append([])
-            width = longest(group)
-        batches[-1] += group
-    return batches
+    batches = split_by_size([group for group in groups if group], lengths, max_tokens, size)
+    return [[rollout for group in batch for rollout in group] for batch in batches]
 
 
 def collate(
@@ -162,6 +161,7 @@ def collate(
     teacher_prompt: TeacherPrompt | None = None,
     positions: Positions = "queries",
     dtype: torch.dtype = torch.float32,
+    cut_teacher: bool = True,
 ) -> SearchBatch:
     """One micro-batch of tensors.
 
@@ -170,6 +170,8 @@ def collate(
         teacher_prompt: makes the prompt with the block; None leaves the teacher's side out (JSD weight 0).
         positions: where student and teacher are compared.
         dtype: of weights, log-probs and advantages.
+        cut_teacher: end each of the teacher's sequences at its last judged token, and leave out those without one;
+            else they are as long and as many as the student's, so that both run in equal shapes.
     """
     trajectories = [rollout.trajectory for rollout in rollouts]
     lengths = torch.tensor([len(trajectory.token_ids) for trajectory in trajectories])
@@ -181,7 +183,9 @@ def collate(
     judged = [row for part in rows for row in part]
     assert len(set(judged)) == len(judged), "a block's views overlap: a token would be taught twice"
     batch = SearchBatch(
-        sequences=PackedSequences.pack([trajectory.token_ids for trajectory in trajectories]),
+        sequences=PackedSequences.pack(
+            [t.token_ids for t in trajectories], prompt_lengths=[t.prompt_length for t in trajectories]
+        ),
         policy_weight=torch.cat([rollout.policy_weight for rollout in rollouts]).to(dtype),
         sampled_logprobs=torch.tensor([value for t in trajectories for value in t.sampled_logprobs], dtype=dtype),
         advantages=torch.tensor([t.advantage or 0.0 for t in trajectories], dtype=dtype).repeat_interleave(lengths),
@@ -194,7 +198,7 @@ def collate(
     )
     if teacher_prompt is None or not len(batch.query_row):
         return batch
-    return _with_teacher(batch, trajectories, offsets, rows, teacher_prompt)
+    return _with_teacher(batch, trajectories, offsets, rows, teacher_prompt, cut_teacher)
 
 
 def _judged_tokens(trajectories: Sequence[Trajectory], lesson: Lesson) -> list[int]:
@@ -210,19 +214,27 @@ def _with_teacher(
     offsets: Sequence[int],
     rows: Sequence[Sequence[int]],
     teacher_prompt: TeacherPrompt,
+    cut: bool,
 ) -> SearchBatch:
     """Add the teacher's side: the prompt with the block, then the very same tokens."""
-    sequences: list[list[int]] = []
+    sequences: list[tuple[int, ...]] = []
     teacher_rows: list[int] = []
+    prompts: dict[tuple[InstanceId, str], tuple[int, ...]] = {}
+    prompt_lengths: list[int] = []
     base = 0
     for lesson, judged in zip(batch.lessons, rows, strict=True):
-        trajectory = trajectories[lesson.rollout]
-        prompt = list(teacher_prompt(trajectory, lesson.block_text))
-        shift = base - offsets[lesson.rollout] + len(prompt) - trajectory.prompt_length
+        if cut and not judged:
+            continue
+        trajectory, start = trajectories[lesson.rollout], offsets[lesson.rollout]
+        key = trajectory.instance_id, lesson.block_text
+        prompt = prompts.get(key) or prompts.setdefault(key, tuple(teacher_prompt(trajectory, lesson.block_text)))
+        end = max(judged) + 1 - start if cut else None
+        shift = base - start + len(prompt) - trajectory.prompt_length
         teacher_rows += [row + shift for row in judged]
-        sequences.append(prompt + list(trajectory.token_ids[trajectory.prompt_length :]))
+        sequences.append(prompt + trajectory.token_ids[trajectory.prompt_length : end])
+        prompt_lengths.append(len(prompt))
         base += len(sequences[-1])
-    teacher = PackedSequences.pack(sequences)
+    teacher = PackedSequences.pack(sequences, prompt_lengths=prompt_lengths)
     teacher_query_row = torch.tensor(teacher_rows, dtype=torch.long)
     assert torch.equal(teacher.token_ids[teacher_query_row], batch.token_ids[batch.query_row]), (
         "student and teacher must hold the same tokens at paired positions"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from sdsearch_lightning.collate import WeightedRollout
@@ -24,6 +25,11 @@ class CreditRows:
     teacher_logprob: Tensor
     top_ids: Tensor
     top_probs: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[CreditRows]) -> CreditRows:
+        """All rows of all parts, in order."""
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     def rows(self) -> Iterator[tuple[float, float, float, tuple[tuple[int, float], ...]]]:
         """One tuple per query token."""

@@ -8,7 +8,9 @@ Next: divergences.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,19 @@ class TeacherRows:
     """[Q, NUM_TOP]."""
     top_probs: Tensor
     """[Q, NUM_TOP]."""
+
+    def at(self, rows: slice) -> TeacherRows:
+        """Some of the rows."""
+        chosen: Any = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen = {name: None if column is None else column[rows] for name, column in chosen.items()}
+        return TeacherRows(**chosen)
+
+    @classmethod
+    def join(cls, parts: Sequence[TeacherRows]) -> TeacherRows:
+        """All rows of all parts, in order."""
+        columns: dict[str, list[Any]] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        joined: Any = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+        return cls(**joined)
 
 
 def summarize_teacher(

@@ -21,17 +21,18 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
-from sdsearch_lightning.credit import CreditRows, Credits, credit_rollouts, credit_table
-from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher, summarize_teacher
+from sdsearch_lightning.credit import Credits, credit_rollouts, credit_table
+from sdsearch_lightning.distillation import TeacherRows, summarize_teacher
 from sdsearch_lightning.divergences import Divergence, JensenShannon
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.evaluation_steps import EvaluationSteps
+from sdsearch_lightning.head import Chunk, Outcome, Reading
 from sdsearch_lightning.lessons import Positions
 from sdsearch_lightning.losses import AggregationMode, token_weights
 from sdsearch_lightning.models import ScratchModel, disable_dropout
-from sdsearch_lightning.objective import EntropyCoefs, PolicyObjective, log_softmax
+from sdsearch_lightning.objective import EntropyCoefs, PolicyObjective
 from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName
+from sdsearch_lightning.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.protocol import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.step_metrics import (
@@ -39,24 +40,12 @@ from sdsearch_lightning.step_metrics import (
     LOSS_TERMS,
     POLICY_SUMS,
     StepTally,
-    distillation_sums,
     step_means,
 )
+from sdsearch_lightning.student import StepSums as StepSums
+from sdsearch_lightning.student import Student
 from sdsearch_lightning.teachers import LiveTeacher, Teacher
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
-
-
-@dataclass(frozen=True, slots=True)
-class StepSums:
-    """One micro-batch's share of a step: weights are applied, so shares add up to the step's losses."""
-
-    policy_loss: Tensor
-    jsd_loss: Tensor
-    kl: Tensor
-    metrics: dict[str, Tensor]
-    """Sums over tokens, and the counts to divide them by; detached."""
-    entropy_loss: Tensor
-    credit: CreditRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +78,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         num_updates: optimizer steps per rollout batch, each on its own share of the groups.
         gradient_clip_val: see `PolicyModule`.
         max_micro_batch_tokens: see `PolicyModule`.
+        compute: see `PolicyModule`.
         dtype: see `PolicyModule`.
         seed: see `PolicyModule`.
     """
@@ -117,6 +107,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         num_updates: int = 1,
         gradient_clip_val: float | None = 1.0,
         max_micro_batch_tokens: int = 32768,
+        compute: Compute = Compute(),  # noqa: B008  (never changed)
         dtype: Literal["float32", "float64", "bfloat16"] = "float32",
         seed: int = 0,
     ) -> None:
@@ -128,6 +119,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             lr_schedule,
             gradient_clip_val,
             max_micro_batch_tokens,
+            compute,
             dtype,
             seed,
         )
@@ -152,7 +144,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         whole = [ids[0] for ids in tags if len(ids) == 1]
         self.register_buffer("environment_ids", torch.tensor(whole, dtype=torch.long), persistent=False)
         if self.objective.kl_coef > 0:
-            self.reference = Policy(deepcopy(model)).requires_grad_(False)
+            self.reference = deepcopy(self.policy).requires_grad_(False)
         self.teacher_policy = self.teacher.attach(self.policy)
         if (check := getattr(self.divergence, "check", None)) is not None:
             check(len(tokenizer))
@@ -199,14 +191,16 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             self.positions,
             dtype,
         )
-        prompt = self.teacher_prompt if self.jsd_weight > 0 else None
         micro_batches = [
-            _MicroBatch(
-                rollouts, replace(collate(rollouts, prompt, self.positions, dtype), on_policy=on_policy).to(self.device)
-            )
-            for rollouts in split_groups(weighed, self.max_micro_batch_tokens)
+            _MicroBatch(rollouts, replace(self.collate(rollouts), on_policy=on_policy).to(self.device))
+            for rollouts in split_groups(weighed, self.max_micro_batch_tokens, self.policy.layout.size)
         ]
         return self.equalize(micro_batches, _MicroBatch((), filler(dtype).to(self.device)))
+
+    def collate(self, rollouts: Sequence[WeightedRollout]) -> SearchBatch:
+        """One micro-batch; the teacher's side is left out while the JSD weighs nothing."""
+        prompt = self.teacher_prompt if self.jsd_weight > 0 else None
+        return collate(rollouts, prompt, self.positions, self.policy.dtype, self.policy.layout.cuts_teacher)
 
     def teacher_prompt(self, trajectory: Trajectory, block_text: str) -> Sequence[int]:
         """Token ids of the trajectory's prompt with a hindsight block."""
@@ -234,11 +228,15 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             batch: with its teacher's side.
         """
         assert batch.teacher is not None and batch.teacher_query_row is not None, "the batch has no teacher's side"
-        policy = self.teacher.policy(self.policy)
-        (logits,), (hidden,), _ = policy(batch.teacher, [batch.teacher_query_row])
         tokens = batch.teacher.token_ids[batch.teacher_query_row]
         top_k = getattr(self.divergence, "teacher_top_k", None)
-        return summarize_teacher(logits, hidden, tokens, top_k, self.environment_ids)
+
+        def read(chunk: Chunk) -> tuple[Tensor, TeacherRows]:
+            rows = summarize_teacher(chunk.logits, chunk.hidden, tokens[chunk.rows], top_k, self.environment_ids)
+            return chunk.logits.new_zeros(0), rows
+
+        outcome: Outcome = self.teacher.policy(self.policy)(batch.teacher, [Reading(batch.teacher_query_row, read)])
+        return TeacherRows.join(outcome.kept[0])
 
     def student_step(self, batch: SearchBatch, teacher: TeacherRows | None = None) -> StepSums:
         """All terms of one micro-batch from one forward pass.
@@ -250,36 +248,10 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         Returns:
             Sums with all weights applied; each term is to be minimised.
         """
-        is_policy = batch.policy_weight != 0
-        queries = batch.query_row if teacher is not None else batch.query_row[:0]
-        is_policy[queries] = False
-        others = is_policy.nonzero()[:, 0]
-        rows = torch.cat([queries, others])
         source = self.teacher.policy(self.policy)
-        hidden = None if teacher is None else teacher.hidden
-        # A live teacher's rows share the student's pass through the head; a copy has a head of its own.
-        shared = hidden if source is self.policy else None
-        (query_logits, other_logits), _, teacher_logits = self.policy(batch.sequences, [queries, others], shared)
-        if hidden is not None and shared is None:
-            teacher_logits = source.project(hidden)
-        reference_logits = None
-        if self.reference is not None:
-            with torch.no_grad():
-                (reference_logits,), _, _ = self.reference(batch.sequences, [rows])
-        policy = self.objective.sums(torch.cat([query_logits, other_logits]), reference_logits, batch, rows)
-        nothing = torch.zeros_like(policy.kl)
-        sums = StepSums(policy.policy_loss, nothing, policy.kl, policy.metrics, policy.entropy_loss)
-        if teacher is None:
-            return sums
-        jsd = divergence_to_teacher(self.divergence, query_logits, teacher, teacher_logits)
-        student = log_softmax(query_logits.detach(), 1.0)
-        chosen = student.gather(1, batch.token_ids[queries][:, None])[:, 0]
-        return replace(
-            sums,
-            jsd_loss=(jsd * batch.query_weight).sum(),
-            metrics=sums.metrics | distillation_sums(jsd.detach(), student, chosen, teacher, self.environment_ids),
-            credit=CreditRows(jsd.detach(), chosen, teacher.logprob, teacher.top_ids, teacher.top_probs),
-        )
+        student = Student(batch, self.objective, self.divergence, teacher, self.environment_ids)
+        project = None if source is self.policy else source.project
+        return student.step(self.policy, self.jsd_weight, self.reference, project)
 
     def _log_step(self, tally: StepTally, blocks: Sequence[HindsightBlock | None], learning_rate: float) -> None:
         names = ["loss", *LOSS_TERMS, *POLICY_SUMS, *DISTILLATION_SUMS]

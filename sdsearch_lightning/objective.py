@@ -76,8 +76,8 @@ class PolicyObjective:
         if self.tis_cap is not None and not self.tis_cap > 0:
             raise ConfigError(f"model.tis_cap: expected a number above 0, found {self.tis_cap}.")
 
-    def sums(self, logits: Tensor, reference_logits: Tensor | None, batch: SearchBatch, rows: Tensor) -> PolicySums:
-        """The terms of a micro-batch.
+    def sums(self, logits: Tensor, reference: Tensor | None, batch: SearchBatch, rows: Tensor) -> PolicySums:
+        """The terms of some of a micro-batch's tokens; sums over parts of them add up.
 
             min(pi_now / pi_engine, tis_cap) * clipped_surrogate(pi, pi_old, A)
 
@@ -88,7 +88,7 @@ class PolicyObjective:
 
         Args:
             logits: [R, V] of the current policy, with gradient.
-            reference_logits: [R, V] of the reference; None without one.
+            reference: [R] log-probs of the tokens under the reference, at the temperature; None without one.
             batch: the micro-batch.
             rows: [R] indices of the policy's tokens into it.
         """
@@ -100,8 +100,7 @@ class PolicyObjective:
         if self.tis_cap is not None:
             values = values * (chosen.detach() - engine).exp().clamp(max=self.tis_cap)
         kl = entropy_loss = chosen.new_zeros(())
-        if reference_logits is not None:
-            reference = log_softmax(reference_logits, self.temperature).gather(1, tokens)[:, 0]
+        if reference is not None:
             kl = (kl_k3(chosen, reference) * weight).sum()
         if not self.entropy_coef.is_zero:
             by_kind = self.entropy_coef.by_kind()
@@ -110,6 +109,11 @@ class PolicyObjective:
         is_query = batch.span_kind[rows] == SPAN_KINDS.index(SpanKind.QUERY)
         metrics = policy_sums(logprobs, chosen, engine, old, is_query, self.clip_low, self.clip_high)
         return PolicySums((values * weight).sum(), kl, entropy_loss, metrics)
+
+    @property
+    def mixture(self) -> tuple[float, float, float]:
+        """Coefficients of policy loss, KL and entropy loss, as `total` uses them."""
+        return self.policy_coef, self.kl_coef, float(not self.entropy_coef.is_zero)
 
     def total(self, policy_loss: Tensor, kl: Tensor, entropy_loss: Tensor) -> Tensor:
         """The terms with their coefficients; a term that is off is left out, not multiplied by 0."""
@@ -121,4 +125,10 @@ class PolicyObjective:
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Log-probs at a temperature, in float32, or float64 where the logits are."""
-    return (logits if logits.dtype == torch.float64 else logits.float()).div(temperature).log_softmax(-1)
+    logits = wide(logits)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32, or float64 where they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,60 +1,29 @@
 """The policy: a Hugging Face causal LM whose every training computation goes through one `forward`.
 
 `forward` holds body, row gather and head, so that DDP and FSDP2 can wrap it as one module and nobody calls an inner
-module of a wrapped root. Logits are computed at the wanted positions only, never for all tokens of a batch. This is
-also the one place that shifts: the row returned for token t is the one that predicts it, that of position t - 1.
+module of a wrapped root. This is also the one place that shifts: the row read for token t is the one that predicts it,
+that of the token before it.
 
 Next: module.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sdsearch_lightning.attention import AttentionLayout, CausalSegments, Segment, attention_layout, implementation
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.head import Head, Outcome, Reading, keep_logits, read_rows
+from sdsearch_lightning.packing import LAYOUTS, LayoutName, Packed, PackedSequences, Padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, slots=True)
-class PackedSequences:
-    """Token sequences back to back, without padding."""
-
-    token_ids: Tensor
-    """[T] long."""
-    position_ids: Tensor
-    """[T] long: 0, 1, 2, ... within each sequence."""
-    sequence_index: Tensor
-    """[T] long: which sequence a token belongs to, from 0."""
-    num_sequences: int
-    max_length: int
-
-    @classmethod
-    def pack(cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedSequences:
-        """Pack lists of token ids."""
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        return cls(
-            token_ids=torch.tensor([token for sequence in sequences for token in sequence], device=device),
-            position_ids=torch.cat([torch.arange(len(sequence)) for sequence in sequences]).to(device),
-            sequence_index=torch.repeat_interleave(lengths).to(device),
-            num_sequences=len(sequences),
-            max_length=int(lengths.max()),
-        )
-
-    def to(self, device: torch.device | str) -> PackedSequences:
-        """The same on `device`."""
-        return replace(
-            self,
-            token_ids=self.token_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            sequence_index=self.sequence_index.to(device),
-        )
 
 
 class Policy(nn.Module):
@@ -62,63 +31,70 @@ class Policy(nn.Module):
 
     Args:
         model: any Hugging Face causal LM with rotary or learned positions and a linear output layer.
+        layout: how the body runs over sequences, see packing.py; a model that cannot pack is padded.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, layout: LayoutName = "shared_prefix") -> None:
         super().__init__()
         self.model = model
+        self._layout: LayoutName = layout
 
     @property
     def dtype(self) -> torch.dtype:
         """What weights, log-probs and advantages of a batch are kept in: float32, or float64 where the weights are."""
         return torch.float64 if self.model.dtype == torch.float64 else torch.float32
 
+    @property
+    def layout(self) -> Padded | Packed:
+        """How the body runs over sequences."""
+        return LAYOUTS["padded" if self.unpackable else self._layout]
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens that the model was made to read at most; None where it does not say."""
+        config = self.model.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        stretch = rope.get("factor", 1.0) if rope.get("rope_type") == "yarn" else 1.0
+        length = getattr(config, "max_position_embeddings", None)
+        return None if length is None else int(length * max(stretch, 1.0))
+
     def forward(
-        self, sequences: PackedSequences, targets: Sequence[Tensor], hidden: Tensor | None = None
-    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Logits that predict the target tokens.
+        self, sequences: PackedSequences, readings: Sequence[Reading], mixture: Sequence[float] | None = None
+    ) -> Outcome:
+        """Run the body over sequences, and let readings have the rows that predict their targets.
 
         Args:
             sequences: the tokens; causal attention within each sequence.
-            targets: index tensors [R_i] into the T packed tokens; never the first token of a sequence.
-            hidden: [Q, H] rows of an earlier call that only need the head.
-
-        Returns:
-            logits [R_i, V] and hidden rows [R_i, H] per index tensor, and the logits [Q, V] of `hidden` (or None).
+            readings: which rows, and what to make of them; see head.py.
+            mixture: coefficients of the loss terms, see `head.read_rows`.
         """
-        states = self._body(sequences)
-        rows = [states[sequences.sequence_index[t], sequences.position_ids[t] - 1] for t in targets]
-        # One product per index tensor: equal rows then go through equal shapes, so student and teacher agree exactly.
-        return [self._head(r) for r in rows], rows, None if hidden is None else self._head(hidden)
-
-    def _body(self, sequences: PackedSequences) -> Tensor:
-        """[N, L, H] hidden states in the right-padded layout, which needs no mask: nothing attends to later tokens."""
-        padded = sequences.token_ids.new_zeros(sequences.num_sequences, sequences.max_length)
-        padded[sequences.sequence_index, sequences.position_ids] = sequences.token_ids
-        states: Tensor = self.model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
-        return states
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """Compare with the model's own logits on four tokens: some families do more in their head than is done here.
-
-        Raises:
-            ConfigError: the logits differ.
-        """
-        device = next(self.model.parameters()).device
-        tokens = [(7 * i) % self.model.config.vocab_size for i in range(4)]
-        sequences = PackedSequences.pack([tokens], device)
-        (mine,), _, _ = self(sequences, [torch.arange(1, 4, device=device)])
-        theirs = self.model(input_ids=sequences.token_ids[None], use_cache=False).logits[0, :-1]
-        if not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+        if self.max_context is not None and sequences.max_length > self.max_context:
             raise ConfigError(
-                f"Models of type {self.model.config.model_type!r} scale or shift their logits in a way that is not "
-                "known here: training would use other probabilities than the model's. Use another family."
+                f"A sequence of {sequences.max_length} tokens is longer than the {self.max_context} that the model "
+                "reads. Lower rollout.max_tokens, or hindsight.max_block_tokens where the block makes it so long."
             )
+        arranged = self.layout.arrange(sequences)
+        states = self._body(arranged.token_ids, arranged.position_ids, arranged.attention)
+        rows = [states[arranged.place[reading.targets - 1]] for reading in readings]
+        return read_rows(self._output(), rows, readings, mixture)
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """[Q, V] logits of hidden rows [Q, H] of an earlier call; for copies that nobody wraps."""
-        return self._head(hidden)
+    def logits(self, sequences: PackedSequences, targets: Tensor) -> Tensor:
+        """[R, V] logits that predict the target tokens, for few of them; see `Reading.targets`."""
+        outcome: Outcome = self(sequences, [Reading(targets, keep_logits)])
+        return torch.cat(outcome.kept[0])
+
+    def _body(self, token_ids: Tensor, position_ids: Tensor | None, attention: AttentionLayout | None) -> Tensor:
+        """[B * X, H] hidden states of [B, X] tokens."""
+        with attention_layout(self.model, attention) as options:
+            states: Tensor = self.model.get_decoder()(
+                input_ids=token_ids, position_ids=position_ids, use_cache=False, **options
+            ).last_hidden_state
+        return states.flatten(0, 1)
+
+    def _output(self) -> Head:
+        layer = self.model.get_output_embeddings()
+        weights = tuple(weight for weight in layer.parameters() if weight.requires_grad)
+        return Head(self._head, weights, layer.weight.shape[0])
 
     def _head(self, rows: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(rows)
@@ -126,10 +102,27 @@ class Policy(nn.Module):
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    def project(self, hidden: Tensor) -> Tensor:
+        """[Q, V] logits of hidden rows [Q, H] of an earlier call; for copies that nobody wraps."""
+        return self._head(hidden)
+
+    # Rollouts, outside of any wrapper
+
+    def advance(self, token_ids: Tensor, position_ids: Tensor, attention: AttentionLayout, last: Tensor) -> Tensor:
+        """[R, V] logits after feeding tokens to rows that `attention` keeps.
+
+        Args:
+            token_ids: [T] new tokens, those of one row after those of another.
+            position_ids: [T] of each within its row.
+            attention: where their keys and values go, and what they attend to.
+            last: [R] which of the T tokens to continue.
+        """
+        return self._head(self._body(token_ids[None], position_ids[None], attention)[last])
+
     def decode(
         self, token_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any, last: Tensor
     ) -> Tensor:
-        """[A, V] logits after feeding a chunk to a KV cache; for rollouts, outside of any wrapper.
+        """[A, V] logits after feeding a chunk to a transformers KV cache: what the reference engine runs on.
 
         Args:
             token_ids: [A, W] new tokens, right-padded.
@@ -146,3 +139,78 @@ class Policy(nn.Module):
             use_cache=True,
         ).last_hidden_state
         return self._head(states[torch.arange(len(last), device=last.device), last])
+
+    # What the model can do
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare with the model's own logits on four tokens: some families do more in their head than is done here.
+
+        Raises:
+            ConfigError: the logits differ.
+        """
+        tokens = self._any_tokens(4)
+        with self._without_dropout():
+            mine = self._head(self._body(tokens, None, None))
+            theirs = self.model(input_ids=tokens, use_cache=False).logits[0]
+        if not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+            raise ConfigError(
+                f"Models of type {self.model.config.model_type!r} scale or shift their logits in a way that is not "
+                "known here: training would use other probabilities than the model's. Use another family."
+            )
+
+    @cached_property
+    @torch.no_grad()
+    def unpackable(self) -> str | None:
+        """Why the model's sequences cannot lie back to back; None where they can.
+
+        Found out by trying: two sequences packed have to give what each gives alone.
+        """
+        name, tokens = self.model.config.model_type, self._any_tokens(8)
+        witness = _Witness([Segment(5), Segment(3)])
+        positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=tokens.device)
+        with self._without_dropout():
+            try:
+                packed = self._body(tokens, positions, witness)
+            except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
+                return f"models of type {name} cannot: {str(error).splitlines()[0]}"
+            alone = torch.cat([self._body(part, None, None) for part in tokens.split([5, 3], dim=1)])
+        tolerance = (1e-4 if alone.dtype in (torch.float32, torch.float64) else 5e-2) * float(alone.abs().max())
+        if witness.layers != self.model.config.num_hidden_layers or not torch.allclose(packed, alone, 0, tolerance):
+            return f"models of type {name} cannot: a layer does more across tokens than attend"
+        return None
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _any_tokens(self, number: int) -> Tensor:
+        device = next(self.model.parameters()).device
+        return torch.tensor([[(7 * i) % self.model.config.vocab_size for i in range(number)]], device=device)
+
+    def checkpoint_gradients(self) -> None:
+        """Keep only the layers' inputs in training, and compute the rest again in the backward pass."""
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            # By the backward pass the model has its own attention function back; what is computed again needs this one.
+            return nullcontext(), implementation(self.model, self.model.config._attn_implementation)
+
+        # transformers 5.23 renamed it, and warns of the name that 5.17 knows alone.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False, "context_fn": contexts})
+
+
+class _Witness(CausalSegments):
+    """Counts the layers that ask."""
+
+    layers = 0
+
+    def attend(self, *args: Any) -> Tensor:
+        self.layers += 1
+        return super().attend(*args)

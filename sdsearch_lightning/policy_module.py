@@ -20,12 +20,14 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdsearch_lightning import models
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.packing import LayoutName
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.protocol import PROTOCOLS, Protocol
 from sdsearch_lightning.schedules import Schedule
@@ -48,6 +50,16 @@ class OptimizerSpec:
     """Regular expression searched in parameter names; the first optimizer that matches takes the parameter."""
 
 
+@dataclass
+class Compute:
+    """How passes through the model are run; nothing here changes a loss."""
+
+    layout: LayoutName = "shared_prefix"
+    """shared_prefix reads a group's prompt once, packed has no padding, padded is the reference; see packing.py."""
+    gradient_checkpointing: bool = False
+    """Keep the layers' inputs only and compute the rest again: a third more time for much less memory."""
+
+
 class PolicyModule(pl.LightningModule):
     """Base of both modules; `__init__` is light, the model is built in `configure_model`.
 
@@ -59,7 +71,8 @@ class PolicyModule(pl.LightningModule):
         lr_schedule: factor on every learning rate by step.
         gradient_clip_val: gradients are clipped to this norm; None turns it off. (The trainer's own clipping does not
             work with manual optimisation.)
-        max_micro_batch_tokens: padded tokens of one forward and backward pass; bounds memory, never changes a loss.
+        max_micro_batch_tokens: tokens of one forward and backward pass; bounds memory, never changes a loss.
+        compute: how a pass is run.
         dtype: weights are loaded in it. float32 unless you know better: an update of 1e-6 is lost in bfloat16 weights.
         seed: of the random weights.
     """
@@ -77,6 +90,7 @@ class PolicyModule(pl.LightningModule):
         lr_schedule: Schedule,
         gradient_clip_val: float | None,
         max_micro_batch_tokens: int,
+        compute: Compute,
         dtype: Literal["float32", "float64", "bfloat16"],
         seed: int,
     ) -> None:
@@ -98,7 +112,7 @@ class PolicyModule(pl.LightningModule):
         self.protocol = PROTOCOLS[protocol]() if isinstance(protocol, str) else protocol  # type: ignore[call-arg]
         self._optimizer_specs, self._lr_schedule = list(optimizers), lr_schedule
         self.gradient_clip_val = gradient_clip_val
-        self.max_micro_batch_tokens = max_micro_batch_tokens
+        self.max_micro_batch_tokens, self.compute = max_micro_batch_tokens, compute
         self._dtype_name, self._seed = dtype, seed
         self.policy: Policy = None  # type: ignore[assignment]
         self.tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
@@ -120,8 +134,15 @@ class PolicyModule(pl.LightningModule):
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take a ready model and tokenizer; what `configure_model` does last, and all a use without a Trainer needs."""
         self.tokenizer, self.codec = tokenizer, TokenCodec(tokenizer, self.protocol.tags)
-        self.policy = Policy(model).train()  # as Lightning expects it; there is no dropout to tell the modes apart
+        # In training mode, as Lightning expects it; there is no dropout to tell the modes apart.
+        self.policy = Policy(model, self.compute.layout).train()
         self.policy.check()
+        if self.policy.unpackable and self.compute.layout != "padded":
+            rank_zero_warn(
+                f"model.compute.layout is {self.compute.layout!r}, but {self.policy.unpackable}. Sequences are padded."
+            )
+        if self.compute.gradient_checkpointing:
+            self.policy.checkpoint_gradients()
 
     def _vocabulary(self) -> Sequence[str]:
         datamodule = getattr(self._trainer, "datamodule", None)

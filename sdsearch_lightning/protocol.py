@@ -102,6 +102,16 @@ class Conversation:
         if self._length >= limits.max_tokens:
             self.stop_reason = StopReason.MAX_TOKENS
 
+    @property
+    def max_tokens(self) -> int:
+        """What the whole rollout may come to."""
+        return self._limits.max_tokens
+
+    @property
+    def turn_budget(self) -> int:
+        """Tokens that the current turn may still sample."""
+        return min(self._limits.max_turn_tokens - len(self._logprobs), self._limits.max_tokens - self._length)
+
     def _begin_turn(self) -> None:
         self._turn = TurnText(self._codec)
         self._logprobs: list[float] = []

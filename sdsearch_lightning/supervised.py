@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.head import Chunk, Outcome, Reading
 from sdsearch_lightning.models import ScratchModel
-from sdsearch_lightning.policy import PackedSequences
-from sdsearch_lightning.policy_module import OptimizerSpec, PolicyModule, ProtocolName
+from sdsearch_lightning.packing import PackedSequences, split_by_size
+from sdsearch_lightning.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.protocol import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.types import Demonstration, SpanKind
@@ -63,6 +64,7 @@ class SupervisedModule(PolicyModule):
         loss_weights: by kind of token; the loss is the weighted mean over the whole batch on all ranks.
         gradient_clip_val: see `PolicyModule`.
         max_micro_batch_tokens: see `PolicyModule`.
+        compute: see `PolicyModule`.
         dtype: see `PolicyModule`.
         seed: see `PolicyModule`.
     """
@@ -79,6 +81,7 @@ class SupervisedModule(PolicyModule):
         loss_weights: LossWeights = LossWeights(),  # noqa: B008  (never changed)
         gradient_clip_val: float | None = 1.0,
         max_micro_batch_tokens: int = 32768,
+        compute: Compute = Compute(),  # noqa: B008  (never changed)
         dtype: Literal["float32", "float64", "bfloat16"] = "float32",
         seed: int = 0,
     ) -> None:
@@ -90,6 +93,7 @@ class SupervisedModule(PolicyModule):
             lr_schedule,
             gradient_clip_val,
             max_micro_batch_tokens,
+            compute,
             dtype,
             seed,
         )
@@ -128,9 +132,14 @@ class SupervisedModule(PolicyModule):
             weight: [T].
         """
         rows = weight.nonzero()[:, 0]
-        (logits,), _, _ = self.policy(sequences, [rows])
-        nll = F.cross_entropy(logits.to(weight.dtype), sequences.token_ids[rows], reduction="none")
-        return (nll * weight[rows]).sum()
+
+        def read(chunk: Chunk) -> tuple[Tensor, None]:
+            where = rows[chunk.rows]
+            nll = F.cross_entropy(chunk.logits.to(weight.dtype), sequences.token_ids[where], reduction="none")
+            return (nll * weight[where]).sum()[None], None
+
+        outcome: Outcome = self.policy(sequences, [Reading(rows, read)], mixture=(1.0,))
+        return outcome.terms[0]
 
     def _micro_batches(self, batch: Sequence[Demonstration]) -> list[_MicroBatch]:
         """Demonstrations of like length together, within the token budget."""
@@ -140,13 +149,7 @@ class SupervisedModule(PolicyModule):
             tokens = [token for span in spans for token in span.token_ids]
             weights = [self._weights[span.kind] for span in spans for _ in span.token_ids]
             rows.append((tokens, weights))
-        rows.sort(key=lambda row: -len(row[0]))
-        budget = self.max_micro_batch_tokens
-        chunks: list[list[tuple[list[int], list[float]]]] = []
-        for row in rows:
-            if not chunks or (len(chunks[-1]) + 1) * len(chunks[-1][0][0]) > budget:
-                chunks.append([])
-            chunks[-1].append(row)
+        chunks = split_by_size(rows, lambda row: [len(row[0])], self.max_micro_batch_tokens, self.policy.layout.size)
         micro_batches = [self._pack(chunk) for chunk in chunks]
         return self.equalize(micro_batches, self._pack([([0, 0], [0.0, 0.0])]))
 

@@ -17,12 +17,15 @@ PACKAGE = "sdsearch_lightning"
 LAYERS = """
 errors pluggable kinds
 types
-tokenization rewards advantages losses schedules policy lessons
+tokenization rewards advantages losses schedules lessons attention head
+packing
+policy
 block_templates divergences evaluation retrieval teachers
 templates
 protocol hindsight collate distillation models
 rollout credit step_metrics evaluation_steps
 objective
+student
 policy_module
 module supervised
 report run_folder
@@ -36,10 +39,11 @@ NEIGHBOURS = {"cli*": ["run_record"], "commands": ["cli*"], "__main__": ["comman
 
 LIBRARIES = {
     "lightning": "evaluation_steps policy_module module callbacks datamodules run_folder run_record cli* commands",
-    "transformers": "models rollout commands",
+    "transformers": "attention models rollout commands",
     "tokenizers": "models retrieval datamodules",
     "sentence_transformers": "retrieval datamodules",
     "faiss": "retrieval",
+    "vllm": "rollout",
     "torchmetrics": "evaluation",
     "rich": "report retrieval",
 }
@@ -177,6 +181,12 @@ def test_files_and_functions_are_short(source: Source) -> None:
         ("rollout", "policy", True),
         ("policy", "rollout", False),
         ("losses", "hindsight", False),
+        ("packing", "attention", True),
+        ("head", "attention", False),  # neighbours
+        ("policy", "head", True),
+        ("head", "policy", False),
+        ("student", "objective", True),
+        ("objective", "student", False),
         ("collate", "hindsight", False),  # neighbours
         ("callbacks", "datamodules", False),
         ("module", "callbacks", False),
@@ -193,4 +203,4 @@ def test_imports_are_found_wherever_they_hide() -> None:
     assert set(_imports(ast.parse(text), typing=True)) == {"a.b", "c", "d.e.g"}
     assert {"callbacks.rollout_grouping", "datamodules", "rollout", "__init__"} <= {s.module for s in sources()}
     engine = next(source for source in sources() if source.module == "rollout.engine")
-    assert engine.ours() == {"policy", "protocol", "rollout.search_pool", "types"}
+    assert engine.ours() == {"errors", "policy", "protocol", "rollout.search_pool", "types"}

@@ -232,6 +232,7 @@ class ScriptedPolicy(nn.Module):
 
     def __init__(self, scripts: Mapping[tuple[int, ...], Sequence[int]], num_tokens: int) -> None:
         super().__init__()
+        self.max_context = None
         self.device_holder = nn.Parameter(torch.zeros(()))
         self.scripts, self.num_tokens = scripts, num_tokens
         self.contexts: dict[tuple[int, ...], list[int]] = {}

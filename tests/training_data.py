@@ -150,8 +150,11 @@ def micro_batches(
 
     options.setdefault("mode", module.aggregation)
     weighed = weigh(groups, blocks or [None] * len(groups), dtype=module.policy.dtype, **options)
-    shares = split_groups(weighed, max_tokens)
-    return [collate(share, prompt if blocks else None, dtype=module.policy.dtype) for share in shares]
+    layout, dtype = module.policy.layout, module.policy.dtype
+    shares = split_groups(weighed, max_tokens, layout.size)
+    return [
+        collate(share, prompt if blocks else None, dtype=dtype, cut_teacher=layout.cuts_teacher) for share in shares
+    ]
 
 
 def taught_batch(

@@ -12,7 +12,7 @@ import torch
 from training_data import PASSAGES, QUESTION, SCRIPTS, WORDS, demonstration, play
 
 from sdsearch_lightning.datamodules import SearchDataModule
-from sdsearch_lightning.policy import PackedSequences
+from sdsearch_lightning.packing import PackedSequences
 from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.types import Demonstration, Label, Passage, Question, RolloutRequest, SiblingRecord, Trajectory
 
@@ -67,7 +67,7 @@ class ScriptedEngine(Engine):
         result = self.searches.submit(["x"]).result()[0]
         draft = play(self.start(request), script, result)
         sampled = torch.tensor(draft.policy_mask).nonzero()[:, 0]
-        (logits,), _, _ = self.policy(PackedSequences.pack([draft.token_ids]), [sampled])
+        logits = self.policy.logits(PackedSequences.pack([draft.token_ids]), sampled)
         tokens = torch.tensor(draft.token_ids)[sampled]
         temperature = request.sampling.temperature or 1.0
         logprobs = (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]

@@ -7,9 +7,12 @@ batch composition nor scheduling changes a result.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
+from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.protocol import Conversation
 from sdsearch_lightning.rollout.search_pool import SearchPool
@@ -18,6 +21,47 @@ from sdsearch_lightning.types import Pluggable, RolloutRequest, Trajectory
 StartConversation = Callable[[RolloutRequest], Conversation]
 ReportProgress = Callable[[int, int, int], None]
 """Called with (rollouts ended, searches sent, tokens sampled), each since the last call."""
+
+
+@dataclass(slots=True)
+class WorkCounts:
+    """What an engine computed, padding included; no time, so equal runs count alike."""
+
+    prefill_tokens: int = 0
+    """Fed in passes of several tokens per rollout: prompts, documents, messages."""
+    decode_rows: int = 0
+    """Rows of passes of one token per rollout."""
+    steps: int = 0
+    """Such passes, one after the other."""
+
+
+def check_finite(drawn: Iterable[tuple[RolloutRequest, float]]) -> None:
+    """Stop where a log-prob is not a number: its logits were not finite, and the draw means nothing.
+
+    Raises:
+        RolloutError: names the rollouts.
+    """
+    if bad := [request for request, logprob in drawn if math.isnan(logprob)]:
+        names = ", ".join(f"{request.instance_id}/{request.rollout_index}" for request in bad[:8])
+        raise RolloutError(
+            f"The policy's logits are not finite in {len(bad)} rollouts (instance_id/rollout_index: {names}). Expected "
+            "numbers: the weights have diverged, or the activations overflow. Resume from an earlier checkpoint with a "
+            "lower learning rate, or with bf16-mixed instead of half precision."
+        )
+
+
+def check_context(policy: Policy, conversations: Iterable[Conversation]) -> None:
+    """Refuse rollouts that may get longer than the model reads: beyond that its positions mean nothing, or fail.
+
+    Raises:
+        ConfigError: names both lengths.
+    """
+    allowed = max((conversation.max_tokens for conversation in conversations), default=0)
+    if policy.max_context is not None and allowed > policy.max_context:
+        raise ConfigError(
+            f"rollout.max_tokens is {allowed}, but the model reads {policy.max_context} tokens at most "
+            f"(max_position_embeddings). Set rollout.max_tokens to {policy.max_context} or less."
+        )
 
 
 class Engine(Pluggable):
@@ -37,6 +81,13 @@ class Engine(Pluggable):
             report: told of progress now and then.
         """
         self.policy, self.start, self.searches, self.report = policy, start, searches, report
+        self.counts = WorkCounts()
+        """Work since `attach`, or since `take_counts`."""
+
+    def take_counts(self) -> WorkCounts:
+        """Counts since the last call."""
+        counts, self.counts = self.counts, WorkCounts()
+        return counts
 
     @abstractmethod
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
@@ -50,3 +101,18 @@ class Engine(Pluggable):
 
     def wake(self) -> None:  # noqa: B027
         """Undo `sleep`."""
+
+
+def run_awake(engine: Engine, policy: Policy, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+    """Run requests with the policy's present weights; the engine holds memory of its own only meanwhile.
+
+    Args:
+        engine: attached; a user's own class may leave out what it has no use for.
+        policy: whose weights it takes.
+        requests: see `Engine.run`.
+    """
+    for name, arguments in (("wake", ()), ("sync", (policy,))):
+        getattr(engine, name, lambda *_: None)(*arguments)
+    trajectories = engine.run(requests)
+    getattr(engine, "sleep", lambda: None)()
+    return trajectories

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sdsearch_lightning.protocol import Continue, Conversation, Search
-from sdsearch_lightning.rollout.engine import Engine
+from sdsearch_lightning.rollout.engine import Engine, check_context, check_finite
 from sdsearch_lightning.rollout.sampling import sample
 from sdsearch_lightning.types import RolloutRequest, Trajectory
 
@@ -61,6 +61,7 @@ class GenerateEngine(Engine):
     @torch.no_grad()
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
         """See `Engine.run`. Gradients are off; the caller sets eval mode."""
+        check_context(self.policy, map(self.start, requests[:1]))
         done: list[Trajectory] = []
         for start in range(0, len(requests), self.max_batch_size):
             done += self._run_batch(requests[start : start + self.max_batch_size])
@@ -91,7 +92,7 @@ class _Batch:
     """Rows that decode together, with their KV cache and the mask of its holes."""
 
     def __init__(self, engine: GenerateEngine, rows: list[_Row]) -> None:
-        self._policy, self._report = engine.policy, engine.report
+        self._policy, self._report, self._counts = engine.policy, engine.report, engine.counts
         self._device = next(engine.policy.parameters()).device
         self._cache = DynamicCache()
         prompts = list(dict.fromkeys(row.request.prompt_ids for row in rows))
@@ -119,7 +120,9 @@ class _Batch:
                 [self.rows[i].request.sampling for i in active],
                 [self.rows[i].generator for i in active],
             )
-            for i, token_id, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+            drawn = list(zip(active, tokens.tolist(), logprobs.tolist(), strict=True))
+            check_finite((self.rows[i].request, logprob) for i, _, logprob in drawn)
+            for i, token_id, logprob in drawn:
                 self.rows[i].accept(token_id, logprob)
             self._report(0, 0, len(active))
             if all(row.waiting for row in self.rows):
@@ -142,6 +145,11 @@ class _Batch:
     def _feed(self, chunks: list[list[int]], lengths: list[int]) -> Tensor:
         """[A, V] logits after each row's chunk; rows without one get a hole, and logits that nobody reads."""
         width = max(map(len, chunks))
+        if width > 1:
+            self._counts.prefill_tokens += width * len(chunks)
+        else:
+            self._counts.steps += 1
+            self._counts.decode_rows += len(chunks)
         padded = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._device)
         filled = torch.tensor([len(chunk) for chunk in chunks], device=self._device)
         column = torch.arange(width, device=self._device)

@@ -24,7 +24,7 @@ class SearchCounts:
 
     queries: int = 0
     unique: int = 0
-    """Queries that reached the retriever: duplicates within a batch are searched once."""
+    """Queries that reached the retriever: one that was answered since the counts were taken is not sent again."""
     calls: int = 0
     errors: int = 0
     seconds: float = 0.0
@@ -43,14 +43,16 @@ class SearchPool:
         self._retriever, self._top_k = retriever, top_k
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
         self._counts = SearchCounts()
+        self._answered: dict[str, SearchResult] = {}  # of one window: siblings ask the same things at different times
 
     def submit(self, queries: Sequence[str]) -> Future[list[SearchResult]]:
         """Search in the background; the future holds one result per query, same order, and never raises."""
         return self._worker.submit(self._search, list(queries))
 
     def take_counts(self) -> SearchCounts:
-        """Counts since the last call. Call it while no search is under way."""
+        """Counts since the last call; answers are forgotten. Call it while no search is under way."""
         counts, self._counts = self._counts, SearchCounts()
+        self._answered.clear()
         return counts
 
     def close(self) -> None:
@@ -59,11 +61,13 @@ class SearchPool:
 
     def _search(self, queries: list[str]) -> list[SearchResult]:
         started = time.perf_counter()
-        unique = list(dict.fromkeys(queries))
-        found = dict(zip(unique, self._call(unique), strict=True))
+        unknown = [query for query in dict.fromkeys(queries) if query not in self._answered]
+        found = self._answered | dict(zip(unknown, self._call(unknown), strict=True))
         results = [found[query] for query in queries]
+        # A failed search may succeed the next time.
+        self._answered |= {query: found[query] for query in unknown if not isinstance(found[query], RetrievalError)}
         self._counts.queries += len(queries)
-        self._counts.unique += len(unique)
+        self._counts.unique += len(unknown)
         self._counts.errors += sum(isinstance(result, RetrievalError) for result in results)
         self._counts.seconds += time.perf_counter() - started
         return results

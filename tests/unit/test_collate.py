@@ -25,6 +25,7 @@ from training_data import (
 
 from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.packing import LAYOUTS
 from sdsearch_lightning.protocol import Conversation
 from sdsearch_lightning.types import Label, RolloutGroup, RolloutRequest, Trajectory
 
@@ -39,9 +40,9 @@ def flat(groups: Sequence[Sequence[WeightedRollout]]) -> list[WeightedRollout]:
     return [rollout for group in groups for rollout in group]
 
 
-def collated(groups: Sequence[RolloutGroup], with_teacher: bool = True) -> SearchBatch:
+def collated(groups: Sequence[RolloutGroup]) -> SearchBatch:
     weighed = weigh(groups, blocks_of(groups), "token-mean", dtype=torch.float64)
-    return collate(flat(weighed), teacher_prompt if with_teacher else None, dtype=torch.float64)
+    return collate(flat(weighed), teacher_prompt, dtype=torch.float64)
 
 
 def test_a_rollout_drawn_as_tokens() -> None:
@@ -85,40 +86,6 @@ def test_pad_and_end_of_sequence_ids_that_the_policy_wrote_keep_their_weight() -
     assert batch.token_ids.tolist()[2:4] == [CODEC.tokenizer.pad_token_id, CODEC.eos_id]
     assert batch.policy_weight[2:4].ne(0).all()
     assert batch.sequences.position_ids.tolist() == list(range(len(written.token_ids)))
-
-
-# The teacher's side
-
-
-def test_the_teacher_reads_the_block_and_then_the_same_tokens() -> None:
-    groups = three_groups()
-    blocks, batch = blocks_of(groups), collated(groups)
-    assert batch.teacher is not None and batch.teacher_query_row is not None
-    expected, rows = [], []
-    for g, block in zip(groups, blocks, strict=True):
-        for t in g.trajectories:
-            if t.label is not None and block is not None:
-                prompt = CODEC.encode(t.question.text + block.text)
-                shift = len(expected) + len(prompt) - t.prompt_length
-                rows += [shift + i for i, is_query in enumerate(t.query_mask) if is_query]
-                expected += [*prompt, *t.token_ids[t.prompt_length :]]
-    assert batch.teacher.token_ids.tolist() == expected
-    assert batch.teacher_query_row.tolist() == rows
-    assert torch.equal(batch.teacher.token_ids[batch.teacher_query_row], batch.token_ids[batch.query_row])
-
-
-def test_only_taught_groups_have_a_teacher() -> None:
-    groups = three_groups()
-    blocks = blocks_of(groups, "mixed")
-    assert blocks[1] is None
-    batch = collate(flat(weigh(groups, blocks, "token-mean")), teacher_prompt)
-    assert batch.teacher is not None and batch.teacher.num_sequences == 3 + 2
-    assert len(batch.query_row) == len(batch.query_weight) == 3 + 3 + 3
-    untaught = collated(groups, with_teacher=False)
-    assert untaught.teacher is None and len(untaught.query_row) == 0
-    nothing_asked = [group(rollout(DIRECT))]
-    assert blocks_of(nothing_asked) == [None]
-    assert collated(nothing_asked).teacher is None
 
 
 # Weights
@@ -196,17 +163,23 @@ def test_an_unknown_mode_is_refused() -> None:
 # Micro-batches
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("max_tokens", [1, 60, 140, 240, 10_000])
-def test_micro_batches_hold_whole_groups_within_the_budget(max_tokens: int) -> None:
+def test_micro_batches_hold_whole_groups_within_the_budget(max_tokens: int, layout: str) -> None:
+    """The budget is in tokens that the body computes: padding counts where there is some."""
     weighed = weigh(three_groups(), [None] * 3, "token-mean")
-    batches = split_groups(weighed, max_tokens)
+    batches = split_groups(weighed, max_tokens, LAYOUTS[layout].size)
     assert sorted(id(r) for b in batches for r in b) == sorted(id(r) for r in flat(weighed))
     for g in weighed:
         assert any({id(r) for r in g} <= {id(r) for r in b} for b in batches), "a group is never split"
     for b in batches:
-        padded = len(b) * max(len(r.trajectory.token_ids) for r in b)
-        assert padded <= max_tokens or len({r.trajectory.instance_id for r in b}) == 1
-    assert len(batches) == {1: 3, 60: 3, 140: 3, 240: 2, 10_000: 1}[max_tokens]
+        lengths = [len(r.trajectory.token_ids) for r in b]
+        tokens = len(b) * max(lengths) if layout == "padded" else sum(lengths)
+        assert tokens <= max_tokens or len({r.trajectory.instance_id for r in b}) == 1
+    padded = {1: 3, 60: 3, 140: 3, 240: 2, 10_000: 1}
+    assert len(batches) == (padded if layout == "padded" else padded | {140: 2, 240: 1})[max_tokens]
+    if layout != "padded":
+        assert [[id(r) for r in b] for b in batches] == [[id(r) for r in b] for b in split_groups(weighed, max_tokens)]
 
 
 def test_a_step_without_any_rollout_to_learn_from_has_no_micro_batch() -> None:

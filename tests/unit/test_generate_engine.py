@@ -23,7 +23,8 @@ from toys import (
 
 from sdsearch_lightning.collate import collate, weigh
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.policy import PackedSequences, Policy
+from sdsearch_lightning.packing import PackedSequences
+from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.protocol import Conversation
 from sdsearch_lightning.rollout import GenerateEngine, SearchPool
 from sdsearch_lightning.tokenization import TokenCodec
@@ -77,7 +78,7 @@ def forward_logprobs(policy: Policy, token_ids: Sequence[int], temperature: floa
     """[T - 1] log-probs of all tokens but the first, from one pass over the whole sequence."""
     packed = PackedSequences.pack([token_ids])
     with torch.no_grad():
-        (logits,), _, _ = policy(packed, [torch.arange(1, len(token_ids))])
+        logits = policy.logits(packed, torch.arange(1, len(token_ids)))
     return (logits / temperature).log_softmax(-1).gather(1, packed.token_ids[1:, None])[:, 0]
 
 
@@ -224,7 +225,8 @@ def test_given_turns_are_played_with_one_search_per_turn(name: str) -> None:
     policy, retriever = ScriptedPolicy(scripts, len(codec.tokenizer)), ToyRetriever()
     limits = Limits(max_turn_tokens=90, max_observation_tokens=70)
     trajectories = run(policy, codec, requests, retriever, limits)
-    assert retriever.calls == [["capital of France", "the city"], ["Rome", "capital of France"]]
+    assert retriever.calls == [["capital of France", "the city"], ["Rome"]], "what is known is not asked again"
+    assert [t.queries for t in trajectories] == [("capital of France", "Rome"), ("capital of France",), (), ("the city",)]
     assert [t.answer for t in trajectories] == ["Paris", "b", "a b", "Italy"]
     assert [t.num_invalid_actions for t in trajectories] == [0, 1, 0, 1]
     for request, trajectory in zip(requests, trajectories, strict=True):

@@ -177,7 +177,9 @@ def test_entries_are_dropped_from_the_end(max_tokens: int | None, kept: list[int
         assert max_tokens is None or block is None or len(CODEC.encode(block.text)) <= max_tokens
 
 
-def test_rollouts_are_never_cut() -> None:
+@pytest.mark.parametrize("cut", [True, False])
+def test_rollouts_are_never_cut(cut: bool) -> None:
+    """By the block's budget; what the teacher is not asked about, it need not read."""
     groups = three_groups()
     (block, *_) = built(HindsightConstruction(max_block_tokens=8), groups)
 
@@ -185,11 +187,14 @@ def test_rollouts_are_never_cut() -> None:
         return PROTOCOL.prompt_ids(CODEC, trajectory.question.text, text)
 
     (rollouts,) = weigh(groups[:1], [block], "token-mean")
-    batch = collate(rollouts, prompt)
+    batch = collate(rollouts, prompt, cut_teacher=cut)
     assert batch.teacher is not None
-    for index, trajectory in enumerate(groups[0].trajectories):
+    read = [t for t in groups[0].trajectories if any(t.query_mask) or not cut]
+    assert len(read) == batch.teacher.num_sequences == (2 if cut else 3)
+    for index, trajectory in enumerate(read):
         tokens = batch.teacher.token_ids[batch.teacher.sequence_index == index].tolist()
-        rest = list(trajectory.token_ids[trajectory.prompt_length :])
+        end = max(i for i, is_query in enumerate(trajectory.query_mask) if is_query) + 1 if cut else None
+        rest = list(trajectory.token_ids[trajectory.prompt_length : end])
         assert tokens[-len(rest) :] == rest and len(tokens) == trajectory.prompt_length + 8 + len(rest)
 
 

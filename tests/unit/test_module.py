@@ -26,6 +26,8 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses import jensen_shannon
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.packing import LAYOUTS
+from sdsearch_lightning.policy_module import Compute
 from sdsearch_lightning.types import HindsightBlock
 
 WHOLE = JensenShannon(top_k=None)
@@ -34,14 +36,21 @@ WHOLE = JensenShannon(top_k=None)
 # Identity and bounds
 
 
+def with_block(module: SDSearchModule, text: str) -> SearchBatch:
+    groups = three_groups()
+    blocks: list[HindsightBlock | None] = [HindsightBlock(g.instance_id, (), text) for g in groups]
+    (batch,) = micro_batches(module, groups, blocks)
+    return batch
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("top_k", [None, 5])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
 def test_a_teacher_with_an_empty_block_is_the_student(dtype: torch.dtype, top_k: int | None, family: str) -> None:
-    module = make_module(tiny_model(family, dtype), divergence=JensenShannon(top_k=top_k))
-    groups = three_groups()
-    empty: list[HindsightBlock | None] = [HindsightBlock(g.instance_id, (), "") for g in groups]
-    (batch,) = micro_batches(module, groups, empty)
+    """Padded, both run in equal shapes."""
+    divergence = JensenShannon(top_k=top_k)
+    module = make_module(tiny_model(family, dtype), divergence=divergence, compute=Compute(layout="padded"))
+    batch = with_block(module, "")
     assert batch.teacher is not None and torch.equal(batch.teacher.token_ids, batch.token_ids)
     sums = step(module, batch)
     assert sums.credit is not None and len(sums.credit.jsd) == 15
@@ -50,6 +59,29 @@ def test_a_teacher_with_an_empty_block_is_the_student(dtype: torch.dtype, top_k:
     assert sums.jsd_loss.dtype == dtype
     assert torch.equal(sums.credit.student_logprob, sums.credit.teacher_logprob)
     assert gradient(module, sums.jsd_loss).abs().max() < 1e-6, "at its minimum"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+def test_a_teacher_that_is_cut_is_the_student_but_for_the_last_bits(
+    dtype: torch.dtype, tolerance: float, top_k: int | None, family: str, layout: Any
+) -> None:
+    divergence = JensenShannon(top_k=top_k)
+    module = make_module(tiny_model(family, dtype), divergence=divergence, compute=Compute(layout=layout))
+    batch = with_block(module, "")
+    assert batch.teacher is not None and batch.teacher.num_sequences == 5 < batch.sequences.num_sequences
+    sums = step(module, batch)
+    assert sums.credit is not None and len(sums.credit.jsd) == 15
+    assert sums.credit.jsd.abs().max() <= 1e-10 and abs(sums.jsd_loss.item()) <= 1e-10
+    assert sums.jsd_loss.dtype == dtype
+    gap = sums.credit.student_logprob - sums.credit.teacher_logprob
+    assert gap.abs().max() <= tolerance
+    assert gradient(module, sums.jsd_loss).abs().max() < 1e-6, "at its minimum"
+    other = step(module, with_block(module, " Rome"))
+    assert other.credit is not None and other.credit.jsd.min() > 1e-6, "one more token would show"
+    assert (other.credit.student_logprob - other.credit.teacher_logprob).abs().min() > 10 * tolerance
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -80,8 +112,8 @@ def test_a_truncated_teacher_gives_the_truncated_divergence(top_k: int) -> None:
     module = make_module(divergence=JensenShannon(top_k=top_k))
     batch = taught_batch(module)
     assert batch.teacher is not None and batch.teacher_query_row is not None
-    (teacher,), _, _ = module.policy(batch.teacher, [batch.teacher_query_row])
-    (student,), _, _ = module.policy(batch.sequences, [batch.query_row])
+    teacher = module.policy.logits(batch.teacher, batch.teacher_query_row)
+    student = module.policy.logits(batch.sequences, batch.query_row)
     loss = (jensen_shannon(student, teacher, top_k=top_k) * batch.query_weight).sum()
     sums = step(module, batch)
     torch.testing.assert_close(sums.jsd_loss, loss, rtol=0, atol=1e-15)
@@ -128,8 +160,8 @@ def test_the_gradient_is_that_of_the_student_alone(top_k: int | None) -> None:
 # Which token carries a gradient
 
 
-def rows_with_gradient(module: SDSearchModule, batch: SearchBatch, term: str) -> set[tuple[int, int]]:
-    """(sequence, position) of the student's hidden states that `term` pulls at, pads included."""
+def rows_with_gradient(module: SDSearchModule, batch: SearchBatch, term: str) -> set[int]:
+    """Indices of the student's hidden states, as the body gives them, that `term` pulls at; pads included."""
     seen: list[Tensor] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:
@@ -141,30 +173,48 @@ def rows_with_gradient(module: SDSearchModule, batch: SearchBatch, term: str) ->
     getattr(step(module, batch), term).backward()
     handle.remove()
     (states,) = seen
-    assert states.grad is not None and states.shape[:2] == (batch.sequences.num_sequences, batch.sequences.max_length)
-    return {(int(n), int(t)) for n, t in states.grad.abs().sum(-1).nonzero()}
+    assert states.grad is not None
+    assert states.shape[:2] == module.policy.layout.arrange(batch.sequences).token_ids.shape
+    return set(states.grad.flatten(0, 1).abs().sum(-1).nonzero()[:, 0].tolist())
 
 
+def rows_of(module: SDSearchModule, batch: SearchBatch, tokens: set[tuple[int, int]]) -> set[int]:
+    """Where the body has these (sequence, position)."""
+    place = module.policy.layout.arrange(batch.sequences).place.tolist()
+    where = zip(batch.sequence_index.tolist(), batch.position_ids.tolist(), place, strict=True)
+    found = {row for n, t, row in where if (n, t) in tokens}
+    assert len(found) == len(tokens) or module.compute.layout == "shared_prefix"
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("top_k", [None, 6])
-def test_only_query_tokens_are_distilled(top_k: int | None) -> None:
-    module = make_module(divergence=JensenShannon(top_k=top_k))
+def test_only_query_tokens_are_distilled(top_k: int | None, layout: Any) -> None:
+    module = make_module(divergence=JensenShannon(top_k=top_k), compute=Compute(layout=layout))
     groups = three_groups()
     order = [t for g in (groups[0], groups[2], groups[1]) for t in g.trajectories if t.label]  # longest groups first
     taught = {(n, i - 1) for n, t in enumerate(order) for i, is_query in enumerate(t.query_mask) if is_query}
-    assert rows_with_gradient(module, taught_batch(module), "jsd_loss") == taught
+    batch = taught_batch(module)
+    assert rows_with_gradient(module, batch, "jsd_loss") == rows_of(module, batch, taught)
     untaught = {n for n, t in enumerate(order) if t.instance_id == groups[1].instance_id}
     mixed = taught_batch(module, rule="mixed")
-    assert rows_with_gradient(module, mixed, "jsd_loss") == {(n, i) for n, i in taught if n not in untaught}
+    fewer = {(n, i) for n, i in taught if n not in untaught}
+    assert (
+        rows_with_gradient(module, mixed, "jsd_loss") == rows_of(module, mixed, fewer) != rows_of(module, mixed, taught)
+    )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("term", ["policy_loss", "kl"])
-def test_only_what_the_policy_wrote_is_rewarded(term: str) -> None:
-    module, groups = drifted(clip_low=9.0, clip_high=1e9), three_groups()  # so wide that no token is clipped away
+def test_only_what_the_policy_wrote_is_rewarded(term: str, layout: Any) -> None:
+    module = drifted(clip_low=9.0, clip_high=1e9, compute=Compute(layout=layout))  # too wide for a token to be clipped
+    groups = three_groups()
     order = [t for g in (groups[0], groups[2], groups[1]) for t in g.trajectories if t.label]
     counted = {(n, i - 1) for n, t in enumerate(order) for i, sampled in enumerate(t.policy_mask) if sampled}
     if term == "policy_loss":
         counted = {(n, i) for n, i in counted if order[n].advantage}
-    assert rows_with_gradient(module, taught_batch(module), term) == counted
+    batch = taught_batch(module)
+    assert rows_with_gradient(module, batch, term) == rows_of(module, batch, counted)
 
 
 # Dropout, the reference, and what is refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,13 @@ from training_data import (
     step,
     taught_batch,
     three_groups,
+    tiny_model,
 )
 
 from sdsearch_lightning.collate import filler
 from sdsearch_lightning.divergences import JensenShannon
 from sdsearch_lightning.module import StepSums
+from sdsearch_lightning.policy_module import Compute
 
 WHOLE = JensenShannon(top_k=None)
 TERMS = ("policy_loss", "jsd_loss", "kl")
@@ -49,8 +52,25 @@ RULES = {"all": [1, 1, 1], "mixed": [1, 0, 1], "any_correct": [1, 1, 1], "sqrt":
 @pytest.mark.parametrize(
     ("rule", "temperature", "on_policy"), [("all", 1.0, False), ("mixed", 0.7, True), ("sqrt", 1, 0)]
 )
-def test_the_losses_by_hand(rule: str, temperature: float, on_policy: bool) -> None:
-    module = drifted(divergence=WHOLE, temperature=temperature, clip_high=0.28)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("llama", "padded"),
+        ("llama", "packed"),
+        ("llama", "shared_prefix"),
+        ("gpt_neox", "padded"),
+        ("gpt_neox", "packed"),
+        ("gpt_neox", "shared_prefix"),
+    ],
+)
+def test_the_losses_by_hand(family: str, layout: Any, rule: str, temperature: float, on_policy: bool) -> None:
+    module = drifted(
+        tiny_model(family),
+        divergence=WHOLE,
+        temperature=temperature,
+        clip_high=0.28,
+        compute=Compute(layout=layout),
+    )
     groups = three_groups()
     wanted = closed_form(module, groups, RULES[rule], TEXTS, bool(on_policy))
     sums = step(module, replace(taught_batch(module, rule=rule), on_policy=bool(on_policy)))
@@ -58,7 +78,12 @@ def test_the_losses_by_hand(rule: str, temperature: float, on_policy: bool) -> N
         ours = getattr(sums, term)
         assert ours.item() == pytest.approx(value.item(), abs=1e-12)
         assert abs(value.item()) > 1e-3 or on_policy
-        torch.testing.assert_close(gradient(module, ours), gradient(module, value), rtol=0, atol=1e-11)
+        pull, expected = gradient(module, ours), gradient(module, value)
+        # A llama's norms are in float32: they round the sum over siblings, where other layouts round its parts.
+        rounds = (family, layout) == ("llama", "shared_prefix")
+        tolerance = 1e-6 * expected.abs().max().item() if rounds else 1e-11
+        torch.testing.assert_close(pull, expected, rtol=0, atol=tolerance)
+        assert not torch.allclose(pull, expected * (1 + 1e-4), rtol=0, atol=tolerance)
     assert (sums.metrics["clipped"].item() == 0) == bool(on_policy)
 
 
@@ -76,12 +101,13 @@ def test_neither_split_nor_order_changes_a_loss_or_its_gradient(mode: str) -> No
 
     whole = losses([0, 1, 2], 100_000)
     assert all(part.abs().max() > 1e-4 for part in whole)
-    for order, max_tokens, turn in [
-        ([0, 1, 2], 1, 1),
-        ([2, 0, 1], 150, 1),
-        ([1, 2, 0], 250, -1),
-        ([2, 1, 0], 10**6, -1),
+    for order, max_tokens, turn, num_batches in [
+        ([0, 1, 2], 1, 1, 3),
+        ([2, 0, 1], 100, 1, 3),
+        ([1, 2, 0], 150, -1, 2),
+        ([2, 1, 0], 10**6, -1, 1),
     ]:
+        assert len(micro_batches(module, [groups[i] for i in order], max_tokens=max_tokens, norm=40.0)) == num_batches
         for one, other in zip(losses(order, max_tokens, turn), whole, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 

@@ -29,7 +29,7 @@ def test_entropy_counts_at_its_own_kind_of_token(kind):
     module = make_module(entropy_coef=EntropyCoefs(**{kind: -0.05}))
     (batch,) = micro_batches(module, groups)
     expected = 0.0
-    (logits,), _, _ = module.policy(batch.sequences, [(batch.policy_weight != 0).nonzero()[:, 0]])
+    logits = module.policy.logits(batch.sequences, (batch.policy_weight != 0).nonzero()[:, 0])
     rows = (batch.policy_weight != 0).nonzero()[:, 0].tolist()
     for row, line in zip(rows, logits.tolist(), strict=True):
         if SPAN_KINDS[batch.span_kind[row]] is SpanKind(kind):
@@ -42,11 +42,20 @@ def test_entropy_counts_at_its_own_kind_of_token(kind):
     assert gradient(module, loss).abs().max() > 0
 
 
-def test_without_coefficients_there_is_no_entropy_term():
+def test_without_coefficients_there_is_no_entropy_term(monkeypatch):
     module = make_module()
     (batch,) = micro_batches(module, three_groups())
+    rows = (batch.policy_weight != 0).nonzero()[:, 0]
+    logits = module.policy.logits(batch.sequences, rows)
+    asked = []
+    monkeypatch.setattr("sdsearch_lightning.objective.entropy", lambda logprobs: asked.append(1) or logprobs.sum(-1))
+    alone = module.objective.sums(logits, None, batch, rows)
+    assert alone.policy_loss.requires_grad
+    assert not alone.entropy_loss.requires_grad and alone.entropy_loss.item() == 0
     result = sums(module, batch)
-    assert not result.entropy_loss.requires_grad and result.entropy_loss.item() == 0
+    assert result.entropy_loss.item() == 0 and not gradient(module, result.entropy_loss).any()
+    assert asked == []
+    assert sums(make_module(entropy_coef=EntropyCoefs(query=1.0)), batch).entropy_loss.item() != 0 and asked
 
 
 def test_truncated_importance_sampling_by_hand():
@@ -54,7 +63,7 @@ def test_truncated_importance_sampling_by_hand():
     plain, capped, wide = (make_module(tis_cap=cap) for cap in (None, 0.5, 1e9))
     (batch,) = micro_batches(plain, groups)
     rows = (batch.policy_weight != 0).nonzero()[:, 0]
-    (logits,), _, _ = plain.policy(batch.sequences, [rows])
+    logits = plain.policy.logits(batch.sequences, rows)
     now = logits.log_softmax(-1).gather(1, batch.token_ids[rows][:, None])[:, 0]
     ratio = (now - batch.sampled_logprobs[rows]).exp()
     adv, weight = batch.advantages[rows], batch.policy_weight[rows]

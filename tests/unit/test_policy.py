@@ -13,16 +13,22 @@ from training_data import tiny_model as family
 from transformers import DynamicCache, PreTrainedModel
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.policy import PackedSequences, Policy
+from sdsearch_lightning.head import Chunk, Reading
+from sdsearch_lightning.packing import LAYOUTS, PackedSequences
+from sdsearch_lightning.policy import Policy
 
 TOKENIZER = bpe_tokenizer(pad_token=EOS)
 PAD = TOKENIZER.pad_token_id
 SEQUENCES = [[5, 6, PAD, 7, 0, 8], [9, 1], [PAD, PAD, 3], [0, 0, 0, 0, 0]]
 
 
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    return Policy(tiny_model(TOKENIZER))
+@pytest.fixture(scope="module", params=LAYOUTS)
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return Policy(tiny_model(TOKENIZER), request.param)
+
+
+def keep_both(chunk: Chunk) -> tuple[Tensor, Chunk]:
+    return chunk.logits.new_zeros(0), chunk
 
 
 def reference(model: PreTrainedModel, sequence: list[int]) -> Tensor:
@@ -49,26 +55,48 @@ def test_a_row_predicts_the_token_it_is_asked_for(policy: Policy) -> None:
     packed = PackedSequences.pack(SEQUENCES)
     everything = (packed.position_ids > 0).nonzero()[:, 0]
     with torch.no_grad():
-        (logits,), (hidden,), none = policy(packed, [everything])
+        logits, outcome = policy.logits(packed, everything), policy(packed, [Reading(everything, keep_both)])
+    ((chunk,),) = outcome.kept
     expected = torch.cat([reference(policy.model, sequence)[:-1] for sequence in SEQUENCES])
-    assert near(logits, expected) and not near(logits, expected.roll(1, 0)) and none is None
-    assert near(policy._head(hidden), expected)
+    assert near(logits, expected) and not near(logits, expected.roll(1, 0))
+    assert torch.equal(chunk.logits, logits) and chunk.paired is None and chunk.rows == slice(0, len(everything))
+    assert near(policy.project(chunk.hidden), expected)
+    assert outcome.terms.shape == (0,)
+
+
+def test_siblings_read_as_each_would_alone(policy: Policy) -> None:
+    """The row of a prompt's last token is there once and predicts the first token of each."""
+    prompt, suffixes = [5, 6, PAD], [[7, 0, 8], [9], [7, 0, 3, 3]]
+    sequences = [*(prompt + suffix for suffix in suffixes), [4, 4, 4], [1, 2]]
+    packed = PackedSequences.pack(sequences, prompt_lengths=[3, 3, 3, 1, 1])
+    assert packed.shared == (0, 3, 3, 0, 0)
+    everything = (packed.position_ids > 0).nonzero()[:, 0]
+    with torch.no_grad():
+        logits = policy.logits(packed, everything)
+    expected = torch.cat([reference(policy.model, sequence)[:-1] for sequence in sequences])
+    assert near(logits, expected) and not near(logits, expected.roll(1, 0))
+    strangers = torch.cat([reference(policy.model, [6, 6, PAD, *suffix])[:-1] for suffix in suffixes])
+    assert not near(logits[: len(strangers)], strangers)
 
 
 def test_rows_may_come_in_several_tensors_and_any_order(policy: Policy) -> None:
     packed = PackedSequences.pack(SEQUENCES)
     queries, others, nothing = torch.tensor([5, 1]), torch.tensor([10]), torch.tensor([], dtype=torch.long)
+    earlier = torch.arange(32.0, dtype=torch.float64).view(2, 16) / 32
+    readings = [Reading(queries, keep_both, earlier), Reading(nothing, keep_both), Reading(others, keep_both)]
     with torch.no_grad():
-        logits, hidden, again = policy(packed, [queries, nothing, others], hidden=torch.ones(3, 16).double())
+        (first,), (second,), (third,) = policy(packed, readings).kept
     lone = [reference(policy.model, SEQUENCES[0])[[4, 0]], reference(policy.model, SEQUENCES[2])[[1]]]
-    assert near(logits[0], lone[0]) and near(logits[2], lone[1])
-    assert [tuple(rows.shape) for rows in hidden] == [(2, 16), (0, 16), (1, 16)]
-    assert again is not None and near(again, policy._head(torch.ones(3, 16).double()))
+    assert near(first.logits, lone[0]) and near(third.logits, lone[1])
+    assert [tuple(chunk.hidden.shape) for chunk in (first, second, third)] == [(2, 16), (0, 16), (1, 16)]
+    assert first.paired is not None and near(first.paired, policy._head(earlier))
+    assert not near(first.paired, policy._head(earlier.flip(0)))
+    assert second.paired is third.paired is None
 
 
 def test_gradients_reach_the_weights_from_wanted_rows_only(policy: Policy) -> None:
     packed = PackedSequences.pack(SEQUENCES)
-    (logits,), _, _ = policy(packed, [torch.tensor([7])])  # the second token of the second sequence
+    logits = policy.logits(packed, torch.tensor([7]))  # the second token of the second sequence
     gradient = torch.autograd.grad(logits.sum(), policy.model.get_input_embeddings().weight)[0]
     assert gradient.abs().sum(1).nonzero()[:, 0].tolist() == [9]
 

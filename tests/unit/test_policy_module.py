@@ -14,10 +14,12 @@ from training_data import CODEC, PROTOCOL, TOKENIZER, WORDS, make_module, tiny_m
 
 from sdsearch_lightning import models
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.head import Chunk, Reading
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.policy import PackedSequences, Policy
-from sdsearch_lightning.policy_module import OptimizerSpec
+from sdsearch_lightning.packing import LAYOUTS, PackedSequences
+from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy_module import Compute, OptimizerSpec
 from sdsearch_lightning.supervised import SupervisedModule
 
 SEQUENCES = [(3, 4, 5, 6, 7, 8, 9, 10, 11), (14, 0, 1, 2, 18), (19, 20, 3, 5, 1, 9)]
@@ -43,28 +45,34 @@ def test_the_policy_gives_the_logits_of_the_plain_model(family: str) -> None:
     model = tiny_model(family, **FAMILIES[family]).eval()  # gpt2 has dropout
     packed = PackedSequences.pack(SEQUENCES)
     targets = (packed.position_ids > 0).nonzero()[:, 0]
-    (first, second), rows, again = Policy(model)(packed, [targets, targets[[5, 0, 9]]], torch.zeros(2, 16).double())
+    readings = [Reading(targets, keep), Reading(targets[[5, 0, 9]], keep, torch.zeros(3, 16).double())]
+    (first,), (second,) = Policy(model)(packed, readings).kept
+    assert not model.training, "finding out what it can leaves its mode alone"
     plain = torch.cat([model(input_ids=torch.tensor([sequence])).logits[0, :-1] for sequence in SEQUENCES])
-    torch.testing.assert_close(first, plain, rtol=0, atol=1e-12)
-    torch.testing.assert_close(second, plain[[5, 0, 9]], rtol=0, atol=1e-12)
-    assert [tuple(r.shape) for r in rows] == [(len(targets), 16), (3, 16)] and again.shape == (2, len(TOKENIZER))
+    torch.testing.assert_close(first.logits, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(second.logits, plain[[5, 0, 9]], rtol=0, atol=1e-12)
+    assert [tuple(chunk.hidden.shape) for chunk in (first, second)] == [(len(targets), 16), (3, 16)]
+    assert first.paired is None and second.paired is not None and second.paired.shape == (3, len(TOKENIZER))
     assert plain.std() > 0.3, "the comparison would see a difference"
+
+
+def keep(chunk: Chunk) -> tuple[Tensor, Chunk]:
+    return chunk.logits.new_zeros(0), chunk
 
 
 def test_a_softcapped_head_is_capped() -> None:
     model = tiny_model("gemma2", **FAMILIES["gemma2"])
-    (logits,), (hidden,), again = Policy(model)(
-        PackedSequences.pack(SEQUENCES), [torch.tensor([1])], torch.ones(1, 16).double()
-    )
+    reading = Reading(torch.tensor([1]), keep, torch.ones(1, 16).double())
+    (((_, logits, hidden, paired),),) = Policy(model)(PackedSequences.pack(SEQUENCES), [reading]).kept
     uncapped = model.lm_head(hidden)
-    assert again is not None and again.abs().max() < 3
+    assert paired is not None and paired.abs().max() < 3
     torch.testing.assert_close(logits, 3 * torch.tanh(uncapped / 3))
     assert (logits - uncapped).abs().max() > 0.01
 
 
 def test_no_target_is_no_row_and_still_a_graph() -> None:
     policy = Policy(tiny_model())
-    (logits,), _, _ = policy(PackedSequences.pack(SEQUENCES), [torch.zeros(0, dtype=torch.long)])
+    logits = policy.logits(PackedSequences.pack(SEQUENCES), torch.zeros(0, dtype=torch.long))
     assert logits.shape == (0, len(TOKENIZER))
     logits.sum().backward()
     assert all(w.grad is None or not w.grad.any() for w in policy.parameters())
@@ -73,6 +81,39 @@ def test_no_target_is_no_row_and_still_a_graph() -> None:
 @pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")])
 def test_losses_are_kept_in_float32_or_better(dtype: str, kept: str) -> None:
     assert Policy(tiny_model(dtype=getattr(torch, dtype))).dtype == getattr(torch, kept)
+
+
+# The layout
+
+
+def checkpoints(module: Any) -> bool:
+    return any(getattr(part, "gradient_checkpointing", False) for part in module.policy.modules())
+
+
+@pytest.mark.parametrize("kind", [SDSearchModule, SupervisedModule])
+def test_the_layout_is_that_of_compute(kind: type) -> None:
+    for layout, expected in LAYOUTS.items():
+        module = kind(scratch=ScratchModel(), protocol=PROTOCOL, compute=Compute(layout=layout))
+        module.attach(tiny_model(), TOKENIZER)
+        assert module.policy.layout is expected
+    default = kind(scratch=ScratchModel(), protocol=PROTOCOL)
+    default.attach(tiny_model(), TOKENIZER)
+    assert default.policy.layout is LAYOUTS["shared_prefix"]
+    assert not checkpoints(default)
+
+
+def test_a_model_that_cannot_pack_is_padded_and_says_so() -> None:
+    with pytest.warns(
+        UserWarning, match=r"model.compute.layout is 'packed', but models of type mistral cannot: its .* are padded"
+    ):
+        module = make_module(tiny_model("mistral", **FAMILIES["mistral"]), compute=Compute(layout="packed"))
+    assert module.policy.layout is LAYOUTS["padded"]
+    make_module(tiny_model("mistral", **FAMILIES["mistral"]), compute=Compute(layout="padded"))  # asked for: no warning
+
+
+def test_gradient_checkpointing_is_that_of_compute() -> None:
+    module = make_module(compute=Compute(gradient_checkpointing=True))
+    assert checkpoints(module)
 
 
 # Where models come from

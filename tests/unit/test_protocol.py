@@ -27,7 +27,7 @@ from toys import (
 )
 
 from sdsearch_lightning.errors import RetrievalError
-from sdsearch_lightning.policy import PackedSequences
+from sdsearch_lightning.packing import PackedSequences
 from sdsearch_lightning.protocol import AutoRefineProtocol, Continue, Search, SearchR1Protocol, Stop
 from sdsearch_lightning.rewards import AutoRefineReward, ExactMatchReward
 from sdsearch_lightning.tokenization import TokenCodec

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.policy import PackedSequences, Policy
+from sdsearch_lightning.packing import PackedSequences
+from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.teachers import (
     BatchStartTeacher,
     CopiedTeacher,
@@ -147,12 +148,12 @@ def test_a_copy_is_frozen_apart_and_reads_as_the_policy_did(kind: type[CopiedTea
     assert all(weight.grad is None for weight in copy.parameters())
     assert not {w.data_ptr() for w in copy.parameters()} & {w.data_ptr() for w in policy.parameters()}
     assert all(weight.requires_grad for weight in policy.parameters())
-    sequences, target = PackedSequences.pack([[3, 4, 5, 6]]), [torch.tensor([1, 2, 3])]
-    (ours,), (theirs,) = policy(sequences, target)[0], copy(sequences, target)[0]
+    sequences, targets = PackedSequences.pack([[3, 4, 5, 6]]), torch.tensor([1, 2, 3])
+    ours, theirs = policy.logits(sequences, targets), copy.logits(sequences, targets)
     assert torch.equal(ours, theirs) and theirs.grad_fn is None
     move(policy, seed=0)
-    assert torch.equal(copy(sequences, target)[0][0], theirs)
-    assert not torch.equal(policy(sequences, target)[0][0], ours)
+    assert torch.equal(copy.logits(sequences, targets), theirs)
+    assert not torch.equal(policy.logits(sequences, targets), ours)
 
 
 # A run that stops between two batches and goes on

@@ -1,0 +1,129 @@
+"""The slot engine: what a window of slots gets to work with, and what happens where it cannot work.
+
+Next: window.py, the life of a slot.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from sdsearch_lightning.errors import ConfigError, RolloutError
+from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.rollout.engine import Engine, ReportProgress, StartConversation, check_context
+from sdsearch_lightning.rollout.generate import GenerateEngine
+from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape
+from sdsearch_lightning.rollout.search_pool import SearchPool
+from sdsearch_lightning.rollout.window import Schedule, Slot, Window
+from sdsearch_lightning.types import RolloutRequest, Trajectory
+
+GIB = 2**30
+
+
+class SlotEngine(Engine):
+    """The default engine. Weights are the policy's own, so there is nothing to bring up to date.
+
+    Args:
+        kv_cache_gib: memory for keys and values; the longest rollout that is allowed makes the number of slots of it.
+        max_slots: and there are never more than this.
+        overlap_steps: decode steps between sending queries and taking their answers. More hides a slower retriever,
+            and lets a rollout wait longer for a fast one. null takes answers as they come: best with a slow
+            retriever, at the price that two runs may differ in the rounding of float32.
+        max_prefill_tokens: tokens fed in one pass, where one rollout alone does not need more.
+    """
+
+    def __init__(
+        self,
+        kv_cache_gib: float = 8.0,
+        max_slots: int = 256,
+        overlap_steps: int | None = 4,
+        max_prefill_tokens: int = 16384,
+    ) -> None:
+        if not kv_cache_gib > 0 or max_slots < 1 or max_prefill_tokens < 1:
+            raise ConfigError(
+                "rollout.engine: kv_cache_gib has to be above 0, max_slots and max_prefill_tokens at least 1, found "
+                f"{kv_cache_gib}, {max_slots} and {max_prefill_tokens}."
+            )
+        if overlap_steps is not None and overlap_steps < 0:
+            raise ConfigError(f"rollout.engine.overlap_steps: expected 0 or more, or null, found {overlap_steps}.")
+        self.kv_cache_gib, self.max_slots = kv_cache_gib, max_slots
+        self._schedule = Schedule(overlap_steps, max_prefill_tokens)
+        self._reference: GenerateEngine | None = None
+
+    def attach(
+        self, policy: Policy, start: StartConversation, searches: SearchPool, report: ReportProgress = lambda *_: None
+    ) -> None:
+        """See `Engine.attach`. A model that cannot run in slots is handed to the reference engine."""
+        super().attach(policy, start, searches, report)
+        if policy.unpackable is None:
+            self._reference = None
+            return
+        if self._reference is None:
+            self._reference = GenerateEngine(self.max_slots)
+            warnings.warn(
+                "The slot engine needs a model whose sequences can lie back to back, but "
+                f"{policy.unpackable}. Rollouts run on the slower reference engine.",
+                stacklevel=2,
+            )
+        self._reference.attach(policy, start, searches, report)
+        self._reference.counts = self.counts
+
+    @torch.no_grad()
+    def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+        """See `Engine.run`. Gradients are off; the caller sets eval mode.
+
+        Raises:
+            ConfigError: the memory holds not even one rollout.
+            RolloutError: the policy's logits are not finite, or memory ran out with a single slot.
+        """
+        if self._reference is not None:
+            return self._reference.run(requests)
+        check_context(self.policy, map(self.start, requests[:1]))
+        done: dict[int, Trajectory] = {}
+        while len(done) < len(requests):
+            slots = [Slot(i, request, self.start(request)) for i, request in enumerate(requests) if i not in done]
+            # A rollout that is cut off here starts again, from the same seed, and comes out the same.
+            if (exhausted := self._try(slots, done)) is not None:
+                self._halve(exhausted)
+        return [done[index] for index in range(len(requests))]
+
+    def _try(self, slots: list[Slot], done: dict[int, Trajectory]) -> int | None:
+        """Run slots to their end; where memory runs out before, the number of rows that it ran out with."""
+        capacity = max(slot.conversation.max_tokens for slot in slots)
+        shape = KVShape.of(self.policy)
+        num_rows = min(self._num_rows(shape, capacity), len(slots))
+        try:
+            rows = KVRows(shape, num_rows, capacity)
+            Window(self.policy, slots, rows, self.searches, self._schedule, done, self.counts, self.report).run()
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            return num_rows
+        return None
+
+    def _num_rows(self, shape: KVShape, capacity: int) -> int:
+        """Rows of `capacity` tokens that the memory holds."""
+        needed = shape.bytes_per_token * capacity / GIB
+        if needed > self.kv_cache_gib:
+            raise ConfigError(
+                f"rollout.engine.kv_cache_gib is {self.kv_cache_gib:g}, but one rollout of up to {capacity} tokens "
+                f"takes {needed:.3g} GiB ({shape.bytes_per_token} bytes per token). Raise it, or lower "
+                "rollout.max_tokens."
+            )
+        return min(self.max_slots, int(self.kv_cache_gib / needed))
+
+    def _halve(self, num_rows: int) -> None:
+        """Go on with half the slots, in this window and all that follow."""
+        if num_rows == 1:
+            raise RolloutError(
+                "Memory ran out in the rollouts with a single slot. Lower rollout.max_tokens or "
+                "rollout.engine.max_prefill_tokens, or give the model more memory."
+            )
+        self.max_slots = num_rows // 2
+        warnings.warn(
+            f"Memory ran out in the rollouts with {num_rows} slots: going on with {self.max_slots}. Lower "
+            "rollout.engine.kv_cache_gib to begin with fewer.",
+            stacklevel=2,
+        )
