@@ -56,3 +56,9 @@ clean: ## remove caches and builds; .venv and runs/ stay
 .PHONY: study-core
 study-core: $(STAMP) ## GRPO and SD-Search on paired seeds: a smoke test of the evidence (30 minutes on 2 cores, resumable)
 	$(PYTHON) -m benchmarks.study_core
+
+.PHONY: bench
+BENCHES := work_counters rollout train_step loss_head sd_overhead
+bench: $(STAMP) ## time engine and training step against their peers (20 minutes on 2 cores; ratios only)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev,parity]"
+	status=0; for name in $(BENCHES); do $(PYTHON) -m benchmarks.bench_$$name || status=1; done; exit $$status

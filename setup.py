@@ -58,7 +58,8 @@ setup(
         "qdrant": ["qdrant-client>=1.20,<2"],
         "lora": ["peft"],
         "vllm": ["vllm"],
-        "parity": ["trl", "liger-kernel", "scipy"],
+        # Other implementations: tests/parity compares numbers with them, `make bench` times.
+        "parity": ["trl", "liger-kernel", "psutil", "scipy"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scipy", "setuptools>=77"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },

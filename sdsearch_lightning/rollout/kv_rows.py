@@ -64,13 +64,24 @@ class KVRows:
 
     def __init__(self, shape: KVShape, num_rows: int, capacity: int) -> None:
         size = (shape.layers, 2, num_rows, shape.heads, capacity, shape.width)
-        # Zeros, not whatever is in memory: a masked cell weighs 0, and 0 times NaN is NaN.
-        self.cells = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self.cells = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self._num_clean = 0  # columns that hold no NaN in any row
 
     @property
     def num_rows(self) -> int:
         """S."""
         return self.cells.shape[2]
+
+    def reach(self, length: int) -> None:
+        """Make columns ready before they are written or looked at.
+
+        They are filled with zeros when they are first needed, not whatever is in memory: a masked cell weighs 0, and 0
+        times NaN is NaN. Filling all of them at the start would touch memory that most rollouts never reach.
+        """
+        if length > self._num_clean:
+            target = min(-(-length // 256) * 256, self.cells.shape[4])
+            self.cells[..., self._num_clean : target, :] = 0
+            self._num_clean = target
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` cells of one row into another."""
@@ -99,6 +110,7 @@ class PrefillRows(AttentionLayout):
     """New tokens of some rows, back to back: each looks at all that its row holds before it."""
 
     def __init__(self, rows: KVRows, feeds: Sequence[Feed]) -> None:
+        rows.reach(max(feed.start + feed.length for feed in feeds))
         self._rows, self._feeds = rows, feeds
         self._lengths = [feed.length for feed in feeds]
         device = rows.cells.device
@@ -125,6 +137,7 @@ class DecodeRows(AttentionLayout):
 
     def __init__(self, rows: KVRows, lengths: Sequence[int]) -> None:
         device = rows.cells.device
+        rows.reach(max(lengths) + 1)
         self._cells = rows.cells[:, :, : len(lengths), :, : max(lengths) + 1]
         self._row = torch.arange(len(lengths), device=device)
         self._column = torch.tensor(lengths, device=device)

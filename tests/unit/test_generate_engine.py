@@ -226,7 +226,8 @@ def test_given_turns_are_played_with_one_search_per_turn(name: str) -> None:
     limits = Limits(max_turn_tokens=90, max_observation_tokens=70)
     trajectories = run(policy, codec, requests, retriever, limits)
     assert retriever.calls == [["capital of France", "the city"], ["Rome"]], "what is known is not asked again"
-    assert [t.queries for t in trajectories] == [("capital of France", "Rome"), ("capital of France",), (), ("the city",)]
+    asked = [("capital of France", "Rome"), ("capital of France",), (), ("the city",)]
+    assert [t.queries for t in trajectories] == asked
     assert [t.answer for t in trajectories] == ["Paris", "b", "a b", "Italy"]
     assert [t.num_invalid_actions for t in trajectories] == [0, 1, 0, 1]
     for request, trajectory in zip(requests, trajectories, strict=True):

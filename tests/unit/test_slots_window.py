@@ -56,6 +56,19 @@ def test_rows_change_places_with_what_they_hold() -> None:
     assert torch.equal(rows.cells[:, :, 0], before[:, :, 1])
 
 
+def test_columns_are_clean_when_they_are_reached_and_written_ones_stay() -> None:
+    rows = KVRows(KVShape(1, 1, 1, torch.float64, torch.device("cpu")), num_rows=2, capacity=700)
+    rows.cells.fill_(torch.nan)
+    rows.reach(3)
+    rows.cells[..., :3, :] = 7.0
+    rows.reach(2)
+    rows.reach(300)
+    assert rows.cells[..., :3, :].eq(7).all() and rows.cells[..., 3:300, :].eq(0).all()
+    assert rows.cells[..., 600:, :].isnan().all(), "what nobody needs is not touched"
+    rows.reach(700)
+    assert not rows.cells.isnan().any()
+
+
 def test_the_byte_budget_gives_the_number_of_slots(
     policy: TalkativePolicy, word_codec: TokenCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

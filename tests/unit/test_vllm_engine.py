@@ -307,11 +307,16 @@ def run(
     return trajectories
 
 
-def scripted(world: FakeVLLM, sampling: Sampling = GREEDY) -> list[RolloutRequest]:
-    """A rollout per script, which the fake now plays."""
+def scripted(world: FakeVLLM, sampling: Sampling = GREEDY, tail: str = "") -> list[RolloutRequest]:
+    """A rollout per script, which the fake now plays; `tail` is what the model would say after the end of a turn."""
     requests = [make_request(world.codec, q, (0, i), 7, sampling) for i, q in enumerate(QUESTIONS)]
-    encode = world.codec.encode
-    world.play_turns({r.prompt_ids: [encode(turn) for turn in SCRIPTS[r.question.text]] for r in requests})
+
+    def turns(text: str) -> list[tuple[int, ...]]:
+        ends = [turn.endswith((*CLOSING_TAGS, EOS)) for turn in SCRIPTS[text]]
+        said = [turn + tail * end for turn, end in zip(SCRIPTS[text], ends, strict=True)]
+        return list(map(world.codec.encode, said))
+
+    world.play_turns({request.prompt_ids: turns(request.question.text) for request in requests})
     return requests
 
 
@@ -357,13 +362,8 @@ def assert_played(world: FakeVLLM, trajectories: Sequence[Trajectory], expected:
 def test_scripted_turns_become_what_the_conversation_makes_of_them(
     world: FakeVLLM, limits: Limits, overshoot: int
 ) -> None:
-    requests = scripted(world)
+    requests = scripted(world, tail=" and more")
     world.overshoot = overshoot
-    turns = {r.prompt_ids: [(*world.codec.encode(t), *[65] * 3) for t in SCRIPTS[r.question.text]] for r in requests}
-    if overshoot:
-        del turns[requests[5].prompt_ids]  # whose first output has no end to run over
-        world.play_turns(turns)
-        requests = requests[:5] + requests[6:]
     trajectories = run(world, requests, limits=limits)
     assert_played(world, trajectories, [by_conversation(world, request, limits) for request in requests])
     taken = sum(sum(t.policy_mask) for t in trajectories)
@@ -595,15 +595,17 @@ def test_sync_wakes_what_sleeps(world: FakeVLLM) -> None:
     assert len(world.log) == 4
 
 
-def test_a_push_that_failed_can_be_done_again(world: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = VLLMEngine("folder")
-    requests = scripted(world)
-    run(world, requests, engine=engine)
+@pytest.mark.parametrize("level", [0, 2])
+def test_a_push_that_failed_is_done_again(world: FakeVLLM, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    engine = VLLMEngine("folder", sleep_level=level)
+    run(world, scripted(world), engine=engine)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(FakeModel, "load_weights", lambda self, weights: 1 / 0)
         engine.sync(world.policy)
     engine.sleep()  # of someone's finally; half awake is left as it is
-    assert run(world, scripted(world), engine=engine)[0].answer == "b"
+    pool = attach(engine, world)
+    assert engine.run(scripted(world))[0].answer == "b"  # the fake would not have it with half the weights
+    pool.close()
 
 
 def test_weights_that_nobody_pushes_are_an_error(world: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -745,9 +747,10 @@ def test_progress_adds_up(world: FakeVLLM) -> None:
     engine, told = VLLMEngine("folder"), []
     world.overshoot = 2
     pool = attach(engine, world, report=lambda *counts: told.append(counts))
-    trajectories = engine.run(scripted(world))
+    trajectories = engine.run(scripted(world, tail=" and more"))
     sampled, searches = sum(sum(t.policy_mask) for t in trajectories), sum(len(t.queries) for t in trajectories)
     assert tuple(map(sum, zip(*told, strict=True))) == (7, searches, sampled)
+    assert sampled < world.num_sampled
     assert pool.take_counts().queries == searches > 0
     pool.close()
 
