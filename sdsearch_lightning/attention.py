@@ -6,8 +6,7 @@ batch is one row of tokens without padding, and no mask of all tokens against al
 
     layout                            tokens of one pass                        used by
     CausalSegments                    sequences, or a prefix and its suffixes   training (packing.py)
-    rollout.kv_rows.PrefillRows       new tokens of some KV rows                the slot engine
-    rollout.kv_rows.DecodeRows        one new token of each decoding KV row     the slot engine
+    rollout.kv_rows.RowsAttention     new tokens of rollouts with a KV row      the slot engine
 
 Invariant: a layout sees one pass; nothing of it stays in the model.
 

@@ -106,49 +106,44 @@ class Feed(NamedTuple):
     """New tokens."""
 
 
-class PrefillRows(AttentionLayout):
-    """New tokens of some rows, back to back: each looks at all that its row holds before it."""
+class RowsAttention(AttentionLayout):
+    """Tokens that some rows read, back to back, and then one more token of each of the first rows.
 
-    def __init__(self, rows: KVRows, feeds: Sequence[Feed]) -> None:
-        rows.reach(max(feed.start + feed.length for feed in feeds))
-        self._rows, self._feeds = rows, feeds
+    Keys and values of the first part are written before the second one looks, so that a row may have tokens in both.
+
+    Args:
+        rows: the memory.
+        feeds: the first part, in the order of its tokens.
+        cells: [A] the second: which cell the token of each of the first A rows goes to; it sees all cells before.
+    """
+
+    def __init__(self, rows: KVRows, feeds: Sequence[Feed], cells: Sequence[int]) -> None:
+        device, width = rows.cells.device, max(cells, default=-1) + 1
+        rows.reach(max([width, *(feed.start + feed.length for feed in feeds)]))
+        self._all, self._feeds = rows.cells, feeds
         self._lengths = [feed.length for feed in feeds]
-        device = rows.cells.device
         self._masks = [causal_mask(feed.length, feed.start + feed.length, device) for feed in feeds]
+        self._first = rows.cells[:, :, : len(cells), :, :width]
+        self._row, self._cell = torch.arange(len(cells), device=device), torch.tensor(cells, device=device)
+        self._mask = (torch.arange(width, device=device) <= self._cell[:, None])[:, None, None]  # [A, 1, 1, L]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """See `AttentionLayout.attend`."""
-        parts = zip(*(x.split(self._lengths, dim=2) for x in (query, key, value)), strict=True)
+        queries, keys, values = (x.split([*self._lengths, len(self._row)], dim=2) for x in (query, key, value))
         outputs = []
-        for feed, mask, (own, k, v) in zip(self._feeds, self._masks, parts, strict=True):
-            held = self._rows.cells[layer, :, feed.row : feed.row + 1, :, : feed.start + feed.length]
+        for feed, mask, own, k, v in zip(self._feeds, self._masks, queries, keys, values, strict=False):
+            held = self._all[layer, :, feed.row : feed.row + 1, :, : feed.start + feed.length]
             held[0, :, :, feed.start :], held[1, :, :, feed.start :] = k, v
             outputs.append(masked_attention(own, held[0], held[1], mask, scale))
-        return torch.cat(outputs, dim=2)
+        if len(self._row):
+            outputs.append(self._attend_last(layer, queries[-1], keys[-1], values[-1], scale))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
-
-class DecodeRows(AttentionLayout):
-    """One new token of each of the first rows.
-
-    Args:
-        rows: their memory.
-        lengths: [A] cells that each of the first A rows has filled already.
-    """
-
-    def __init__(self, rows: KVRows, lengths: Sequence[int]) -> None:
-        device = rows.cells.device
-        rows.reach(max(lengths) + 1)
-        self._cells = rows.cells[:, :, : len(lengths), :, : max(lengths) + 1]
-        self._row = torch.arange(len(lengths), device=device)
-        self._column = torch.tensor(lengths, device=device)
-        seen = torch.arange(max(lengths) + 1, device=device) <= self._column[:, None]
-        self._mask = seen[:, None, None]  # [A, 1, 1, L]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """See `AttentionLayout.attend`. The heads of a group are queries of one key head: keys are not repeated."""
-        keys, values = self._cells[layer]
-        keys[self._row, :, self._column] = key[0].transpose(0, 1)
-        values[self._row, :, self._column] = value[0].transpose(0, 1)
+    def _attend_last(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """The heads of a group are queries of one key head, so keys are not repeated."""
+        held_keys, held_values = self._first[layer]
+        held_keys[self._row, :, self._cell] = key[0].transpose(0, 1)
+        held_values[self._row, :, self._cell] = value[0].transpose(0, 1)
         grouped = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))  # [A, Hkv, Hq / Hkv, D]
-        output = scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask, scale=scale)
+        output = scaled_dot_product_attention(grouped, held_keys, held_values, attn_mask=self._mask, scale=scale)
         return output.flatten(1, 2).transpose(0, 1)[None]

@@ -28,10 +28,10 @@ class SlotEngine(Engine):
     Args:
         kv_cache_gib: memory for keys and values; the longest rollout that is allowed makes the number of slots of it.
         max_slots: and there are never more than this.
-        overlap_steps: decode steps between sending queries and taking their answers. More hides a slower retriever,
+        overlap_steps: passes between sending queries and taking their answers. More hides a slower retriever,
             and lets a rollout wait longer for a fast one. null takes answers as they come: best with a slow
             retriever, at the price that two runs may differ in the rounding of float32.
-        max_prefill_tokens: tokens fed in one pass, where one rollout alone does not need more.
+        max_prefill_tokens: tokens read in one pass, where one rollout alone does not need more.
     """
 
     def __init__(

@@ -1,24 +1,25 @@
-"""The life of a slot: rollouts come and go row by row, and a decode step computes only rows that want a token.
+"""The life of a slot: rollouts come and go row by row, and a pass computes only what some rollout needs.
 
-Every running rollout has a slot, and with it a KV row. The first rows decode; behind them stand those that wait for a
-search; behind those, free ones. Two rows change places where a slot changes sides, so decoding always runs on a view of
-the first rows.
+Every running rollout has a slot, and with it a KV row. The first rows run; behind them stand those that wait for a
+search; behind those, free ones. Two rows change places where a slot changes sides, so the rows that run are always a
+view of the first ones.
 
-               admit            all is fed,             query
-    todo ---------------> READING ----------> DECODING --------> ASKING
-                           ^  ^                |    |              | send
-                           |  +----------------+    |              v
-                           |    forced message      |           WAITING
-                           |                        |              |
-                           +------------------------|--------------+
-                                  documents         v              | search failed,
-                                                  ended <----------+ or no room for documents
+             admit                        query                  send
+    todo ------------> RUNNING --------------------> ASKING ------------> WAITING
+                        ^ |  ^                                              |
+                        | |  +----------------------------------------------+
+           token, or    +-+                  documents                      |  search failed, or
+           message        |                                                 |  no room for them
+                          v  answer, or a budget is spent                   v
+                        ended <---------------------------------------------+
 
-READING is a slot with more than one unread token: prompt, documents, or a message. All that read are fed together, back
-to back, without padding; rollouts with one prompt read it once. Queries are sent while others decode, one batch at a
-time, and their answers are taken `overlap_steps` decode steps later. Counting steps, not seconds, keeps the schedule
-the same in every run; and since each rollout draws from its own seed, a schedule changes no result anyway, but for the
-rounding of float32.
+One pass gives every running slot its next token. A slot has one unread token then, the one it sampled last; or it has
+more, documents or a message before it, and they are read in the same pass, back to back, without padding. A prompt is
+read once for all rollouts that begin with it: the others copy its cells.
+
+Queries are sent while others run, one batch at a time, and their answers are taken `overlap_steps` passes later.
+Counting passes, not seconds, keeps the schedule the same in every run; and since each rollout draws from its own seed, a
+schedule changes no result anyway, but for the rounding of float32.
 
 Invariant: a slot has read `length` tokens, the cells of its row; `unread` is what its conversation holds beyond them.
 
@@ -39,7 +40,7 @@ from torch import Tensor
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.protocol import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import ReportProgress, WorkCounts, check_finite
-from sdsearch_lightning.rollout.kv_rows import DecodeRows, Feed, KVRows, PrefillRows
+from sdsearch_lightning.rollout.kv_rows import Feed, KVRows, RowsAttention
 from sdsearch_lightning.rollout.sampling import sample
 from sdsearch_lightning.rollout.search_pool import SearchPool, SearchResult
 from sdsearch_lightning.types import RolloutRequest, Trajectory
@@ -55,11 +56,6 @@ class Slot:
         self.length = 0
         self.row = -1
         self.query = ""
-
-    @property
-    def is_reading(self) -> bool:
-        """Whether there is more to feed than the token that was just sampled."""
-        return self.length == 0 or len(self.unread) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +94,20 @@ class Window:
         self._policy, self._rows, self._searches, self._schedule = policy, rows, searches, schedule
         self._done, self._counts, self._report = done, counts, report
         self._todo = deque(todo)
-        self._slots: list[Slot] = []  # by row: the first `_num_decoding` decode or read, the others ask or wait
-        self._num_decoding = 0
+        self._slots: list[Slot] = []  # by row: the first `_num_running` run, the others ask or wait
+        self._num_running = 0
         self._asking: list[Slot] = []
         self._waiting: list[Slot] = []  # for `_answers`
         self._answers: Future[list[SearchResult]] | None = None
         self._step = self._sent_at = 0
-        self._prompt: tuple[tuple[int, ...], Tensor] | None = None  # of a group that did not fit whole: [V] logits
 
     def run(self) -> None:
         """Until every rollout has ended."""
         while self._todo or self._slots:
             self._receive()
             self._admit()
-            if reading := [slot for slot in self._slots[: self._num_decoding] if slot.is_reading]:
-                self._read(reading)
-            elif self._num_decoding:
-                self._decode()
+            if self._num_running:
+                self._advance()
             self._send()
 
     # Searches
@@ -128,14 +121,14 @@ class Window:
 
     def _receive(self) -> None:
         """Take the answers where it is time, or where there is nothing else to do."""
-        if self._answers is None or (self._num_decoding and not self._is_due(self._answers)):
+        if self._answers is None or (self._num_running and not self._is_due(self._answers)):
             return
         waiting, results = self._waiting, self._answers.result()
         self._waiting, self._answers = [], None
         for slot, result in zip(waiting, results, strict=True):
             slot.unread += slot.conversation.observe(result)
-            self._exchange(slot.row, self._num_decoding)
-            self._num_decoding += 1
+            self._exchange(slot.row, self._num_running)
+            self._num_running += 1
             self._drop_ended(slot)
 
     def _is_due(self, answers: Future[list[SearchResult]]) -> bool:
@@ -145,7 +138,8 @@ class Window:
     # Rows
 
     def _admit(self) -> None:
-        """Give free rows to the next rollouts."""
+        """Give free rows to the next rollouts, and let them read their prompts."""
+        fresh = []
         while self._todo and len(self._slots) < self._rows.num_rows:
             slot = self._todo.popleft()
             if slot.conversation.stop_reason is not None:  # its prompt leaves no room for a token
@@ -153,8 +147,11 @@ class Window:
                 continue
             slot.row = len(self._slots)
             self._slots.append(slot)
-            self._exchange(slot.row, self._num_decoding)
-            self._num_decoding += 1
+            self._exchange(slot.row, self._num_running)
+            self._num_running += 1
+            fresh.append(slot)
+        if fresh:
+            self._read_prompts(fresh)
 
     def _settle(self, slot: Slot, token_id: int, logprob: float) -> None:
         """Tell the conversation of a token, and move the slot to where it belongs now."""
@@ -165,17 +162,17 @@ class Window:
         elif isinstance(event, Search):
             slot.query = event.query
             self._asking.append(slot)
-            self._num_decoding -= 1
-            self._exchange(slot.row, self._num_decoding)
+            self._num_running -= 1
+            self._exchange(slot.row, self._num_running)
         self._drop_ended(slot)
 
     def _drop_ended(self, slot: Slot) -> None:
-        """Free the row of a decoding slot whose rollout has ended."""
+        """Free the row of a running slot whose rollout has ended."""
         if slot.conversation.stop_reason is None:
             return
         slot.length = 0
-        self._num_decoding -= 1
-        self._exchange(slot.row, self._num_decoding)
+        self._num_running -= 1
+        self._exchange(slot.row, self._num_running)
         self._exchange(slot.row, len(self._slots) - 1)
         self._slots.pop()
         self._finish(slot)
@@ -192,34 +189,33 @@ class Window:
 
     # Tokens
 
-    def _read(self, reading: Sequence[Slot]) -> None:
-        """Feed all unread tokens, a prompt once for all that begin with it, and draw the next token of each."""
-        readers: dict[tuple[int, ...], Slot] = {}  # by prompt: whose row holds it
-        known: dict[tuple[int, ...], Tensor] = {}  # by prompt: [V] logits after it
-        if self._prompt is not None:
-            prompt, logits = self._prompt
-            if holder := next((s for s in self._slots if s.length and s.request.prompt_ids == prompt), None):
-                readers[prompt], known[prompt] = holder, logits
-        beginning = [slot for slot in reading if not slot.length]
-        for slot in beginning:
+    def _read_prompts(self, fresh: Sequence[Slot]) -> None:
+        """Read all but the last token of new prompts, each once; an earlier sibling's row holds one already."""
+        readers = {slot.request.prompt_ids: slot for slot in self._slots if slot.length}
+        for slot in fresh:
             readers.setdefault(slot.request.prompt_ids, slot)
-        fed: dict[Slot, Tensor] = {}
-        for slots in self._portions([s for s in reading if s.length or readers[s.request.prompt_ids] is s]):
-            fed |= zip(slots, self._feed(slots), strict=True)
-        for slot in beginning:
-            prompt, reader = slot.request.prompt_ids, readers[slot.request.prompt_ids]
-            if reader is slot:
-                known[prompt] = fed[slot]
-            else:
-                slot.length = len(prompt)
+        new = [slot for slot in fresh if readers[slot.request.prompt_ids] is slot and len(slot.unread) > 1]
+        for portion in self._portions(new):
+            self._pass(portion, [])
+        for slot in fresh:
+            reader = readers[slot.request.prompt_ids]
+            if reader is not slot:
+                slot.length, slot.unread = len(slot.unread) - 1, slot.unread[-1:]
                 self._rows.copy(reader.row, slot.row, slot.length)
-                fed[slot] = known[prompt]
-        following = self._todo[0].request.prompt_ids if self._todo else ()
-        self._prompt = (following, known[following]) if following in known else None
-        self._draw(reading, torch.stack([fed[slot] for slot in reading]))
+
+    def _advance(self) -> None:
+        """One token more for every running slot."""
+        running = self._slots[: self._num_running]
+        *early, last = self._portions([slot for slot in running if len(slot.unread) > 1]) or [[]]
+        for portion in early:
+            self._pass(portion, [])
+        logits = self._pass(last, running)
+        self._step += 1
+        self._counts.steps += 1
+        self._draw(running, logits)
 
     def _portions(self, slots: Sequence[Slot]) -> list[list[Slot]]:
-        """As many together as may be fed in one pass."""
+        """As many together as may read in one pass."""
         portions: list[list[Slot]] = []
         total = 0
         for slot in slots:
@@ -230,30 +226,25 @@ class Window:
             portions[-1].append(slot)
         return portions
 
-    def _feed(self, slots: Sequence[Slot]) -> Tensor:
-        """[m, V] logits after each slot's unread tokens."""
-        feeds = [Feed(slot.row, slot.length, len(slot.unread)) for slot in slots]
-        tokens = self._tensor([token for slot in slots for token in slot.unread])
-        positions = self._tensor([feed.start + i for feed in feeds for i in range(feed.length)])
-        ends = self._tensor([feed.length for feed in feeds]).cumsum(0) - 1
-        for slot, feed in zip(slots, feeds, strict=True):
-            slot.length += feed.length
+    def _pass(self, reading: Sequence[Slot], running: Sequence[Slot]) -> Tensor:
+        """Let `reading` read all but their last token, and `running`, the first rows, their last: its logits [A, V]."""
+        feeds = [Feed(slot.row, slot.length, len(slot.unread) - 1) for slot in reading]
+        cells = [slot.length + len(slot.unread) - 1 for slot in running]
+        tokens = [token for slot in reading for token in slot.unread[:-1]]
+        positions = [feed.start + i for feed in feeds for i in range(feed.length)]
+        logits = self._policy.advance(
+            self._tensor(tokens + [slot.unread[-1] for slot in running]),
+            self._tensor(positions + cells),
+            RowsAttention(self._rows, feeds, cells),
+            self._tensor(range(len(tokens), len(tokens) + len(running))),
+        )
         self._counts.prefill_tokens += len(tokens)
-        return self._policy.advance(tokens, positions, PrefillRows(self._rows, feeds), ends)
-
-    def _decode(self) -> None:
-        """One token more for every decoding slot."""
-        slots = self._slots[: self._num_decoding]
-        lengths = [slot.length for slot in slots]
-        tokens, positions = self._tensor([slot.unread[0] for slot in slots]), self._tensor(lengths)
-        every = self._tensor(range(len(slots)))
-        logits = self._policy.advance(tokens, positions, DecodeRows(self._rows, lengths), every)
-        for slot in slots:
+        self._counts.decode_rows += len(running)
+        for slot, feed in zip(reading, feeds, strict=True):
+            slot.length, slot.unread = slot.length + feed.length, slot.unread[-1:]
+        for slot in running:
             slot.length += 1
-        self._step += 1
-        self._counts.steps += 1
-        self._counts.decode_rows += len(slots)
-        self._draw(slots, logits)
+        return logits
 
     def _draw(self, slots: Sequence[Slot], logits: Tensor) -> None:
         """Sample a token for each slot from its logits [m, V]."""

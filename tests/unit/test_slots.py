@@ -29,7 +29,7 @@ from sdsearch_lightning.attention import AttentionLayout
 from sdsearch_lightning.packing import PackedSequences
 from sdsearch_lightning.protocol import Conversation
 from sdsearch_lightning.rollout import Engine, GenerateEngine, SearchPool, SlotEngine
-from sdsearch_lightning.rollout.kv_rows import DecodeRows, PrefillRows
+from sdsearch_lightning.rollout.kv_rows import RowsAttention
 from sdsearch_lightning.tokenization import TokenCodec
 from sdsearch_lightning.types import Limits, Passage, Question, RolloutRequest, Sampling, StopReason, Trajectory
 
@@ -43,36 +43,26 @@ class RowsPolicy(ScriptedPolicy):
 
     def advance(self, token_ids: Tensor, position_ids: Tensor, attention: AttentionLayout, last: Tensor) -> Tensor:
         cells = token_ids[None, None, :, None].double()
-        # A sampled token opens every feed after the prompt: the opening cells count sampled tokens.
-        openings = torch.zeros_like(cells)
-        openings[0, 0, self._openings(attention, len(token_ids)), 0] = 1.0
-        attention.attend(0, torch.zeros_like(cells), cells, openings, None)
+        # Marks count sampled tokens: one opens every feed but a prompt's, or is all that its row reads.
+        marks = torch.zeros_like(cells)
+        if isinstance(attention, RowsAttention):
+            fed, at = {feed.row for feed in attention._feeds}, 0
+            for feed in attention._feeds:
+                marks[0, 0, at, 0] = float(feed.start > 0)
+                at += feed.length
+            for row in range(len(last)):
+                marks[0, 0, at + row, 0] = float(row not in fed)
+        attention.attend(0, torch.zeros_like(cells), cells, marks, None)
         logits = torch.full((len(last), self.num_tokens), -1e9, dtype=torch.float64)
-        for row, (context, opened) in enumerate(self._contexts(attention)):
-            assert position_ids[last[row]] == len(context) - 1, "positions are dense"
+        for row in range(len(last) if isinstance(attention, RowsAttention) else 0):
+            length = int(position_ids[last[row]]) + 1
+            tokens, marked = attention._all[0, :, row, 0, :length, 0]  # type: ignore[attr-defined]
+            context = [int(token) for token in tokens]
             prompt = next(p for p in self.scripts if tuple(context[: len(p)]) == p)
             self.contexts[prompt] = context
             script = self.scripts[prompt]
-            logits[row, script[min(opened - 1, len(script) - 1)]] = 0.0
+            logits[row, script[min(int(marked.sum()) - 1, len(script) - 1)]] = 0.0
         return logits
-
-    @staticmethod
-    def _openings(attention: Any, num_tokens: int) -> list[int]:
-        if isinstance(attention, DecodeRows):
-            return list(range(num_tokens))
-        lengths = attention._lengths
-        return [sum(lengths[:i]) for i in range(len(lengths))]
-
-    @staticmethod
-    def _contexts(attention: Any) -> list[tuple[list[int], int]]:
-        if isinstance(attention, DecodeRows):
-            held = [(attention._cells[0, :, i, 0, : n + 1, 0]) for i, n in enumerate(attention._column.tolist())]
-        elif isinstance(attention, PrefillRows):
-            cells = attention._rows.cells
-            held = [cells[0, :, f.row, 0, : f.start + f.length, 0] for f in attention._feeds]
-        else:  # the shape of a key is being looked at
-            return []
-        return [([int(token) for token in tokens], int(opened.sum())) for tokens, opened in held]
 
 
 def run(

@@ -76,7 +76,7 @@ def test_the_byte_budget_gives_the_number_of_slots(
     assert (shape.layers, shape.heads, shape.width, shape.dtype) == (2, 1, 8, torch.float64)
     assert shape.bytes_per_token == 2 * 2 * 1 * 8 * 8
     widths = []
-    spy(policy, monkeypatch, lambda tokens, attention: widths.append(len(getattr(attention, "_column", ()))))
+    spy(policy, monkeypatch, lambda tokens, attention: widths.append(len(getattr(attention, "_row", ()))))
     row_gib = shape.bytes_per_token * TALK.max_tokens / 2**30
     run(SlotEngine(kv_cache_gib=5.5 * row_gib), policy, word_codec, ask(word_codec, 6), TALK)
     assert max(widths) == 5
@@ -118,8 +118,8 @@ def test_out_of_memory_halves_the_slots_and_changes_nothing(
 
     def exhausted(tokens: Any, attention: Any) -> None:
         nonlocal passes
-        passes += len(getattr(attention, "_column", ())) > 0
-        if passes > 8 and len(getattr(attention, "_column", ())) > 5:
+        passes += len(getattr(attention, "_row", ())) > 0
+        if passes > 8 and len(getattr(attention, "_row", ())) > 5:
             raise error
 
     spy(policy, monkeypatch, exhausted)
@@ -206,7 +206,7 @@ def test_rollouts_decode_while_a_search_is_under_way(
     def step(tokens: Any, attention: Any) -> None:
         nonlocal steps
         with moved:
-            steps += hasattr(attention, "_column")
+            steps += len(getattr(attention, "_row", ())) > 0
             moved.notify()
 
     overlapped = []
@@ -228,15 +228,12 @@ def test_a_prompt_is_read_once_and_a_row_is_never_idle(word_codec: TokenCodec) -
     policy, requests = TalkativePolicy(word_codec, seed=1), ask(word_codec, 6)
     engine = SlotEngine()
     trajectories = run(engine, policy, word_codec, requests, TALK)
-    prompts = sum(len(prompt) for prompt in {request.prompt_ids for request in requests})
-    forced = [span for t in trajectories for span in t.spans[1:] if not span.sampled]
-    policy_tokens = sum(sum(t.policy_mask) for t in trajectories)
-    counts = engine.take_counts()
-    # With documents and messages goes the token before them; whatever else is sampled costs one row of one step.
-    assert counts.prefill_tokens == prompts + sum(len(span.token_ids) for span in forced) + len(forced)
-    assert counts.decode_rows == policy_tokens - len(requests) - len(forced)
-    longest = max(sum(t.policy_mask) for t in trajectories)
-    assert counts.steps <= longest + 8 * max(len(t.queries) for t in trajectories)
+    counts, longest = engine.take_counts(), max(sum(t.policy_mask) for t in trajectories)
+    prompts = sum(len(prompt) - 1 for prompt in {request.prompt_ids for request in requests})
+    forced = sum(len(span.token_ids) for t in trajectories for span in t.spans[1:] if not span.sampled)
+    assert counts.prefill_tokens == prompts + forced
+    assert counts.decode_rows == sum(sum(t.policy_mask) for t in trajectories), "one row for each token of the policy"
+    assert longest <= counts.steps <= longest + 8 * max(len(t.queries) for t in trajectories)
 
 
 def test_siblings_that_come_later_copy_the_prompt(word_codec: TokenCodec) -> None:
