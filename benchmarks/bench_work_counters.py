@@ -8,19 +8,22 @@ A part of the library that has a figure adds its function to COUNTERS and its bo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import Bar, Report, pin_threads
 
 pin_threads()
 
+import torch  # noqa: E402
+
 from benchmarks.workload import ScriptedRetriever, Shape, make_policy, make_workload, run  # noqa: E402
 from sdsearch_lightning.policy import Policy  # noqa: E402
 from sdsearch_lightning.rollout import Engine, SearchPool, SlotEngine  # noqa: E402
 
 Bounds = tuple[float | None, float | None]
-BARS: Mapping[str, Bounds] = {
+BARS: dict[str, Bounds] = {
     "prefill tokens / ideal": (None, 1.15),
     "decode rows / policy token": (None, 1.02),
     "steps / longest rollout": (None, 1.1),
@@ -28,6 +31,16 @@ BARS: Mapping[str, Bounds] = {
     "tokens fed / tokens counted": (1.0, 1.001),
 }
 """At least, at most."""
+BARS |= {
+    f"{name}, G = {size}": bounds
+    for size in (8, 5)
+    for name, bounds in {
+        "teacher tokens / tokens of the rollouts": (None, 0.5),
+        "teacher tokens / tokens the student reads": (None, None),  # it shares prompts: its own saving raises this
+        "head rows of the student / policy tokens": (1.0, 1.0),
+        "head rows of the teacher / query tokens": (1.0, 1.0),
+    }.items()
+}
 
 
 class TokensFed:
@@ -70,7 +83,44 @@ def count_rollouts(
     }
 
 
-COUNTERS: tuple[Callable[[], dict[str, float]], ...] = (count_rollouts,)
+def count_training(group_size: int = 8) -> dict[str, float]:
+    """Work ratios of one taught group's training step, after performance.md's shapes: tokens and rows.
+
+    Args:
+        group_size: 8, or 5 as in the paper.
+    """
+    from benchmarks.bench_sd_overhead import GROUPS, block_prompt
+    from benchmarks.bench_train_step import make_batch, make_group, make_module
+
+    model = make_policy("micro").model
+    module, vocabulary = make_module(model, "shared_prefix"), model.config.vocab_size
+    group = make_group(GROUPS[group_size], vocabulary)
+    batch = make_batch([group], torch.float32, block_prompt(group_size, vocabulary))
+    read: dict[str, list[int]] = {"tokens": [], "rows": []}
+    body, head = model.get_decoder(), model.get_output_embeddings()
+    hooks = [
+        body.register_forward_pre_hook(
+            lambda _, __, kw: read["tokens"].append(kw["input_ids"].numel()), with_kwargs=True
+        ),
+        head.register_forward_pre_hook(lambda _, inputs: read["rows"].append(len(inputs[0]))),
+    ]
+    module.jsd_weight = 1.0
+    teacher = module.teacher_step(batch)
+    (teacher_tokens,), teacher_rows = read["tokens"], sum(read["rows"])
+    read["tokens"], read["rows"] = [], []
+    module.student_step(batch, teacher)
+    for hook in hooks:
+        hook.remove()
+    (student_tokens,), policy_rows = read["tokens"], int((batch.policy_weight != 0).sum())
+    return {
+        f"teacher tokens / tokens of the rollouts, G = {group_size}": teacher_tokens / len(batch.token_ids),
+        f"teacher tokens / tokens the student reads, G = {group_size}": teacher_tokens / student_tokens,
+        f"head rows of the student / policy tokens, G = {group_size}": sum(read["rows"]) / policy_rows,
+        f"head rows of the teacher / query tokens, G = {group_size}": teacher_rows / len(batch.query_row),
+    }
+
+
+COUNTERS: tuple[Callable[[], dict[str, float]], ...] = (count_rollouts, count_training, partial(count_training, 5))
 
 
 def main() -> int:
@@ -78,7 +128,7 @@ def main() -> int:
     report = Report("bench_work_counters")
     for count in COUNTERS:
         for name, ratio in count().items():
-            report.add(count.__name__, Bar.counted(name, ratio, *BARS[name]))
+            report.add("rollouts" if count is count_rollouts else "training", Bar.counted(name, ratio, *BARS[name]))
     return report.finish()
 
 

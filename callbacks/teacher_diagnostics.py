@@ -154,7 +154,7 @@ def _teacher_logprob(
     """Mean log-prob that the teacher gives the sampled query tokens; None where no rollout searched."""
     weighed = weigh(groups, blocks, module.aggregation, module.aggregation_norm)
     values = []
-    for rollouts in split_groups(weighed, module.max_micro_batch_tokens):
+    for rollouts in split_groups(weighed, module.max_micro_batch_tokens, module.policy.layout.size):
         micro = collate(rollouts, module.teacher_prompt, dtype=module.policy.dtype).to(module.device)
         if micro.teacher is not None:
             values.append(module.teacher_step(micro).logprob)
@@ -183,7 +183,7 @@ def first_query_probability(module: SDSearchModule, group: RolloutGroup, block_t
             before += span.token_ids
     if not rows:
         return 0.0
-    packed = PackedSequences.pack(rows, module.device)
+    packed = PackedSequences.pack(rows, module.device, prompt_lengths=[len(prompt)] * len(rows))
     ends = torch.tensor([len(row) for row in rows], device=module.device).cumsum(0)
     targets = torch.cat([torch.arange(int(end) - len(tokens), int(end), device=module.device) for end in ends])
     logprobs = log_softmax(module.policy.logits(packed, targets), 1.0).gather(1, packed.token_ids[targets][:, None])[

@@ -137,7 +137,7 @@ class Packed:
         return Arrangement(sequences.token_ids[None], sequences.position_ids[None], attention, place)
 
     def size(self, lengths: Sequence[int]) -> int:
-        """Tokens the body computes for sequences of these lengths."""
+        """Tokens the body computes for sequences of these lengths, at most."""
         return sum(lengths)
 
 

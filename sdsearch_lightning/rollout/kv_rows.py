@@ -79,7 +79,7 @@ class KVRows:
         times NaN is NaN. Filling all of them at the start would touch memory that most rollouts never reach.
         """
         if length > self._num_clean:
-            target = min(-(-length // 256) * 256, self.cells.shape[4])
+            target = min(-(-length // 64) * 64, self.cells.shape[4])
             self.cells[..., self._num_clean : target, :] = 0
             self._num_clean = target
 
