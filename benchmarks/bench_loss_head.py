@@ -34,18 +34,17 @@ from sdsearch_lightning.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.student import Student  # noqa: E402
 
 VOCABULARY, TOKENS, POLICY_ROWS, QUERY_ROWS = 151_936, 512, 256, 64
-TRL_CHUNK = 32_768
-"""Vocabulary entries of a chunk, as TRL's divergence has it."""
+TRL_CHUNK = 32_768  # entries of the vocabulary, as in TRL's divergence
 OBJECTIVE = PolicyObjective(0.2, 0.2, 1.0, 0.0, EntropyCoefs(), None, 1.0)
-EXACT = JensenShannon(top_k=None)
-NAIVE, TRL, LIGER, OURS, PLAIN = "naive", "TRL", "Liger", "ours", "ours, plain autograd"
-TOLERANCE = 1e-6
-"""Of losses and gradients, relative, in float32."""
+EXACT, TOP_50 = JensenShannon(top_k=None), JensenShannon()
+NAIVE, TRL, LIGER = "naive", "TRL", "Liger"
+OURS, PLAIN, TOP = "ours", "ours, plain autograd", "ours, top 50"
+TOLERANCE, PEERS_TOLERANCE = 1e-6, 5e-6
+"""Of losses and gradients, relative, in float32; peers add up in an order of their own."""
 BARS: Mapping[str, Mapping[str, float]] = {"jsd": {NAIVE: 4.0, TRL: 1.5, LIGER: 1.2}, "step": {TRL: 1.3}}
 """Time of others over ours, at least."""
-MEMORY_BAR = 3.0
-"""Peak of the naive way over ours, at least."""
-PEERS = {TRL: "trl", LIGER: "liger_kernel"}
+MEMORY_BAR = 3.0  # peak of the naive way over ours, at least
+PEERS, BLANK = {TRL: "trl", LIGER: "liger_kernel"}, dict.fromkeys(("figure", "minima", "bar", "verdict"))
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,17 @@ class Inputs:
     batch: SearchBatch
 
     @classmethod
-    def make(cls, hidden_size: int, device: str, vocabulary: int = VOCABULARY) -> Inputs:
+    def make(cls, hidden_size: int, device: str) -> Inputs:
         """Random, and equal for equal arguments."""
         dice = torch.Generator().manual_seed(0)
         normal = partial(torch.randn, generator=dice)
         student = normal(TOKENS, hidden_size)
         teacher = student + 0.5 * normal(TOKENS, hidden_size)
-        weight = nn.Parameter((2 * hidden_size**-0.5 * normal(vocabulary, hidden_size)).to(device))
+        weight = nn.Parameter((2 * hidden_size**-0.5 * normal(VOCABULARY, hidden_size)).to(device))
         rows = (1 + torch.randperm(TOKENS - 1, generator=dice)[:POLICY_ROWS]).sort().values
-        policy_weight = torch.zeros(TOKENS).index_fill(0, rows, 1 / POLICY_ROWS)
         batch = SearchBatch(
-            PackedSequences.pack([torch.randint(vocabulary, (TOKENS,), generator=dice).tolist()]),
-            policy_weight=policy_weight,
+            PackedSequences.pack([torch.randint(VOCABULARY, (TOKENS,), generator=dice).tolist()]),
+            policy_weight=torch.zeros(TOKENS).index_fill(0, rows, 1 / POLICY_ROWS),
             sampled_logprobs=torch.zeros(TOKENS),
             advantages=normal(TOKENS),
             query_row=rows[: QUERY_ROWS * 2 : 2],
@@ -96,14 +94,15 @@ class Inputs:
         """[R] rows that predict tokens of the policy."""
         return self.batch.policy_weight.nonzero()[:, 0] - 1
 
+    @property
+    def tokens(self) -> Tensor:
+        """[R] those tokens."""
+        return self.batch.token_ids[self.policy + 1]
+
     def policy_loss(self, logprobs: Tensor) -> Tensor:
-        """The policy's term from the log-probs [R] of its tokens; the ratio is 1."""
+        """From their log-probs [R]; the ratio is 1."""
         weight = (self.batch.policy_weight * self.batch.advantages)[self.policy + 1]
         return -((logprobs - logprobs.detach()).exp() * weight).sum()
-
-    def tokens(self) -> Tensor:
-        """[R] the policy's tokens."""
-        return self.batch.token_ids[self.policy + 1]
 
 
 Loss = Callable[[Inputs], Tensor]
@@ -116,16 +115,13 @@ def textbook_jsd(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return 0.5 * ((teacher.exp() * (teacher - mixture)).sum(-1) + (student.exp() * (student - mixture)).sum(-1))
 
 
-# JSD at query rows
-
-
 def naive_jsd(inputs: Inputs) -> Tensor:
     """All logits of both sides, and a mask at the end."""
-    logits = linear(inputs.student, inputs.weight)
+    student = linear(inputs.student, inputs.weight)
     with torch.no_grad():
         teacher = linear(inputs.teacher, inputs.weight)
-    mask = torch.zeros(TOKENS, device=logits.device).index_fill(0, inputs.query, 1)
-    return (textbook_jsd(logits, teacher) * mask).sum() / mask.sum()
+    mask = torch.zeros(TOKENS, device=student.device).index_fill(0, inputs.query, 1)
+    return (textbook_jsd(student, teacher) * mask).sum() / mask.sum()
 
 
 def trl_jsd(inputs: Inputs) -> Tensor:
@@ -133,25 +129,23 @@ def trl_jsd(inputs: Inputs) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     student, teacher = inputs.student[inputs.query], inputs.teacher[inputs.query]
-    found = ChunkedDivergenceFunction.apply(student, inputs.weight, None, teacher, inputs.weight.detach(), None, 0.5)
-    return found[0].mean()
+    arguments = (student, inputs.weight, None, teacher, inputs.weight.detach(), None, 0.5)
+    return ChunkedDivergenceFunction.apply(*arguments)[0].mean()
 
 
 def liger_jsd(inputs: Inputs) -> Tensor:
     """Liger's fused linear JSD on gathered rows, in one chunk."""
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
-    fused = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0, weight_soft_loss=1, beta=0.5, compiled=False, chunk_size=QUERY_ROWS
-    )
+    settings = {"weight_hard_loss": 0, "weight_soft_loss": 1, "beta": 0.5, "chunk_size": QUERY_ROWS}
     student, teacher = inputs.student[inputs.query], inputs.teacher[inputs.query]
-    labels = torch.zeros(QUERY_ROWS, dtype=torch.long, device=student.device)
+    fused, labels = LigerFusedLinearJSDLoss(**settings, compiled=False), inputs.batch.query_row  # ignores none of them
     return fused(student, inputs.weight, teacher, inputs.weight.detach(), labels)
 
 
 def our_jsd(inputs: Inputs, divergence: Divergence = EXACT, mixture: Sequence[float] | None = (1.0,)) -> Tensor:
-    """The library's reading of query rows, by itself; a limited support is chosen from the teacher's rows first."""
-    teacher = read_teacher(inputs, divergence) if divergence.teacher_top_k is not None else hidden_teacher(inputs)
+    """The library's reading of query rows, by itself."""
+    teacher = teacher_rows(inputs, divergence)
 
     def read(chunk: Chunk) -> tuple[Tensor, None]:
         found = divergence_to_teacher(divergence, chunk.logits, teacher.at(chunk.rows), chunk.paired)
@@ -161,37 +155,28 @@ def our_jsd(inputs: Inputs, divergence: Divergence = EXACT, mixture: Sequence[fl
     return read_rows(inputs.head, [inputs.student[inputs.query]], [reading], mixture).terms[0]
 
 
-def hidden_teacher(inputs: Inputs) -> TeacherRows:
-    """The teacher's rows for the whole vocabulary, without what is kept for the report."""
-    hidden = inputs.teacher[inputs.query]
-    nothing = hidden.new_zeros(len(hidden))
-    return TeacherRows(None, None, hidden, nothing, nothing, nothing, hidden.new_zeros(1, 5).long(), nothing)
-
-
 @torch.no_grad()
-def read_teacher(inputs: Inputs, divergence: Divergence) -> TeacherRows:
-    """What the module keeps of its teacher's pass."""
-    tokens, none = inputs.batch.token_ids[inputs.batch.query_row], inputs.batch.query_row[:0]
+def teacher_rows(inputs: Inputs, divergence: Divergence) -> TeacherRows:
+    """What the module keeps of its teacher: read here for a limited support, only hidden rows for the vocabulary."""
+    hidden, tokens = inputs.teacher[inputs.query], inputs.batch.token_ids[inputs.batch.query_row]
+    top_k, nothing = divergence.teacher_top_k, inputs.batch.query_row[:0]
+    if top_k is None:
+        zero = hidden.new_zeros(len(hidden))
+        return TeacherRows(None, None, hidden, zero, zero, zero, zero[:, None].long(), zero[:, None])
 
     def read(chunk: Chunk) -> tuple[Tensor, TeacherRows]:
-        top_k = divergence.teacher_top_k
-        return chunk.logits.new_zeros(0), summarize_teacher(chunk.logits, chunk.hidden, tokens[chunk.rows], top_k, none)
+        rows = summarize_teacher(chunk.logits, chunk.hidden, tokens[chunk.rows], top_k, nothing)
+        return chunk.logits.new_zeros(0), rows
 
-    reading = Reading(inputs.batch.query_row, read)
-    return TeacherRows.join(read_rows(inputs.head, [inputs.teacher[inputs.query]], [reading], None).kept[0])
-
-
-# A step: the policy's loss and the JSD
+    return TeacherRows.join(read_rows(inputs.head, [hidden], [Reading(inputs.batch.query_row, read)], None).kept[0])
 
 
-def naive_step(inputs: Inputs) -> Tensor:
-    """All logits and log-probs, and masks at the end."""
-    logits = linear(inputs.student, inputs.weight)
-    with torch.no_grad():
-        teacher = linear(inputs.teacher, inputs.weight)
-    logprobs = logits.log_softmax(-1)[inputs.policy].gather(1, inputs.tokens()[:, None])[:, 0]
-    mask = torch.zeros(TOKENS, device=logits.device).index_fill(0, inputs.query, 1)
-    return inputs.policy_loss(logprobs) + (textbook_jsd(logits, teacher) * mask).sum() / mask.sum()
+def textbook_step(inputs: Inputs) -> Tensor:
+    """Both terms by plain formulas; to compare with, and never timed."""
+    logprobs = linear(inputs.student[inputs.policy], inputs.weight).log_softmax(-1)
+    chosen = logprobs.gather(1, inputs.tokens[:, None])[:, 0]
+    student, teacher = (linear(x[inputs.query], inputs.weight) for x in (inputs.student, inputs.teacher))
+    return inputs.policy_loss(chosen) + textbook_jsd(student, teacher.detach()).mean()
 
 
 def trl_step(inputs: Inputs) -> Tensor:
@@ -199,43 +184,29 @@ def trl_step(inputs: Inputs) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     rows = inputs.student[inputs.policy]
-    arguments = (inputs.weight, None, inputs.tokens(), 1.0, TRL_CHUNK, None, 1.0, ("entropy",))
+    arguments = (inputs.weight, None, inputs.tokens, 1.0, TRL_CHUNK, None, 1.0, ("entropy",))
     return inputs.policy_loss(ChunkedLogProbFunction.apply(rows, *arguments)[0]) + trl_jsd(inputs)
 
 
 def our_step(inputs: Inputs, divergence: Divergence = EXACT, is_fused: bool = True) -> Tensor:
     """`Student.step` on these rows: with everything it counts for the report."""
-    limited = divergence.teacher_top_k is not None
-    teacher = read_teacher(inputs, divergence) if limited else hidden_teacher(inputs)
 
-    def policy(
-        sequences: PackedSequences, readings: Sequence[Reading], mixture: Sequence[float] | None = None
-    ) -> Outcome:
+    def policy(sequences: object, readings: Sequence[Reading], mixture: Sequence[float]) -> Outcome:
         rows = [inputs.student[reading.targets - 1] for reading in readings]
         return read_rows(inputs.head, rows, readings, mixture if is_fused else None)
 
-    student = Student(inputs.batch, OBJECTIVE, divergence, teacher, inputs.batch.query_row[:0])
+    student = Student(inputs.batch, OBJECTIVE, divergence, teacher_rows(inputs, divergence), inputs.batch.query_row[:0])
     sums = student.step(policy, jsd_weight=1.0)  # type: ignore[arg-type]  # called, no more
     return OBJECTIVE.total(sums.policy_loss, sums.kl, sums.entropy_loss) + sums.jsd_loss
 
 
-TOP = "ours, top 50"
-JSD: Mapping[str, Loss] = {
-    NAIVE: naive_jsd,
-    TRL: trl_jsd,
-    LIGER: liger_jsd,
-    OURS: our_jsd,
-    PLAIN: partial(our_jsd, mixture=None),
-    TOP: partial(our_jsd, divergence=JensenShannon()),
+JSD: Mapping[str, Loss] = {NAIVE: naive_jsd, TRL: trl_jsd, LIGER: liger_jsd, OURS: our_jsd}
+STEP: Mapping[str, Loss] = {TRL: trl_step, OURS: our_step}
+PARTS: Mapping[str, Mapping[str, Loss]] = {
+    "jsd": {**JSD, PLAIN: partial(our_jsd, mixture=None), TOP: partial(our_jsd, divergence=TOP_50)},
+    "step": {**STEP, PLAIN: partial(our_step, is_fused=False), TOP: partial(our_step, divergence=TOP_50)},
 }
-STEP: Mapping[str, Loss] = {
-    NAIVE: naive_step,
-    TRL: trl_step,
-    OURS: our_step,
-    PLAIN: partial(our_step, is_fused=False),
-    TOP: partial(our_step, divergence=JensenShannon()),
-}
-PARTS = {"jsd": JSD, "step": STEP}
+REFERENCES = {"jsd": naive_jsd, "step": textbook_step}
 
 
 def peak(part: str, variant: str, hidden_size: int, device: str) -> Iterator[str | None]:
@@ -247,37 +218,32 @@ def peak(part: str, variant: str, hidden_size: int, device: str) -> Iterator[str
 
 
 class Benchmark:
-    """Inputs and a report.
-
-    Args:
-        options: of the command line.
-    """
+    """Inputs and a report."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.inputs = Inputs.make(options.hidden, options.device)
+        self.has_bars = (options.hidden, options.device) == (896, "cpu")
         self.report = Report(f"bench_loss_head_{options.hidden}", vars(options))
 
     def run(self, part: str) -> None:
         """Equality, time and peak memory of the variants of a part that can run here."""
-        variants = dict(PARTS[part])
-        for name in [name for name in variants if name in PEERS and find_spec(PEERS[name]) is None]:
-            del variants[name]
-            blank = dict.fromkeys(("figure", "minima", "bar", "verdict"))
-            self.report.rows.append({"benchmark": part, "what": name, **blank, "note": "not installed"})
-        self.check(part, variants)
-        self.compare(part, variants)
-        self.compare_memory(part, variants)
+        missing = [name for name in PARTS[part] if name in PEERS and find_spec(PEERS[name]) is None]
+        variants = {name: loss for name, loss in PARTS[part].items() if name not in missing}
+        for step in (self.check, self.compare, self.compare_memory):
+            step(part, variants)
+        for name in missing:
+            self.report.rows.append(BLANK | {"benchmark": part, "what": name, "note": "not installed"})
 
     def check(self, part: str, variants: Mapping[str, Loss]) -> None:
         """Equal losses and gradients; the top 50 is another loss."""
-        expected = self._backward(variants[NAIVE])
-        for name in [name for name in variants if name not in (NAIVE, TOP)]:
-            pairs = zip(self._backward(variants[name]), expected, strict=True)
-            error = max(float((mine - other).norm() / other.norm()) for mine, other in pairs)
-            bar = Bar.counted(f"{name}: error of loss, dh, dW", error, at_most=TOLERANCE)
-            self.report.add(part, bar, f"against {NAIVE}, relative")
-        self._backward(variants[TOP])
+        expected = self._backward(REFERENCES[part])
+        for name, loss in variants.items():
+            found = self._backward(loss)
+            if name not in (NAIVE, TOP):
+                error = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+                bound = PEERS_TOLERANCE if name in PEERS else TOLERANCE
+                self.report.add(part, Bar.counted(f"{name}: error of loss, dh, dW", error, at_most=bound), "relative")
 
     def compare(self, part: str, variants: Mapping[str, Loss]) -> None:
         """CPU time of each over ours."""
@@ -287,9 +253,9 @@ class Benchmark:
             timings = compare(calls, self.options.repetitions, warmup=0, device=self.options.device)
             for name, timing in timings.items():
                 print(f"{part} {name:20} s: {' '.join(f'{sample:.2f}' for sample in timing.samples)}", flush=True)
-            bounds = BARS[part] if (self.options.hidden, self.options.device) == (896, "cpu") else {}
-            others = [name for name in variants if name != OURS]
-            return [Bar.of(f"{name} / {OURS}", timings[name], timings[OURS], bounds.get(name)) for name in others]
+            bounds = BARS[part] if self.has_bars else {}
+            pairs = {name: (timing, timings[OURS]) for name, timing in timings.items() if name != OURS}
+            return [Bar.of(f"{name} / {OURS}", *pair, bounds.get(name)) for name, pair in pairs.items()]
 
         bars = measure()
         if not all(bar.is_met for bar in bars):
@@ -299,21 +265,22 @@ class Benchmark:
 
     def compare_memory(self, part: str, variants: Mapping[str, Loss]) -> None:
         """Peak of each over ours."""
-        settings = self.options.hidden, self.options.device
-        peaks = {name: peak_memory("benchmarks.bench_loss_head:peak", part, name, *settings) for name in variants}
-        for name in [name for name in variants if name != OURS]:
-            bound = MEMORY_BAR if name == NAIVE else None
-            bar = Bar.counted(f"{name} / {OURS}", peaks[name] / peaks[OURS], bound)
-            self.report.add(part, bar, f"peak memory, {peaks[name]:.0f} / {peaks[OURS]:.0f} MB")
+        path, settings = "benchmarks.bench_loss_head:peak", (self.options.hidden, self.options.device)
+        peaks = {name: peak_memory(path, part, name, *settings) for name in variants if name != TOP}
+        ours = peaks.pop(OURS)
+        for name, other in peaks.items():
+            bound = MEMORY_BAR if self.has_bars and name == NAIVE else None
+            bar = Bar.counted(f"{name} / {OURS}", other / ours, bound)
+            self.report.add(part, bar, f"peak memory, {other:.0f} / {ours:.0f} MB")
 
-    def _backward(self, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(self, loss: Loss) -> list[Tensor]:
         """Loss, and its gradients in hidden rows and weights."""
-        inputs = self.inputs
-        inputs.student.grad = inputs.weight.grad = None
-        value = loss(inputs)
+        leaves = self.inputs.student, self.inputs.weight
+        for leaf in leaves:
+            leaf.grad = None
+        value = loss(self.inputs)
         value.backward()
-        assert inputs.student.grad is not None and inputs.weight.grad is not None
-        return value.detach(), inputs.student.grad, inputs.weight.grad
+        return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -183,15 +183,11 @@ def compare_steps(report: Report, options: argparse.Namespace) -> None:
     """A step with the JSD over one without."""
     step = Step(options)
     variants = {"without": partial(step.run, 0.0), "with": partial(step.run, JSD_WEIGHT)}
-    variants["rollouts"] = step._sample
 
     def measure() -> list[Bar]:
         timings = compare(variants, options.repetitions, warmup=1, device=options.device)
         say("step", timings)
-        return [
-            Bar.of("with JSD / without", timings["with"], timings["without"], at_most=STEP_BAR),
-            Bar.of("rollouts / step without", timings["rollouts"], timings["without"]),
-        ]
+        return [Bar.of("with JSD / without", timings["with"], timings["without"], at_most=STEP_BAR)]
 
     add(report, "step", measure)
 

@@ -18,8 +18,8 @@ more, documents or a message before it, and they are read in the same pass, back
 read once for all rollouts that begin with it: the others copy its cells.
 
 Queries are sent while others run, one batch at a time, and their answers are taken `overlap_steps` passes later.
-Counting passes, not seconds, keeps the schedule the same in every run; and since each rollout draws from its own seed, a
-schedule changes no result anyway, but for the rounding of float32.
+Counting passes, not seconds, keeps the schedule the same in every run; and since each rollout draws from its own seed,
+a schedule changes no result anyway, but for the rounding of float32.
 
 Invariant: a slot has read `length` tokens, the cells of its row; `unread` is what its conversation holds beyond them.
 
