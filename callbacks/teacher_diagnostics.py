@@ -186,10 +186,9 @@ def first_query_probability(module: SDSearchModule, group: RolloutGroup, block_t
     packed = PackedSequences.pack(rows, module.device, prompt_lengths=[len(prompt)] * len(rows))
     ends = torch.tensor([len(row) for row in rows], device=module.device).cumsum(0)
     targets = torch.cat([torch.arange(int(end) - len(tokens), int(end), device=module.device) for end in ends])
-    logprobs = log_softmax(module.policy.logits(packed, targets), 1.0).gather(1, packed.token_ids[targets][:, None])[
-        :, 0
-    ]
-    return float(logprobs.view(len(rows), len(tokens)).sum(1).exp().mean())
+    logprobs = log_softmax(module.policy.logits(packed, targets), 1.0)
+    chosen = logprobs.gather(1, packed.token_ids[targets][:, None])
+    return float(chosen.view(len(rows), len(tokens)).sum(1).exp().mean())
 
 
 def gradient_norms(

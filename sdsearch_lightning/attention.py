@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from sdsearch_lightning.errors import SDSearchError
+
 NAME = "sdsearch_layout"
 _UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")
 """Arguments by which a model asks for more than softmax(QK)V; a layout would leave them out without a word."""
 
 
-class UnknownAttentionError(NotImplementedError):
-    """A model's attention does more than a layout does."""
+class UnknownAttentionError(SDSearchError):
+    """A model's attention does more than a layout does; `Policy.unpackable` makes a reason of it."""
 
 
 class AttentionLayout(ABC):

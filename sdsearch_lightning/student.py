@@ -21,7 +21,7 @@ from sdsearch_lightning.collate import SearchBatch
 from sdsearch_lightning.credit import CreditRows
 from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher
 from sdsearch_lightning.divergences import Divergence
-from sdsearch_lightning.head import Chunk, Outcome, Reading
+from sdsearch_lightning.head import Chunk, Outcome, Read, Reading
 from sdsearch_lightning.objective import PolicyObjective, log_softmax, wide
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.step_metrics import distillation_sums
@@ -38,6 +38,10 @@ class StepSums:
     """Sums over tokens, and the counts to divide them by; detached."""
     entropy_loss: Tensor
     credit: CreditRows | None = None
+
+
+_Kept = tuple[dict[str, Tensor], CreditRows | None]
+"""Metrics of a chunk, and the teacher's verdict on it."""
 
 
 class Student:
@@ -82,11 +86,15 @@ class Student:
             project: head of a teacher that is a copy; None for the policy itself, whose rows share its pass.
         """
         known = [None, None] if reference is None else self._reference_logprobs(reference)
-        hidden = self._teacher.hidden if self._teacher is not None and project is None else None
-        readings = [
-            Reading(self._queries, partial(self._read_queries, project, known[0]), hidden),
-            Reading(self._others, partial(self._read_others, known[1])),
-        ]
+        taught, others = (
+            partial(self._read, targets, logprobs)
+            for targets, logprobs in zip((self._queries, self._others), known, strict=True)
+        )
+        hidden = None
+        if self._teacher is not None:
+            taught = partial(self._read_taught, self._teacher, project, taught)
+            hidden = self._teacher.hidden if project is None else None
+        readings = [Reading(self._queries, taught, hidden), Reading(self._others, others)]
         mixture = *self._objective.mixture, jsd_weight if self._teacher is not None else 0.0
         return self._sums(policy(self._batch.sequences, readings, mixture))
 
@@ -102,17 +110,19 @@ class Student:
         outcome: Outcome = reference(self._batch.sequences, [Reading(part, partial(read, part)) for part in parts])
         return [torch.cat(kept) for kept in outcome.kept]
 
-    def _read_others(self, reference: Tensor | None, chunk: Chunk) -> tuple[Tensor, tuple[dict[str, Tensor], None]]:
-        terms, metrics = self._policy_terms(self._others, reference, chunk)
-        return torch.stack([*terms, torch.zeros_like(terms[0])]), (metrics, None)
+    def _read(self, targets: Tensor, reference: Tensor | None, chunk: Chunk) -> tuple[Tensor, _Kept]:
+        """The policy's own terms; the JSD's is 0."""
+        known = None if reference is None else reference[chunk.rows]
+        sums = self._objective.sums(chunk.logits, known, self._batch, targets[chunk.rows])
+        terms = (sums.policy_loss, sums.kl, sums.entropy_loss, torch.zeros_like(sums.kl))
+        return torch.stack(terms), (sums.metrics, None)
 
-    def _read_queries(
-        self, project: Callable[[Tensor], Tensor] | None, reference: Tensor | None, chunk: Chunk
-    ) -> tuple[Tensor, tuple[dict[str, Tensor], CreditRows | None]]:
-        terms, metrics = self._policy_terms(self._queries, reference, chunk)
-        if self._teacher is None:
-            return torch.stack([*terms, torch.zeros_like(terms[0])]), (metrics, None)
-        teacher, paired, logits = self._teacher.at(chunk.rows), chunk.paired, wide(chunk.logits)
+    def _read_taught(
+        self, rows: TeacherRows, project: Callable[[Tensor], Tensor] | None, read: Read, chunk: Chunk
+    ) -> tuple[Tensor, _Kept]:
+        """The policy's own terms from `read`, and the JSD."""
+        terms, (metrics, _) = read(chunk)
+        teacher, paired, logits = rows.at(chunk.rows), chunk.paired, wide(chunk.logits)
         if project is not None and teacher.hidden is not None:
             with torch.no_grad():
                 paired = project(teacher.hidden)
@@ -123,14 +133,7 @@ class Student:
             chosen = _at(student, tokens)
             metrics = metrics | distillation_sums(found, student, chosen, teacher, self._environment_ids)
         credit = CreditRows(found, chosen, teacher.logprob, teacher.top_ids, teacher.top_probs)
-        return torch.stack([*terms, (jsd * weight).sum()]), (metrics, credit)
-
-    def _policy_terms(
-        self, targets: Tensor, reference: Tensor | None, chunk: Chunk
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        known = None if reference is None else reference[chunk.rows]
-        sums = self._objective.sums(chunk.logits, known, self._batch, targets[chunk.rows])
-        return (sums.policy_loss, sums.kl, sums.entropy_loss), sums.metrics
+        return torch.cat([terms[:-1], (jsd * weight).sum()[None]]), (metrics, credit)
 
     def _sums(self, outcome: Outcome) -> StepSums:
         policy_loss, kl, entropy_loss, jsd_loss = outcome.terms.unbind()
