@@ -4,6 +4,7 @@ NAME ?= quickstart
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
+TESTED_EXTRAS := serve,bm25,data,milvus
 STAMP := $(VENV)/.installed
 RUN := $(PYTHON) -m sdsearch_lightning
 
@@ -16,7 +17,7 @@ help: ## this list
 # constraints.txt pins the tested set; without it a bare `torch` may bring gigabytes of CUDA libraries.
 $(STAMP): setup.py constraints.txt
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev]"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev,$(TESTED_EXTRAS)]"
 	touch $(STAMP)
 
 setup: $(STAMP) ## create .venv and install (once)

@@ -23,6 +23,7 @@ setup(
         "sdsearch_lightning.hindsight",
         "sdsearch_lightning.report",
         "sdsearch_lightning.retrieval",
+        "sdsearch_lightning.retrieval.server",
         "sdsearch_lightning.rollout",
         "sdsearch_lightning.callbacks",
         "sdsearch_lightning.datamodules",
@@ -55,7 +56,9 @@ setup(
         "bm25": ["bm25s>=0.3,<0.4"],
         "data": ["pyarrow"],
         "report": [],  # the report needs nothing beyond the core; the name is kept so that installs do not break
-        "qdrant": ["qdrant-client>=1.20,<2"],
+        # The client alone talks to a cluster; milvus-lite is the embedded form, and brings faiss-cpu along.
+        "milvus": ["pymilvus>=3,<4", "milvus-lite>=3.2,<4"],
+        "qdrant": [],  # Milvus was chosen: its embedded form is real code (docs/retrieval.md); the name is kept
         "lora": ["peft"],
         "vllm": ["vllm"],
         # Other implementations: tests/parity compares numbers with them, `make bench` times.

@@ -153,9 +153,8 @@ class RolloutGrouping(pl.Callback):
             pool = trainer.datamodule.training_questions  # type: ignore[attr-defined]
             seed = derive_seed(self.seed, "refill", trainer.global_step, attempt, trainer.global_rank)
             drawn = random.Random(seed).sample(range(len(pool)), min(len(empty), len(pool)))
-            ids = [
-                (epoch, position + attempt * len(pool)) for epoch, position in (batch.instance_ids[i] for i in empty)
-            ]
+            length = getattr(pool, "rows_per_epoch", len(pool))  # files may have weights
+            ids = [(epoch, position + attempt * length) for epoch, position in (batch.instance_ids[i] for i in empty)]
             more = StepBatch([pool[i] for i in drawn], ids[: len(drawn)])
             requests = self._requests(module, more, self.group_size, self.sampling, "train", trainer.global_step)
             for i, group in zip(

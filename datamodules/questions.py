@@ -1,26 +1,26 @@
-"""Where a training step begins: questions, in a seeded order that a resumed run continues exactly.
+"""One question's way from a file to a training step.
 
-The order of an epoch depends on (seed, epoch) and on nothing else, and a step holds the same questions on any number of
-processes of the same total batch size. Each question carries its instance_id, (epoch, position), which no other has.
-Next: callbacks/rollout_grouping.py, which turns the StepBatch yielded here into rollouts.
+`sources.py` finds the files, `readers.py` makes a Question of each row, `mixture.py` says how often an epoch reads it,
+and `loaders.py` deals it to a process, in a seeded order that a resumed run continues exactly. Each question of a step
+carries its instance_id, (epoch, position), which no other has. Next: callbacks/rollout_grouping.py, which turns the
+StepBatch yielded here into rollouts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
-from sdsearch_lightning.datamodules.readers import read_demonstrations, read_questions
+from sdsearch_lightning.datamodules.loaders import DemonstrationBatch, EvaluationBatches, Share, TrainingBatches
+from sdsearch_lightning.datamodules.mixture import Mixture, fingerprint, hold_out, overlap
+from sdsearch_lightning.datamodules.readers import check_columns, read_demonstrations, read_questions
+from sdsearch_lightning.datamodules.sources import Files, check_weights, find_files
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.retrieval import Retriever
-from sdsearch_lightning.types import Demonstration, InstanceId, Question, StepBatch
-
-Row = TypeVar("Row")
-Batch = TypeVar("Batch")
+from sdsearch_lightning.types import Demonstration, Question, StepBatch
 
 
 class SearchDataModule(pl.LightningDataModule):
@@ -29,14 +29,18 @@ class SearchDataModule(pl.LightningDataModule):
     A subclass with another origin overrides `questions`, `demonstrations` and, for a from-scratch model, `vocabulary`.
 
     Args:
-        train_files: .jsonl or .jsonl.gz of {id, question, golden_answers} or {question, answers}; one path or a list.
-        val_files: the same, for validation.
-        test_files: the same, for `test` and `predict`.
-        demonstration_files: .jsonl or .jsonl.gz of {question, answers, turns, siblings}, for `supervise`.
+        train_files: one entry, a list, or a mapping of entries to weights, which say how often an epoch reads a row.
+            An entry is a .jsonl, .jsonl.gz or .parquet file, a folder, a benchmark (nq, ...) or a data set of the hub.
+        val_files: one entry or a list, for validation.
+        test_files: one entry or a list, for `test` and `predict`.
+        demonstration_files: files of {question, answers, turns, siblings}, for `supervise`.
+        columns: of {question, answers, id, source}, those that your files call otherwise; a dot leads into a column.
+        hub: where benchmarks come from: a data set of the Hugging Face hub, or a folder of that layout.
+        holdout: where there are no val_files, validate on this many training questions, and train without them.
         retriever: what rollouts search with: any object with `search(queries, k)`.
         batch_size: questions (or demonstrations) per process and training step.
         eval_batch_size: questions per process and evaluation batch.
-        seed: decides the order of every epoch.
+        seed: decides the order of every epoch, and what is held out.
         limit: read at most this many rows of each file.
     """
 
@@ -45,10 +49,13 @@ class SearchDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train_files: str | list[str] | None = None,
+        train_files: Files = None,
         val_files: str | list[str] | None = None,
         test_files: str | list[str] | None = None,
         demonstration_files: str | list[str] | None = None,
+        columns: dict[str, str] | None = None,
+        hub: str = "RUC-NLPIR/FlashRAG_datasets",
+        holdout: int = 0,
         retriever: Retriever | None = None,
         batch_size: int = 256,
         eval_batch_size: int = 256,
@@ -59,7 +66,12 @@ class SearchDataModule(pl.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("limit", limit)):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}: expected at least 1, found {value}.")
-        self.files = {"train": train_files, "val": val_files, "test": test_files, "predict": test_files}
+        if holdout < 0 or (holdout and val_files):
+            found = f"{holdout} beside data.val_files {val_files}" if val_files else holdout
+            raise ConfigError(f"data.holdout: expected 0, or a number of questions without val_files, found {found}.")
+        check_weights(train_files, "train")
+        self.files: dict[str, Files] = {"train": train_files, "val": val_files, "test": test_files}
+        self.columns, self.hub, self.holdout = check_columns(columns), hub, holdout
         self.demonstration_files = demonstration_files
         self.retriever = retriever
         self.batch_size = batch_size
@@ -70,11 +82,19 @@ class SearchDataModule(pl.LightningDataModule):
 
     def questions(self, split: str) -> Sequence[Question]:
         """The questions of "train", "val", "test" or "predict", in a fixed order; empty where there are none."""
-        return [question for path in _as_list(self.files[split]) for question in read_questions(path, self.limit)]
+        split = {"predict": "test"}.get(split, split)
+        files = find_files(self.files[split], split, self.hub)
+        parts = [
+            read_questions(file.path, self.limit, {} if file.is_benchmark else self.columns, file.source)
+            for file in files
+        ]
+        rows = [question for part in parts for question in part]
+        return Mixture(rows, [len(part) for part in parts], [file.weight for file in files])
 
     def demonstrations(self) -> Sequence[Demonstration]:
         """What the cold start imitates, in a fixed order; empty where there is none."""
-        return [row for path in _as_list(self.demonstration_files) for row in read_demonstrations(path, self.limit)]
+        files = [self.demonstration_files] if isinstance(self.demonstration_files, str) else self.demonstration_files
+        return [row for path in files or () for row in read_demonstrations(path, self.limit)]
 
     def vocabulary(self) -> tuple[str, ...] | None:
         """Words of a word-level tokenizer for a from-scratch model; None for text that needs an ordinary one."""
@@ -96,8 +116,8 @@ class SearchDataModule(pl.LightningDataModule):
         if not self._rows(split):
             option = {"demonstrations": "demonstration", "predict": "test"}.get(split, split) + "_files"
             raise ConfigError(f"data.{option}: expected at least one file for this command, found none.")
-        if stage == "fit":
-            self._rows("val")
+        if stage == "fit" and self._rows("val") and self.files["val"] and split == "train":
+            self._warn_of_overlap()
 
     def teardown(self, stage: str) -> None:
         """Lets the retriever give back what it holds."""
@@ -108,7 +128,7 @@ class SearchDataModule(pl.LightningDataModule):
         """StepBatch by StepBatch; or, for a module that learns from demonstrations, batches of those."""
         rows, share = self._rows(self._training_split), self._share(self.batch_size)
         if self._training_split == "train":
-            return TrainingBatches(rows, StepBatch, share, self.seed)
+            return TrainingBatches(rows, StepBatch, share, self.seed, fingerprint(rows))
         return TrainingBatches(rows, DemonstrationBatch, share, self.seed if self.shuffle_demonstrations else None)
 
     @property
@@ -140,152 +160,17 @@ class SearchDataModule(pl.LightningDataModule):
         return "demonstrations" if getattr(module, "learns_from", None) == "demonstrations" else "train"
 
     def _rows(self, split: str) -> Sequence[Any]:
-        if split not in self._read:
+        if split in self._read:
+            return self._read[split]
+        if self.holdout and split in ("train", "val"):
+            self._read["train"], self._read["val"] = hold_out(self.questions("train"), self.holdout, self.seed)
+        else:
             self._read[split] = self.demonstrations() if split == "demonstrations" else self.questions(split)
         return self._read[split]
 
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """The part of every batch that one process takes: each world_size-th position, from its rank on.
-
-    Ranks never overlap, all see equally many batches, and no position depends on the number of processes.
-    """
-
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def total(self) -> int:
-        """Rows in a batch of all processes together."""
-        return self.batch_size * self.world_size
-
-    def positions(self, batch: int, num_rows: int) -> range:
-        """Positions of this process in a batch; fewer, perhaps none, in the last one of `num_rows`."""
-        return range(batch * self.total + self.rank, min((batch + 1) * self.total, num_rows), self.world_size)
-
-
-class TrainingBatches(Generic[Row, Batch]):
-    """An endless run of shuffled epochs, read through a cursor (epoch, batch) that a checkpoint keeps.
-
-    The last batch of an epoch is left out where it would be short, so that every step holds as many questions; other
-    questions are left out in the next epoch. Iterating goes on where the cursor stands; a finished epoch is followed by
-    the next one. Lightning saves and restores any loader with `state_dict` and `load_state_dict`.
-
-    Args:
-        rows: the data, read by index.
-        collate: makes a batch of rows and their instance ids.
-        share: the part of this process.
-        seed: decides the order; None reads every epoch in the order of `rows`.
-
-    Raises:
-        ConfigError: there are fewer rows than one step needs.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        collate: Callable[[list[Row], list[InstanceId]], Batch],
-        share: Share,
-        seed: int | None,
-    ) -> None:
-        if len(rows) < share.total:
-            raise ConfigError(
-                f"data.batch_size: expected at most {len(rows)}, the number of training rows, found {share.batch_size} "
-                f"x {share.world_size} processes = {share.total}. Lower it, or give more data."
+    def _warn_of_overlap(self) -> None:
+        if shared := overlap(self._rows("train"), self._rows("val")):
+            rank_zero_warn(
+                f"{len(shared)} of {len(self._rows('val'))} validation questions are training questions too, such as "
+                f"{shared[0].text!r}: val/ metrics will flatter. data.holdout makes a validation set without overlap."
             )
-        self._rows, self._collate, self._share, self._seed = rows, collate, share, seed
-        self.epoch = 0
-        self.batch = 0
-        """Batches of the epoch that were handed out."""
-
-    def __len__(self) -> int:
-        return len(self._rows) // self._share.total
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.batch >= len(self):
-            self.set_epoch(self.epoch + 1)
-        order = self._order()
-        while self.batch < len(self):
-            positions = self._share.positions(self.batch, len(self._rows))
-            self.batch += 1  # before the yield: a checkpoint written during this step must not repeat it
-            rows = [self._rows[order[position]] for position in positions]
-            yield self._collate(rows, [(self.epoch, position) for position in positions])
-
-    @property
-    def sampler(self) -> TrainingBatches[Row, Batch]:
-        """Itself: Lightning announces epochs to a loader's `sampler` only."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Moves the cursor to the start of `epoch`, unless it stands in that epoch already (after a resume)."""
-        if epoch != self.epoch:
-            self.epoch, self.batch = epoch, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor, and what the order depends on; the same on all ranks."""
-        return {"epoch": self.epoch, "batch": self.batch, **self._identity}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moves the cursor back to where it was saved.
-
-        Raises:
-            ConfigError: it was saved in other data or another order, which cannot be continued.
-        """
-        saved = {name: state[name] for name in self._identity}
-        if saved != self._identity:
-            raise ConfigError(
-                f"The checkpoint stands in training data with {saved}, found {self._identity}. "
-                "Resume with the same data, data.seed and total batch size, or start a run under a new name."
-            )
-        self.epoch, self.batch = state["epoch"], state["batch"]
-
-    @property
-    def _identity(self) -> dict[str, Any]:
-        return {"rows": len(self._rows), "rows_per_step": self._share.total, "seed": self._seed}
-
-    def _order(self) -> Sequence[int]:
-        if self._seed is None:
-            return range(len(self._rows))
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        return torch.randperm(len(self._rows), generator=generator).tolist()
-
-
-class EvaluationBatches:
-    """Every question once, in the order of the files: no row is dropped, repeated or shuffled, on any number of ranks.
-
-    All ranks see equally many batches, since evaluation may have to meet in collectives; the last batch is short and,
-    with fewer questions left than ranks, empty on some.
-    """
-
-    def __init__(self, questions: Sequence[Question], share: Share) -> None:
-        self._questions, self._share = questions, share
-
-    def __len__(self) -> int:
-        return -(-len(self._questions) // self._share.total)
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        for batch in range(len(self)):
-            positions = self._share.positions(batch, len(self._questions))
-            yield StepBatch([self._questions[position] for position in positions], [(0, p) for p in positions])
-
-
-class DemonstrationBatch:
-    """A list of demonstrations, but no `list`: Lightning takes those apart, and frozen dataclasses refuse that."""
-
-    def __init__(self, demonstrations: Sequence[Demonstration], instance_ids: Sequence[InstanceId] = ()) -> None:
-        self.demonstrations = tuple(demonstrations)
-
-    def __len__(self) -> int:
-        return len(self.demonstrations)
-
-    def __iter__(self) -> Iterator[Demonstration]:
-        return iter(self.demonstrations)
-
-    def __getitem__(self, index: int) -> Demonstration:
-        return self.demonstrations[index]
-
-
-def _as_list(files: str | list[str] | None) -> list[str]:
-    return [files] if isinstance(files, str) else list(files or ())

@@ -1,36 +1,50 @@
-"""File formats: a file becomes questions or demonstrations, or an error that names the file and the line.
+"""Shapes of rows: a file becomes questions or demonstrations, or an error that names the file and the row.
 
-A format has two halves that know nothing of each other: `_ROWS` opens a file by its suffix, and the `parse_` functions
-read the keys of one row. A new suffix is a line in the one, a new shape of rows a branch in the other.
+A question's row is FlashRAG's {id, question, golden_answers}, the plain {question, answers}, or one that Search-R1,
+verl or SkyRL wrote, where text and answers may lie deeper. `columns` names the places in files of any other shape.
+Next: mixture.py and loaders.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdsearch_lightning.errors import DataError
-from sdsearch_lightning.retrieval.jsonl import Row, read_jsonl
+from sdsearch_lightning.datamodules.sources import SPLITS
+from sdsearch_lightning.errors import ConfigError, DataError
+from sdsearch_lightning.retrieval.jsonl import Row
+from sdsearch_lightning.retrieval.rows import read_rows
 from sdsearch_lightning.types import Demonstration, Label, Question, SiblingRecord, SpanKind
 
-_ROWS: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": read_jsonl, ".jsonl.gz": read_jsonl}
+COLUMNS = ("question", "answers", "id", "source")
+"""What `columns` may map to a column of a file."""
+
+_ANSWERS = ("golden_answers", "answers", "reward_model.ground_truth", "reward_spec.ground_truth", "ground_truth")
+_BULKY = ("metadata",)  # ten paragraphs per question in HotpotQA's files, and nothing that is read here
 _TURN_KINDS = tuple(kind for kind in SpanKind if kind not in (SpanKind.PROMPT, SpanKind.SCAFFOLD))
 
 
-def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
-    """The questions of a file, in order: rows {id, question, golden_answers} (FlashRAG) or {question, answers}.
+def read_questions(
+    path: str | Path, limit: int | None = None, columns: Mapping[str, str] | None = None, source: str | None = None
+) -> list[Question]:
+    """The questions of a file, in order.
 
     Args:
-        path: .jsonl or .jsonl.gz.
+        path: .jsonl, .jsonl.gz or .parquet.
         limit: read at most this many rows.
+        columns: names of the file's own columns, see `parse_question`.
+        source: what rows without a `data_source` belong to; by default the file's name, or the folder's where the file
+            is called like a split.
 
     Raises:
         DataError: a missing file, an unknown suffix, no rows, or a row without question or answers.
     """
-    source = Path(Path(path).name.removesuffix(".gz")).stem
-    return [parse_question(row.values, row.where, source) for row in _read_rows(Path(path), limit)]
+    path, columns = Path(path), check_columns(columns)
+    source = source or _source_of(path)
+    without = () if any(name.split(".")[0] in _BULKY for name in columns.values()) else _BULKY
+    return [parse_question(row.values, row.where, source, columns) for row in _some_rows(path, limit, without)]
 
 
 def read_demonstrations(path: str | Path, limit: int | None = None) -> list[Demonstration]:
@@ -41,7 +55,7 @@ def read_demonstrations(path: str | Path, limit: int | None = None) -> list[Demo
     Raises:
         DataError: as `read_questions`, or turns or siblings of another form.
     """
-    source = Path(Path(path).name.removesuffix(".gz")).stem
+    source = _source_of(Path(path))
     return [
         Demonstration(
             parse_question(row.values, row.where, source),
@@ -51,41 +65,121 @@ def read_demonstrations(path: str | Path, limit: int | None = None) -> list[Demo
                 for index, sibling in enumerate(_expect_list(row, "siblings", default=[]))
             ),
         )
-        for row in _read_rows(Path(path), limit)
+        for row in _some_rows(Path(path), limit)
     ]
 
 
-def parse_question(values: dict[str, Any], where: str, source: str) -> Question:
+def check_columns(columns: Mapping[str, str] | None) -> Mapping[str, str]:
+    """The mapping itself, or an empty one.
+
+    Raises:
+        ConfigError: it maps something that a question does not have.
+    """
+    if unknown := set(columns or ()) - set(COLUMNS):
+        raise ConfigError(
+            f"data.columns: expected keys among {', '.join(COLUMNS)}, found {', '.join(sorted(unknown))}. A key is "
+            "what a question needs, its value the column of your file that holds it."
+        )
+    return columns or {}
+
+
+def parse_question(
+    values: dict[str, Any], where: str, source: str, columns: Mapping[str, str] | None = None
+) -> Question:
     """The question that a row describes. Ids need not be unique: groups are keyed by instance_id, never by them.
 
     Args:
-        values: the row.
-        where: file and line, with which an error begins.
+        values: the row; lists in it may be numpy arrays.
+        where: file and row, with which an error begins.
         source: the benchmark, where the row has no `data_source`.
+        columns: for each of COLUMNS that lies elsewhere, its column; a dot leads into a nested one.
+
+    Raises:
+        DataError: no text, no answers, or no column of a name in `columns`.
     """
-    text = values.get("question")
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: expected a text under 'question', found {text!r}. The row has {sorted(values)}.")
-    key = "golden_answers" if "golden_answers" in values else "answers"
-    gold = values.get(key)
-    texts = [gold] if isinstance(gold, str) else gold if isinstance(gold, list) else []
-    answers = tuple(text for text in texts if isinstance(text, str) and text.strip())
-    if not answers or not all(isinstance(text, str) for text in texts):
-        raise DataError(
-            f"{where}: expected a non-empty list under '{key}', found {gold!r}. "
-            "Every question needs at least one gold answer."
-        )
-    source = str(values.get("data_source", source))
-    identity = values.get("id", where.rpartition(" ")[2])  # without one, its line
+    columns = columns or {}
+    text = _text_of(values, where, columns)
+    answers = _answers_of(values, where, columns)
+    if "source" in columns:
+        source = str(_column(values, columns["source"], where))
+    elif (found := values.get("data_source")) is not None:
+        source = str(found).removeprefix("searchR1_")  # verl's prefix
+    if "id" in columns:
+        identity = _column(values, columns["id"], where)
+    elif (identity := values.get("id")) is None:
+        index = _look(values, "extra_info.index")  # restarts at 0 for every source of a file
+        identity = where.rpartition(" ")[2] if index is None else f"{source}_{index}"
     return Question(str(identity), text, answers, source)
 
 
-def _read_rows(path: Path, limit: int | None) -> Iterator[Row]:
-    reader = next((read for suffix, read in _ROWS.items() if path.name.endswith(suffix)), None)
-    if reader is None:
-        raise DataError(f"{path}: expected a file that ends in {' or '.join(_ROWS)}, found {path.name!r}.")
+def _text_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) -> str:
+    if name := columns.get("question"):
+        text = _column(values, name, where)
+    else:
+        text = _look(values, name := "question") or _look(values, "extra_info.question") or _asked_in(values)
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(
+            f"{where}: expected a text under '{name}', found {text!r}. The row has {sorted(values)}; data.columns can "
+            "name another column."
+        )
+    return text
+
+
+def _asked_in(values: dict[str, Any]) -> str | None:
+    """What the last user message of a row's `prompt` asks, after the instructions of Search-R1's template."""
+    messages = _look(values, "prompt")
+    for message in reversed(messages if isinstance(messages, list) else ()):
+        match message:
+            case {"role": "user", "content": str(content)}:
+                return content.rpartition("Question: ")[2].strip() if "Question: " in content else None
+    return None
+
+
+def _answers_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) -> tuple[str, ...]:
+    if name := columns.get("answers"):
+        gold = _column(values, name, where)
+    else:
+        name = next((name for name in _ANSWERS if _look(values, name) is not None), None)
+        name = name or next((name for name in _ANSWERS if name in values), "answers")
+        gold = _look(values, name)
+    found = _look(gold, "target") if isinstance(gold, dict) else gold
+    texts = found if isinstance(found, list) else [found]
+    answers = tuple(text for text in texts if isinstance(text, str) and text.strip())
+    if not answers or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"{where}: expected a non-empty list under '{name}', found {gold!r}. "
+            "Every question needs at least one gold answer."
+        )
+    return answers
+
+
+def _look(values: Any, path: str) -> Any:
+    """What a row holds at a dotted path, a numpy array as list; None where there is nothing."""
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _column(values: dict[str, Any], path: str, where: str) -> Any:
+    """What a row must hold, since `columns` names it."""
+    if (value := _look(values, path)) is None:
+        raise DataError(
+            f"{where}: expected a value in the column {path!r}, which data.columns names, found none. "
+            f"The row has {sorted(values)}."
+        )
+    return value
+
+
+def _source_of(path: Path) -> str:
+    """The file's name, or its folder's where the file is called like a split: nq/test.jsonl is of nq."""
+    stem = Path(path.name.removesuffix(".gz")).stem
+    is_split = any(re.sub(r"-\d+-of-\d+$", "", stem) in words for words in SPLITS.values())
+    return path.absolute().parent.name if is_split else stem
+
+
+def _some_rows(path: Path, limit: int | None, without: tuple[str, ...] = ()) -> Iterator[Row]:
     row = None
-    for row in islice(reader(path), limit):
+    for row in read_rows(path, limit, without):
         yield row
     if row is None:
         raise DataError(f"{path}: expected at least one row, found an empty file.")

@@ -18,6 +18,8 @@ COMMANDS = {
     "validate": "evaluate on the validation questions",
     "test": "evaluate on the test questions, per source",
     "predict": "write the rollouts of the test questions",
+    "index": "build a retrieval index of a corpus",
+    "serve": "share a retrieval index over HTTP, as Search-R1's server does",
     "export": "turn a checkpoint into a Hugging Face folder",
     "report": "print the report of a run again, and rebuild report.html",
 }
@@ -39,6 +41,8 @@ examples:
   sdsearch fit --config configs/quickstart.yaml --seed_everything 1 --run.name second
   sdsearch fit --config configs/base.yaml --config mine.yaml --data.batch_size 64
   sdsearch validate --config configs/quickstart.yaml --ckpt_path last
+  sdsearch index --corpus_path corpus.jsonl --index_path index --encoder intfloat/e5-base-v2
+  sdsearch serve --corpus_path corpus.jsonl --index_path index --port 8000
   sdsearch export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output my_model
 
 `sdsearch` and `python -m sdsearch_lightning` are the same. SDSEARCH_TRACEBACK=1 shows where an error came from.

@@ -1,6 +1,6 @@
 """From a command's name to its code, and from an error to a line and an exit code; `export` and `report` stand here.
 
-Next: cli.py, the commands with a trainer.
+Next: cli.py, the commands with a trainer; retrieval_commands.py, `index` and `serve`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from sdsearch_lightning import retrieval_commands
 from sdsearch_lightning.cli import SearchCLI, SuperviseCLI, link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser, fail
 from sdsearch_lightning.datamodules import SearchDataModule
@@ -48,20 +49,30 @@ def run(argv: Sequence[str]) -> int:
     handlers: dict[str, Callable[[], Any]] = {
         "export": partial(export, argv[1:]),
         "report": partial(report, argv[1:]),
+        "index": partial(retrieval_commands.index, argv[1:]),
+        "serve": partial(retrieval_commands.serve, argv[1:]),
         "supervise": partial(SuperviseCLI, argv),
     }
     try:
         handlers.get(argv[0], partial(SearchCLI, argv))()
-    except (SDSearchError, MisconfigurationException) as error:
-        if os.environ.get("SDSEARCH_TRACEBACK", "0") != "0":
+    except (ValueError, SDSearchError, MisconfigurationException) as error:
+        told = _told(error)
+        if told is None or os.environ.get("SDSEARCH_TRACEBACK", "0") != "0":
             raise
-        fail(str(error), code=2 if isinstance(error, (ConfigError, MisconfigurationException)) else 1)
+        fail(str(told), code=2 if isinstance(told, (ConfigError, MisconfigurationException)) else 1)
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns a Ctrl-C that comes before training into exit code 1.
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             return 130
         raise
     return 0
+
+
+def _told(error: BaseException | None) -> BaseException | None:
+    """The error meant for the user, where `error` is it or came of it: jsonargparse wraps what an `__init__` raises."""
+    while error is not None and not isinstance(error, (SDSearchError, MisconfigurationException)):
+        error = error.__cause__
+    return error
 
 
 def quieten() -> None:

@@ -4,6 +4,7 @@
     +-- ConfigError(ValueError)      an option, a pair of options or a user class that cannot work
     +-- DataError(ValueError)        a file or a row that cannot be used
     +-- RetrievalError(RuntimeError) a search that failed; one rollout ends with it, the run goes on
+    |   +-- RetrieverUnavailableError    no search can succeed now, whatever is asked: the server is gone or overloaded
     +-- RolloutError(RuntimeError)   a batch of rollouts that must not be trained on; the run stops on every rank
 
 A bad rollout is data (a stop reason and a count). A bad run is an exception. All are picklable: no custom `__init__`.
@@ -24,6 +25,10 @@ class DataError(SDSearchError, ValueError):
 
 class RetrievalError(SDSearchError, RuntimeError):
     """A search that failed; the rollout that asked for it ends with StopReason.RETRIEVAL_ERROR."""
+
+
+class RetrieverUnavailableError(RetrievalError):
+    """No search can succeed now, whatever is asked. Smaller batches would fail as well, and each wait as long."""
 
 
 class RolloutError(SDSearchError, RuntimeError):

@@ -95,7 +95,7 @@ class Conversation:
         self._passages: list[tuple[Passage, ...]] = []
         self._refinements: list[str] = []
         self._answer: str | None = None
-        self._num_invalid = self._num_tagged = 0
+        self._num_invalid = self._num_tagged = self._num_cut = 0
         self._begin_turn()
         self.stop_reason: StopReason | None = None
         """None while the rollout goes on."""
@@ -139,8 +139,9 @@ class Conversation:
             self._stop(StopReason.RETRIEVAL_ERROR)
             return ()
         self._passages.append(tuple(result))
-        text = self._protocol.format_passages(result)
-        return self._force(self._protocol.observation_ids(self._codec, text, self._limits.max_observation_tokens))
+        token_ids, num_cut = self._protocol.passage_ids(self._codec, result, self._limits.max_observation_tokens)
+        self._num_cut += num_cut
+        return self._force(token_ids)
 
     def finish(self) -> Trajectory:
         """The finished rollout; reward, advantage and label are not assigned yet."""
@@ -157,6 +158,7 @@ class Conversation:
             refinements=tuple(self._refinements),
             num_invalid_actions=self._num_invalid,
             num_tagged_queries=self._num_tagged,
+            num_cut_passages=self._num_cut,
         )
 
     def _closed_action(self, seen: int) -> _Action | None:

@@ -120,16 +120,41 @@ class Protocol(Pluggable):
 
     def format_passages(self, passages: Iterable[Passage]) -> str:
         """Passages as one text, without the documents tag: byte for byte what Search-R1 writes, by default."""
-        written = (
+        return "".join(self._written(passages)).strip()
+
+    def _written(self, passages: Iterable[Passage]) -> list[str]:
+        return [
             self.passage_template.format(index=i, title=p.title, text=p.text, contents=p.contents)
             for i, p in enumerate(passages, start=1)
-        )
-        return "".join(written).strip()
+        ]
 
     def observation_ids(self, codec: TokenCodec, passages_text: str, max_tokens: int | None = None) -> tuple[int, ...]:
         """Token ids of an observation: the passages, as data, cut to `max_tokens` inside a tag that always closes."""
+        return self._tagged(codec, codec.encode_data(passages_text), max_tokens)
+
+    def passage_ids(
+        self, codec: TokenCodec, passages: Sequence[Passage], max_tokens: int
+    ) -> tuple[tuple[int, ...], int]:
+        """Token ids of an observation of at most `max_tokens`, and how many of its passages had to be cut for it.
+
+        Where all do not fit, the longest are cut, each at its own end and to the same length, so that one long passage
+        does not push out the others.
+        """
+        ids = self.observation_ids(codec, self.format_passages(passages))
+        if len(ids) <= max_tokens or not passages:
+            return ids, 0
+        first, *others = self._written(passages)
+        texts = [first.lstrip(), *others]
+        endings = [codec.encode(text[len(text.rstrip()) :]) for text in texts[:-1]] + [()]
+        bodies = [codec.encode_data(text.rstrip()) for text in texts]
+        room = max_tokens - len(self._tagged(codec, ())) - sum(map(len, endings))
+        share = fair_share([len(body) for body in bodies], room)
+        cut = [body[:share] + ending for body, ending in zip(bodies, endings, strict=True)]
+        body = tuple(token for part in cut for token in part)
+        return self._tagged(codec, body, max_tokens), sum(len(body) > share for body in bodies)
+
+    def _tagged(self, codec: TokenCodec, body: tuple[int, ...], max_tokens: int | None = None) -> tuple[int, ...]:
         head, tail = map(codec.encode, self.observation_template.split("{passages}"))
-        body = codec.encode_data(passages_text)
         room = len(body) if max_tokens is None else max(0, max_tokens - len(head) - len(tail))
         return head + body[:room] + tail
 
@@ -175,3 +200,13 @@ class AutoRefineProtocol(Protocol):
 
 PROTOCOLS: dict[str, type[Protocol]] = {"search_r1": SearchR1Protocol, "autorefine": AutoRefineProtocol}
 """Short names that `model.protocol` accepts beside a class_path."""
+
+
+def fair_share(lengths: Sequence[int], room: int) -> int:
+    """The largest number of tokens s for which the lengths, each cut to s, fit into `room`; at least 0."""
+    left, remaining = max(room, 0), len(lengths)
+    for length in sorted(lengths):
+        if length * remaining > left:
+            return left // remaining
+        left, remaining = left - length, remaining - 1
+    return max(lengths, default=0)

@@ -102,7 +102,7 @@ class Limits:
     max_turn_tokens: int = 512
     """A turn that reaches this without a closed action is an invalid action."""
     max_observation_tokens: int = 512
-    """Passages are cut to this inside their tag, which always closes."""
+    """Where passages exceed it together, the longest are cut to one length, inside their tag, which always closes."""
     max_tokens: int = 4096
     """Prompt, policy and observation tokens of one rollout together."""
 
@@ -138,6 +138,8 @@ class Trajectory:
     num_invalid_actions: int = 0
     num_tagged_queries: int = 0
     """Those of them that were searches whose query held a tag or a special token."""
+    num_cut_passages: int = 0
+    """Passages that were shown in part, for want of room in their observation."""
     reward: float | None = None
     advantage: float | None = None
     label: Label | None = None

@@ -30,11 +30,16 @@ policy_module
 module supervised
 report run_folder
 callbacks datamodules
-run_record cli* commands __main__ __init__
+run_record cli* retrieval_commands commands __main__ __init__
 """
 """From the bottom up: a room may import the rooms above its own line here, and itself, never its neighbours."""
 
-NEIGHBOURS = {"cli*": ["run_record"], "commands": ["cli*"], "__main__": ["commands"]}
+NEIGHBOURS = {
+    "cli*": ["run_record"],
+    "retrieval_commands": ["cli*"],
+    "commands": ["cli*", "retrieval_commands"],
+    "__main__": ["commands"],
+}
 """The top floor has an order of its own, too short for lines."""
 
 LIBRARIES = {
@@ -44,6 +49,12 @@ LIBRARIES = {
     "sentence_transformers": "retrieval datamodules",
     "faiss": "retrieval",
     "vllm": "rollout",
+    "fastapi": "retrieval",
+    "uvicorn": "retrieval",
+    "pymilvus": "retrieval",
+    "bm25s": "retrieval",
+    "pyarrow": "retrieval",
+    "httpx": "retrieval",
     "torchmetrics": "evaluation",
     "rich": "report retrieval",
 }

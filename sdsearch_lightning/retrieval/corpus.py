@@ -2,12 +2,14 @@
 
 File and byte offsets are both memory-mapped, so a corpus of any size opens at once and ranks share its memory.
 
-Next: flat_index.py.
+Next: index_build.py.
 """
 
 from __future__ import annotations
 
+import json
 import mmap
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdsearch_lightning.errors import DataError
-from sdsearch_lightning.retrieval.jsonl import parse_object, read_jsonl
+from sdsearch_lightning.retrieval.jsonl import parse_object
+from sdsearch_lightning.retrieval.rows import read_rows
 from sdsearch_lightning.types import Passage
+
+_OFFSETS, _UNPACKED = "offsets.npy", "corpus.jsonl"
 
 
 class Corpus:
@@ -25,7 +30,7 @@ class Corpus:
 
     Args:
         path: rows {id, contents}, or {id, title, text}, which reads as '"title"\ntext' (the Search-R1 convention).
-        offsets: [N] byte at which each row starts, from `scan_corpus`.
+        offsets: [N] byte at which each row starts.
     """
 
     def __init__(self, path: Path, offsets: NDArray[np.int64]) -> None:
@@ -43,26 +48,49 @@ class Corpus:
         where = f"{self.path} passage {index}"
         return parse_passage(parse_object(self._bytes[start : end if end >= 0 else None], where), where)
 
-    def contents(self, size: int) -> Iterator[Sequence[str]]:
-        """What an encoder reads: the contents of all passages in order, in lists of at most `size`."""
-        for start in range(0, len(self), size):
-            yield [self[index].contents for index in range(start, min(start + size, len(self)))]
+    def contents(self, size: int, start: int = 0) -> Iterator[Sequence[str]]:
+        """What an encoder reads: the contents of all passages from `start` on, in lists of at most `size`."""
+        for first in range(start, len(self), size):
+            yield [self[index].contents for index in range(first, min(first + size, len(self)))]
 
     def close(self) -> None:
         """Unmaps the file."""
         self._bytes.close()
 
+    @classmethod
+    def open(cls, source: Path, folder: Path) -> Corpus:
+        """The corpus that `write_corpus` has made ready in `folder`."""
+        offsets = np.load(folder / _OFFSETS, mmap_mode="r")
+        return cls(folder / _UNPACKED if (folder / _UNPACKED).is_file() else source, offsets)
 
-def scan_corpus(path: Path) -> NDArray[np.int64]:
-    """Reads a whole corpus once, checks every row, and returns the byte offset of each, [N].
+
+def write_corpus(source: Path, folder: Path) -> None:
+    """Reads a whole corpus once, checks every row, and writes to `folder` what random access needs.
+
+    That is the offset table; and, since rows of a packed file cannot be reached by offset, a plain copy of a .gz or
+    .parquet one.
 
     Raises:
         DataError: an empty corpus, or a row without the keys it needs; file and line are named.
     """
-    offsets = [row.offset for row in read_jsonl(path) if parse_passage(row.values, row.where)]
+    if (folder / _OFFSETS).is_file():  # by an earlier, killed call
+        return
+    offsets = array("q")
+    if source.suffix == ".jsonl":
+        for row in read_rows(source):
+            parse_passage(row.values, row.where)
+            offsets.append(row.offset)
+    else:
+        with (folder / _UNPACKED).open("wb") as unpacked:
+            for row in read_rows(source):
+                parse_passage(row.values, row.where)
+                offsets.append(unpacked.tell())
+                unpacked.write(json.dumps(row.values, default=str).encode() + b"\n")
     if not offsets:
-        raise DataError(f"{path}: expected at least one passage, found an empty file. A search needs a corpus.")
-    return np.array(offsets, dtype=np.int64)
+        raise DataError(f"{source}: expected at least one passage, found an empty file. A search needs a corpus.")
+    unfinished = folder / f"new.{_OFFSETS}"
+    np.save(unfinished, np.frombuffer(offsets, dtype=np.int64))
+    unfinished.replace(folder / _OFFSETS)
 
 
 def parse_passage(values: dict[str, Any], where: str) -> Passage:

@@ -1,42 +1,45 @@
-"""Dense retrieval: a sentence-transformers encoder and an exact index over its normalised passage vectors.
+"""Dense retrieval: a sentence-transformers encoder and an index over its normalised passage vectors.
 
-An index is a folder named by a fingerprint of all that its vectors depend on, so it can be neither stale nor half
-written: other passages, another encoder or another prompt make another folder, and a folder appears by one rename.
+    <index_path>/<fingerprint>/  manifest.json  offsets.npy  <encoder>_<factory>.index | vectors.npy
+                                 [encoder/]  [corpus.jsonl]
 
-    <index_path>/<fingerprint>/  manifest.json  offsets.npy  index.faiss | vectors.npy  [encoder/]  [corpus.jsonl]
+`index_path` may also be a file that plain FAISS wrote in Search-R1's layout (`e5_Flat.index`: row i is line i of the
+corpus); what random access to the corpus needs is then kept in the folder `<file>.corpus/`.
+
+Cost: encoding a query (milliseconds on a CPU), then a product with every vector (Flat) or with those of some lists.
+Memory: the index, mapped and shared between processes; the corpus stays on disk.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from uuid import uuid4
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sdsearch_lightning.errors import ConfigError, DataError
+from sdsearch_lightning.retrieval.backends import choose_backend
 from sdsearch_lightning.retrieval.base import Retriever
-from sdsearch_lightning.retrieval.corpus import Corpus, scan_corpus
-from sdsearch_lightning.retrieval.flat_index import FaissFlat, TorchFlat, Vectors, choose_backend
-from sdsearch_lightning.retrieval.jsonl import open_file
+from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
+from sdsearch_lightning.retrieval.encoder import TextEncoder
+from sdsearch_lightning.retrieval.faiss_index import FaissIndex
+from sdsearch_lightning.retrieval.index_build import VECTORS, build_index
+from sdsearch_lightning.retrieval.index_folder import IndexFolder, choose_manifest, corpus_stamp, digest_corpus
 from sdsearch_lightning.retrieval.static_encoder import build_static_encoder
+from sdsearch_lightning.retrieval.torch_index import TorchIndex
 from sdsearch_lightning.types import Passage
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-_FORMAT = 1  # of the folder; another number makes other fingerprints
+_FORMAT = 2  # of the folder; another number makes other fingerprints
+_LOGGER = logging.getLogger(__name__)
 
 
 class _Opened(NamedTuple):
-    encoder: SentenceTransformer
-    vectors: FaissFlat | TorchFlat
+    encoder: TextEncoder
+    vectors: FaissIndex | TorchIndex
     corpus: Corpus
 
 
@@ -44,14 +47,20 @@ class DenseRetriever(Retriever):
     """Searches the passages of a corpus file by the inner product of normalised sentence embeddings.
 
     Args:
-        corpus: .jsonl or .jsonl.gz with rows {id, contents} or {id, title, text}.
+        corpus: .jsonl, .jsonl.gz or .parquet with rows {id, contents} or {id, title, text}.
         encoder: a sentence-transformers folder or hub name, or "static": the embedded one (static_encoder.py).
-        index_path: folder that keeps indexes; None: `<corpus>.index` beside the corpus.
-        backend: "faiss", "torch" (exact too, on the device of the encoder), or "auto": faiss where it is installed.
-        query_prompt: text put before every query; None: the encoder's own. E5 models want "query: ".
-        passage_prompt: text put before every passage; None: the encoder's own. E5 models want "passage: ".
+        index_path: folder that keeps indexes, or a file in Search-R1's layout; None: `<corpus>.index` beside it.
+        backend: "faiss", "faiss-gpu" (on all GPUs that FAISS sees), "torch" (exact, on the device of the encoder), or
+            "auto": faiss where it is installed.
+        factory: kind of the FAISS index: Flat (exact), IVF4096,SQ8, IVF4096,PQ64, HNSW32, ...; torch knows Flat only.
+        nprobe: inverted lists that a query visits (IVF).
+        ef_search: candidates that a query keeps (HNSW).
+        scan: arithmetic of torch's scan, "float32", "bfloat16" (half the memory, and still exact) or "auto".
+        query_prompt: text put before every query; None: as the encoder wants it (encoder.py).
+        passage_prompt: text put before every passage; None: as the encoder wants it.
         batch_size: texts per forward pass of the encoder.
         device: where the encoder runs; None: a GPU if there is one ("static" always runs on the CPU).
+        dtype: of the encoder's weights, "float32", "bfloat16" or "float16".
     """
 
     def __init__(
@@ -59,54 +68,89 @@ class DenseRetriever(Retriever):
         corpus: str | Path,
         encoder: str = "static",
         index_path: str | Path | None = None,
-        backend: Literal["auto", "faiss", "torch"] = "auto",
+        backend: Literal["auto", "faiss", "faiss-gpu", "torch"] = "auto",
+        factory: str = "Flat",
+        nprobe: int = 32,
+        ef_search: int = 128,
+        scan: Literal["auto", "float32", "bfloat16"] = "auto",
         query_prompt: str | None = None,
         passage_prompt: str | None = None,
         batch_size: int = 256,
         device: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         self.corpus_path = Path(corpus)
         self.encoder = encoder
         self.index_path = Path(f"{corpus}.index" if index_path is None else index_path)
         self.backend = backend
-        self.query_prompt = query_prompt
-        self.passage_prompt = passage_prompt
-        self.batch_size = batch_size
-        self.device = device
+        self.factory = factory
+        self._search_options = {"nprobe": nprobe, "ef_search": ef_search}
+        self._scan = scan
+        self._encoder_options: dict[str, Any] = {
+            "query_prompt": query_prompt,
+            "passage_prompt": passage_prompt,
+            "batch_size": batch_size,
+            "device": device,
+            "dtype": dtype,
+        }
+        self._text_encoder = self._make_encoder(encoder)  # loads nothing; says now what is wrong with an option
         self._opened: _Opened | None = None
+
+    @classmethod
+    def from_index(
+        cls, corpus: str | Path, index_path: str | Path, encoder: str | None = None, **options: Any
+    ) -> DenseRetriever:
+        """A retriever of an index that is there already, with the encoder and the kind that its manifest tells.
+
+        Args:
+            corpus: file that it was built from.
+            index_path: as above.
+            encoder: where indexes by several encoders are there, or one in Search-R1's layout, which tells none.
+            options: as above, of the search: nprobe, ef_search, device, ...
+
+        Raises:
+            ConfigError: there is none, or more than one.
+        """
+        index_path = Path(index_path)
+        if index_path.is_file() and not (index_path.parent / "manifest.json").is_file():
+            if encoder is None:
+                raise ConfigError(f"encoder: expected the one that {index_path} was built with, found none given.")
+            return cls(corpus, encoder, index_path, **options)
+        root = index_path.parent if index_path.is_file() else index_path
+        by = None if encoder is None else TextEncoder(encoder).identity["encoder"]
+        manifest = choose_manifest(root, Path(corpus), by)
+        return cls(
+            corpus,
+            encoder or manifest["encoder_name"],
+            root.parent if (root / "manifest.json").is_file() else root,
+            **{name: manifest[name] for name in ("factory", "passage_prompt", "dtype", "backend")} | options,  # type: ignore
+        )
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """The best passages for each query; builds the index if `prepare` has not.
 
         Raises:
             ConfigError: k below 1, or an encoder that cannot be loaded.
-            DataError: a corpus that cannot be used.
+            DataError: a corpus or an index that cannot be used.
         """
         if k < 1:
             raise ConfigError(f"k: expected at least 1 passage per query, found {k}.")
         if not queries:
             return []
-        encoder, vectors, corpus = self._open()
-        scores, rows = vectors.search(self._encode_queries(encoder, queries), k)
+        encoder, index, corpus = self._open()
+        scores, rows = index.search(encoder.encode_queries(queries), k)
         return [
             [replace(corpus[int(row)], score=float(score)) for score, row in zip(*found, strict=True) if row >= 0]
             for found in zip(scores, rows, strict=True)
         ]
 
+    def __len__(self) -> int:
+        """Number of passages."""
+        return len(self._open().corpus)
+
     def prepare(self) -> None:
         """Builds the index unless a finished one is there; safe to call from several processes at once."""
-        if (self.folder / "manifest.json").is_file():
-            return
-        unfinished = self.index_path / f".{self.folder.name}.{uuid4().hex}"
-        unfinished.mkdir(parents=True)
-        try:
-            self._build(unfinished)
-            unfinished.rename(self.folder)
-        except OSError:
-            if not (self.folder / "manifest.json").is_file():  # else another process was faster, with the same result
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        self._folder.build(self._write_rows if self._is_file else self._write_index)
 
     def close(self) -> None:
         """Lets go of encoder, index and corpus; the next search opens them again."""
@@ -114,114 +158,99 @@ class DenseRetriever(Retriever):
             self._opened.corpus.close()
             self._opened = None
 
-    @cached_property
+    @property
     def folder(self) -> Path:
-        """The folder of this index under `index_path`, named by its fingerprint."""
-        return self.index_path / _digest(json.dumps(self._identity, sort_keys=True).encode())[:16]
+        """The folder of this index, named by its fingerprint."""
+        return self._folder.path
+
+    @property
+    def index_file(self) -> Path:
+        """The vectors: of a finished index, or the file that was given."""
+        return self.index_path if self._is_file else self.folder / self._folder.manifest["index_file"]
+
+    @property
+    def is_built(self) -> bool:
+        """Whether a finished index of this corpus, encoder and kind is there."""
+        return self._is_file or self._folder.is_finished
+
+    @property
+    def _is_file(self) -> bool:
+        return self.index_path.is_file()
 
     @cached_property
-    def _identity(self) -> dict[str, Any]:
-        """All that the vectors depend on: content where there are files, the name where a hub keeps them."""
-        with open_file(self.corpus_path):  # the error names the file
-            corpus = _digest_file(self.corpus_path)
-        encoder = _digest_folder(Path(self.encoder)) if Path(self.encoder).is_dir() else self.encoder
-        backend = choose_backend(self.backend).name
-        prompt = self.passage_prompt
-        return {"format": _FORMAT, "corpus": corpus, "encoder": encoder, "passage_prompt": prompt, "backend": backend}
+    def _folder(self) -> IndexFolder:
+        root = Path(f"{self.index_path}.corpus") if self._is_file else self.index_path
+        identity = {"format": _FORMAT, "corpus": digest_corpus(self.corpus_path, root)}
+        if self._is_file:  # holds no vectors of ours: only what the corpus and a static encoder need
+            return IndexFolder(root, identity | {"encoder": "static" if self.encoder == "static" else None})
+        backend = choose_backend(self.backend, self.factory)
+        return IndexFolder(root, identity | self._text_encoder.identity | {"backend": backend, "factory": self.factory})
 
-    def _build(self, folder: Path) -> None:
-        offsets = scan_corpus(self.corpus_path)
-        plain = self.corpus_path
-        if plain.suffix == ".gz":  # rows are read by offset, which a packed file cannot
-            plain = folder / "corpus.jsonl"
-            with open_file(self.corpus_path) as packed, plain.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-        corpus = Corpus(plain, offsets)
-        if self.encoder == "static":
-            build_static_encoder(corpus.contents(self.batch_size), folder / "encoder")
-        choose_backend(self.backend).write(folder, self._encode_corpus(corpus, folder), len(corpus))
-        np.save(folder / "offsets.npy", offsets)
-        names = {"corpus_file": str(self.corpus_path), "encoder_name": self.encoder, "num_passages": len(corpus)}
-        (folder / "manifest.json").write_text(json.dumps(self._identity | names, indent=2) + "\n")
-        corpus.close()
+    def _write_index(self, folder: Path) -> dict[str, Any]:
+        self._write_rows(folder)
+        factory = None if choose_backend(self.backend, self.factory) == "torch" else self.factory
+        file = f"{Path(self.encoder).name}_{factory}.index" if factory else VECTORS
+        build_index(self.corpus_path, folder, self._load_encoder(folder), factory, file)
+        return self._told(folder) | {"index_file": file}
+
+    def _write_rows(self, folder: Path) -> dict[str, Any]:
+        write_corpus(self.corpus_path, folder)
+        if self.encoder == "static" and not (folder / "encoder" / "modules.json").is_file():
+            corpus = Corpus.open(self.corpus_path, folder)
+            build_static_encoder(corpus.contents(self._text_encoder.batch_size), folder / "encoder")
+            corpus.close()
+        return self._told(folder)
+
+    def _told(self, folder: Path) -> dict[str, Any]:
+        return {
+            "corpus_file": str(self.corpus_path),
+            "corpus_stamp": corpus_stamp(self.corpus_path),
+            "encoder_name": str(Path(self.encoder).absolute()) if Path(self.encoder).is_dir() else self.encoder,
+            "num_passages": len(np.load(folder / "offsets.npy", mmap_mode="r")),
+        }
 
     def _open(self) -> _Opened:
         if self._opened is None:
             self.prepare()
-            unpacked = self.folder / "corpus.jsonl"
-            offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
-            corpus = Corpus(unpacked if unpacked.is_file() else self.corpus_path, offsets)
             encoder = self._load_encoder(self.folder)
-            index = choose_backend(self.backend)(self.folder, encoder.device)
-            if len(index) != len(corpus):
-                raise DataError(
-                    f"{self.folder}: expected {len(corpus)} vectors, one per passage, found {len(index)}. "
-                    "Delete the folder; it is built again."
-                )
+            corpus = Corpus.open(self.corpus_path, self.folder)
+            index = self._open_index(encoder)
+            self._check_fit(encoder, index, corpus)
             self._opened = _Opened(encoder, index, corpus)
         return self._opened
 
-    def _load_encoder(self, folder: Path) -> SentenceTransformer:
-        from sentence_transformers import SentenceTransformer
+    def _open_index(self, encoder: TextEncoder) -> FaissIndex | TorchIndex:
+        if not self._is_file and choose_backend(self.backend, self.factory) == "torch":
+            return TorchIndex(self.index_file, encoder.device, self._scan)
+        return FaissIndex(self.index_file, **self._search_options, gpus=self.backend == "faiss-gpu")
 
-        if self.encoder == "static":
-            return SentenceTransformer(str(folder / "encoder"), device="cpu", local_files_only=True)
-        try:
-            return SentenceTransformer(self.encoder, device=self.device)
-        except (OSError, ValueError) as error:
-            first_line = next(iter(str(error).splitlines()), "no reason given")
-            raise ConfigError(
-                f"encoder: expected 'static', a sentence-transformers folder or a hub name, found {self.encoder!r}, "
-                f"which cannot be loaded: {first_line}"
-            ) from error
-
-    def _encode_queries(self, encoder: SentenceTransformer, queries: Sequence[str]) -> Vectors:
-        vectors = encoder.encode_query(
-            list(queries),
-            prompt=self.query_prompt,
-            batch_size=self.batch_size,
-            normalize_embeddings=True,
-            show_progress_bar=False,
-        )
-        return np.ascontiguousarray(vectors, dtype=np.float32)
-
-    def _encode_corpus(self, corpus: Corpus, folder: Path) -> Iterator[Vectors]:
-        """[C, D] vectors of all passages in order, chunk by chunk."""
-        encoder = self._load_encoder(folder)
-        own = [encoder.prompts.get(key) for key in ("document", "passage", "corpus")]  # encode_document stops at ""
-        prompt = self.passage_prompt if self.passage_prompt is not None else next(filter(None, own), "")
-        for texts in _progress(corpus, 16 * self.batch_size):
-            vectors = encoder.encode_document(
-                list(texts),
-                prompt=prompt,
-                batch_size=self.batch_size,
-                normalize_embeddings=True,
-                show_progress_bar=False,
+    def _check_fit(self, encoder: TextEncoder, index: FaissIndex | TorchIndex, corpus: Corpus) -> None:
+        """A foreign index has no fingerprint: what can be told from the outside is told."""
+        where = self.index_path if self._is_file else self.folder
+        repair = "Name the corpus it was built from." if self._is_file else "Delete the folder; it is built again."
+        if len(index) != len(corpus):
+            raise DataError(
+                f"{where}: expected {len(corpus)} vectors, one per passage of {self.corpus_path}, found {len(index)}. "
+                f"{repair}"
             )
-            if not np.isfinite(vectors).all():
-                raise DataError(f"encoder {self.encoder!r} made vectors that are not finite. Try it in float32.")
-            yield np.ascontiguousarray(vectors, dtype=np.float32)
+        if index.dimension != encoder.dimension:
+            raise DataError(
+                f"{where}: expected vectors of {encoder.dimension} numbers, as encoder {self.encoder!r} makes them, "
+                f"found {index.dimension}. Name the encoder that it was built with."
+            )
+        if self._is_file and isinstance(index, FaissIndex):
+            rows = np.unique([0, len(corpus) // 2, len(corpus) - 1])
+            if (stored := index.stored(rows)) is not None:
+                fresh = encoder.encode_passages([corpus[int(row)].contents for row in rows])
+                if (worst := float((stored * fresh).sum(axis=1).min())) < 0.99:
+                    _LOGGER.warning(
+                        "%s: its vectors are not those that encoder %r gives the passages of %s (cosine %.3f). "
+                        "Was it built with another encoder, passage prompt or corpus?",
+                        where, self.encoder, self.corpus_path, worst,
+                    )  # fmt: skip
 
+    def _load_encoder(self, folder: Path) -> TextEncoder:
+        return self._make_encoder(str(folder / "encoder"), "cpu") if self.encoder == "static" else self._text_encoder
 
-def _progress(corpus: Corpus, size: int) -> Iterable[Sequence[str]]:
-    """`corpus.contents(size)`, with a bar where that is minutes of work."""
-    from rich.progress import track
-
-    total, small = -(-len(corpus) // size), len(corpus) < 100_000
-    return track(corpus.contents(size), f"Encoding {len(corpus)} passages", total, disable=small)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_folder(folder: Path) -> str:
-    """Of the names and contents of all its files but hidden ones."""
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    visible = [name for name in files if not any(part.startswith(".") for part in name.parts)]
-    return _digest("".join(f"{name.as_posix()} {_digest_file(folder / name)}\n" for name in visible).encode())
+    def _make_encoder(self, name: str, device: str | None = None) -> TextEncoder:
+        return TextEncoder(name, **(self._encoder_options | ({"device": device} if device else {})))

@@ -1,4 +1,4 @@
-"""JSON lines, plain or gzipped: the one reader of rows, which knows for each the place that an error has to name."""
+"""JSON lines, plain or gzipped: rows that know the place which an error about them has to name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ from sdsearch_lightning.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One JSON object of a file."""
+    """One object of a file."""
 
     values: dict[str, Any]
     where: str
-    """File and line (counted from 1), as every message about the row begins."""
+    """File and line or row (counted from 1), as every message about the row begins."""
     offset: int
-    """Byte at which the line starts in the (unpacked) file."""
+    """Byte at which the line starts in the (unpacked) file; of a file without lines, the rows before this one."""
+
+
+def require_file(path: Path) -> None:
+    """Nothing, where there is a file.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise DataError(f"Expected a file at {path}, found {found}. Relative paths start at {Path.cwd()}.")
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -30,9 +41,7 @@ def open_file(path: Path) -> BinaryIO:
     Raises:
         DataError: there is no such file.
     """
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise DataError(f"Expected a file at {path}, found {found}. Relative paths start at {Path.cwd()}.")
+    require_file(path)
     return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 

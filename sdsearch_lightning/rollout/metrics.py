@@ -39,6 +39,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "rollout/gold_in_correct_query": _share(
             [t for t in searched if t.label is Label.CORRECT], lambda t: _holds_gold(t, t.queries)
         ),
+        "rollout/cut_passages": sum(t.num_cut_passages for t in rollouts)
+        / max(sum(len(found) for t in rollouts for found in t.passages), 1),
         "rollout/tagged_query_rate": sum(t.num_tagged_queries for t in rollouts)
         / max(sum(t.num_tagged_queries + len(t.queries) for t in rollouts), 1),
     }

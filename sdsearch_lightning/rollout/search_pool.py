@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from sdsearch_lightning.errors import RetrievalError
+from sdsearch_lightning.errors import RetrievalError, RetrieverUnavailableError
 from sdsearch_lightning.retrieval.base import Retriever, as_passages
 from sdsearch_lightning.types import Passage
 
@@ -73,13 +73,19 @@ class SearchPool:
         return results
 
     def _call(self, queries: list[str]) -> list[SearchResult]:
-        """One batched call; where it fails, one call per query, so that a poisonous query fails alone."""
+        """One batched call; where it fails, one call per query, so that a poisonous query fails alone.
+
+        A retriever that is unavailable as a whole is not asked again: every query would wait for it in turn.
+        """
         if not queries:
             return []
         self._counts.calls += 1
         try:
             found = self._retriever.search(queries, self._top_k)
             return [tuple(passages) for passages in as_passages(found, len(queries), self._top_k)]
+        except RetrieverUnavailableError as error:
+            self._counts.last_error = f"{type(error).__name__}: {error} (a batch of {len(queries)} queries)"
+            return [RetrieverUnavailableError(self._counts.last_error)] * len(queries)
         except Exception as error:
             if len(queries) > 1:
                 return [result for query in queries for result in self._call([query])]

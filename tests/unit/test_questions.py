@@ -1,15 +1,19 @@
 import json
+import re
 import subprocess
 import sys
 import warnings
+from argparse import ArgumentError
+from collections import Counter
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from sdsearch_lightning.datamodules import SearchDataModule
-from sdsearch_lightning.datamodules.questions import EvaluationBatches, Share, TrainingBatches
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.types import Demonstration, Passage, Question, StepBatch
 
@@ -43,122 +47,6 @@ def files(tmp_path):
     return {name: str(path) for name, path in made.items()}
 
 
-def rows(batches):
-    return [batch for batch, _ in batches]
-
-
-def training(count=23, share=None, seed=5):
-    return TrainingBatches(range(count), lambda rows, ids: (tuple(rows), tuple(ids)), share or Share(4), seed)
-
-
-# --- the order of training ------------------------------------------------------------------------------------------
-
-
-def test_an_epoch_is_a_permutation_without_its_short_end():
-    loader = training()
-    first, second = list(loader), list(loader)
-    assert len(loader) == len(first) == 5
-    seen = [row for batch in rows(first) for row in batch]
-    assert len(set(seen)) == 20 and all(len(batch) == 4 for batch in rows(first))
-    assert seen != sorted(seen) and rows(first) != rows(second)  # shuffled, and anew in the next epoch
-    left_out = set(range(23)) - set(seen), set(range(23)) - {row for batch in rows(second) for row in batch}
-    assert left_out[0] != left_out[1]
-
-
-def test_the_order_depends_on_seed_and_epoch_only():
-    torch.manual_seed(1)
-    one = training()
-    list(one)
-    torch.manual_seed(2)
-    other = training()
-    other.set_epoch(1)
-    assert list(one) == list(other) != list(training()) != list(training(seed=6))
-
-
-def test_instance_ids_are_unique_over_epochs():
-    loader = training()
-    ids = [instance_id for _ in range(3) for _, ids in loader for instance_id in ids]
-    assert len(ids) == len(set(ids)) == 60 and ids[0] == (0, 0) and ids[-1] == (2, 19)
-
-
-def test_without_a_seed_the_order_is_kept():
-    assert rows(training(seed=None)) == [tuple(range(start, start + 4)) for start in range(0, 20, 4)]
-
-
-@pytest.mark.parametrize("done", range(16))
-def test_resuming_anywhere_equals_going_on(done):
-    def endless(loader):
-        while True:
-            yield from loader
-
-    stream, loader = endless(full := training()), training()
-    for _ in range(done):
-        next(stream)
-    state = json.loads(json.dumps(full.state_dict()))  # plain types only: it is loaded with weights_only
-    loader.load_state_dict(state)
-    resumed = endless(loader)
-    assert [next(stream) for _ in range(12)] == [next(resumed) for _ in range(12)]
-
-
-def test_a_cursor_that_replays_its_last_batch_would_be_noticed():
-    full, loader = training(), training()
-    batches = iter(full)
-    next(batches)
-    loader.load_state_dict(full.state_dict() | {"batch": 0})
-    assert next(iter(loader)) != next(batches)
-
-
-@pytest.mark.parametrize("other", [{"count": 24}, {"seed": 6}, {"share": Share(5)}, {"share": Share(4, 0, 2)}])
-def test_a_checkpoint_of_other_data_is_refused(other):
-    with pytest.raises(ConfigError, match=r"stands in training data with .*'rows_per_step': 4.* found "):
-        training(**other).load_state_dict(training().state_dict())
-
-
-def test_a_checkpoint_moves_to_another_number_of_ranks():
-    single, ranks = training(share=Share(4)), [training(share=Share(2, rank, 2)) for rank in (0, 1)]
-    next(iter(single))
-    for loader in ranks:
-        loader.load_state_dict(single.state_dict())
-    for whole, *parts in zip(single, *ranks, strict=True):
-        assert sorted(whole[1]) == sorted(parts[0][1] + parts[1][1])
-        assert sorted(whole[0]) == sorted(parts[0][0] + parts[1][0])
-
-
-def test_too_little_data_is_a_clear_error():
-    with pytest.raises(ConfigError) as error:
-        training(count=7, share=Share(4, 0, 2))
-    assert str(error.value) == (
-        "data.batch_size: expected at most 7, the number of training rows, found 4 x 2 processes = 8. "
-        "Lower it, or give more data."
-    )
-
-
-# --- ranks ----------------------------------------------------------------------------------------------------------
-
-
-def test_two_ranks_partition_every_training_batch():
-    ranks = [list(training(share=Share(3, rank, 2))) for rank in (0, 1)]
-    assert [len(batches) for batches in ranks] == [3, 3]
-    for (mine, _), (yours, _) in zip(*ranks, strict=True):
-        assert len(mine) == len(yours) == 3 and not set(mine) & set(yours)
-    assert len({row for batches in ranks for batch in rows(batches) for row in batch}) == 18
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("count", range(1, 14))
-def test_evaluation_drops_and_repeats_nothing(count, world_size):
-    questions = [Question(str(i), "q", ("a",)) for i in range(count)]
-    ranks = [EvaluationBatches(questions, Share(2, rank, world_size)) for rank in range(world_size)]
-    assert len({len(loader) for loader in ranks}) == 1  # collectives of one rank wait for the others
-    seen = [
-        pair for loader in ranks for batch in loader for pair in zip(batch.questions, batch.instance_ids, strict=True)
-    ]
-    assert sorted((int(question.id), instance_id) for question, instance_id in seen) == [
-        (i, (0, i)) for i in range(count)
-    ]
-    assert all(len(list(loader)) == len(loader) for loader in ranks)
-
-
 # --- the data module ------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +71,81 @@ def test_evaluation_serves_every_row_in_order(files):
 def test_limit_takes_the_head_of_each_file(files):
     data = SearchDataModule(test_files=list(files.values()), limit=2)
     assert [q.text for q in data.questions("test")] == ["nq 0 ?", "nq 1 ?", "hotpotqa 0 ?", "hotpotqa 1 ?"]
+
+
+def test_rows_of_weighted_files_come_as_often_as_asked(files):
+    weights = {files["nq"]: 2, files["hotpotqa"]: 0.5}
+    data = SearchDataModule(train_files=weights, batch_size=31)
+    (batch,) = data.train_dataloader()
+    counts = Counter(question.text for question in batch.questions)
+    assert {counts[f"nq {i} ?"] for i in range(13)} == {2} and len(counts) == 13 + 5
+    assert len(data.training_questions) == 23 and len(set(batch.instance_ids)) == 31
+    with pytest.raises(ConfigError, match=r"data\.train_files: expected a weight above 0 for 'a', found 0"):
+        SearchDataModule(train_files={"a": 0})
+
+
+def test_columns_name_those_of_own_files_only(files, tmp_path):
+    (tmp_path / "nq").mkdir()
+    Path(files["nq"]).rename(tmp_path / "nq" / "test.jsonl")
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"q": "mine", "gold": "A"}) + "\n")
+    columns = {"question": "q", "answers": "gold"}
+    data = SearchDataModule(test_files=["nq", str(own)], columns=columns, hub=str(tmp_path), limit=1)
+    assert data.questions("test")[:] == [Question("0", "nq 0 ?", ("0",), "nq"), Question("1", "mine", ("A",), "own")]
+    with pytest.raises(DataError, match=r"hotpotqa\.jsonl line 1: expected a value in the column 'q'"):
+        SearchDataModule(test_files=files["hotpotqa"], columns=columns).setup("test")
+    with pytest.raises(ConfigError, match=r"data\.columns: expected keys among"):
+        SearchDataModule(columns={"text": "q"})
+
+
+def test_held_out_questions_are_validated_and_never_trained_on(files):
+    def data(**options):
+        return SearchDataModule(train_files=list(files.values()), holdout=5, batch_size=18, **options)
+
+    one = data()
+    one.setup("fit")
+    held = [question for batch in one.val_dataloader() for question in batch.questions]
+    (batch,) = one.train_dataloader()
+    assert len(held) == 5 and len(one.training_questions) == 18
+    assert len({question.text for question in (*held, *batch.questions)}) == 23
+    other = data(seed=1)
+    other.setup("validate")
+    assert [q for batch in other.val_dataloader() for q in batch.questions] != held
+    assert data().questions("train")[:] == one.questions("train")[:] and len(one.questions("train")) == 23
+
+
+def test_a_holdout_that_cannot_be_is_refused(files):
+    with pytest.raises(ConfigError, match=r"data\.holdout: expected 0, or .* without val_files, found 2 beside"):
+        SearchDataModule(val_files=files["nq"], holdout=2)
+    with pytest.raises(ConfigError, match=r"data\.holdout: expected 0, .* found -1\."):
+        SearchDataModule(holdout=-1)
+    with pytest.raises(ConfigError, match=r"data\.holdout: expected fewer than 13"):
+        SearchDataModule(train_files=files["nq"], holdout=13).setup("fit")
+    for stage, option in (("fit", "train"), ("validate", "val")):
+        with pytest.raises(ConfigError, match=rf"data\.{option}_files: expected at least one file"):
+            SearchDataModule(holdout=2).setup(stage)
+
+
+def test_validation_that_repeats_training_questions_is_told(files, tmp_path):
+    again = tmp_path / "again.jsonl"
+    texts = ["NQ  3", "something else", "nq 4?"]
+    again.write_text("".join(json.dumps({"question": text, "answers": ["a"]}) + "\n" for text in texts))
+    data = SearchDataModule(train_files=files["nq"], val_files=str(again))
+    with pytest.warns(UserWarning, match=r"^2 of 3 validation questions are training questions too, such as 'NQ  3'"):
+        data.setup("fit")
+    SearchDataModule(train_files=files["nq"], val_files=files["hotpotqa"]).setup("fit")  # warnings are errors here
+    data.setup("validate")
+
+
+def test_a_checkpoint_of_other_questions_is_refused(files):
+    def loader(path, **options):
+        return SearchDataModule(train_files=path, batch_size=4, **options).train_dataloader()
+
+    state = loader(files["nq"]).state_dict()
+    loader([files["nq"]]).load_state_dict(state)
+    Path(files["nq"]).write_text(Path(files["nq"]).read_text().replace("nq 7 ?", "nq 77 ?"))
+    with pytest.raises(ConfigError, match=r"stands in training data with \{'fingerprint': '[0-9a-f]{12}'\}, found"):
+        loader(files["nq"]).load_state_dict(state)
 
 
 def test_the_retriever_is_prepared_and_closed_if_it_can_be(files):
@@ -301,3 +264,31 @@ def test_a_module_that_learns_from_demonstrations_gets_them(files, tmp_path):
         ConfigError, match=r"data\.demonstration_files: expected at least one file for this command, found none"
     ):
         fit(SearchDataModule(), tmp_path / "d", 2, learns_from="demonstrations")
+
+
+# --- the documentation ----------------------------------------------------------------------------------------------
+
+SNIPPETS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+
+
+def parse(config):
+    """What the command line makes of a configuration file."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
+    return SearchDataModule(**parser.parse_object(config).data.init_args.as_dict())
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_a_snippet_of_the_documentation_can_be_used(snippet):
+    config = yaml.safe_load(snippet)
+    made = parse(config)
+    assert made.files["train"] or made.files["test"]
+    for option in ("holdout", "hub", "limit", "columns"):
+        assert getattr(made, option) == config["data"].get(option, getattr(SearchDataModule(), option))
+
+
+def test_a_snippet_that_cannot_be_used_would_be_noticed():
+    assert len(SNIPPETS) == 6
+    for wrong in ({"train_file": "a.jsonl"}, {"train_files": {"a.jsonl": "x"}}, {"columns": ["q"]}):
+        with pytest.raises(ArgumentError):
+            parse({"data": wrong})

@@ -1,16 +1,22 @@
 import gzip
 import json
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
-from sdsearch_lightning.datamodules.readers import read_demonstrations, read_questions
-from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.datamodules.readers import parse_question, read_demonstrations, read_questions
+from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.types import Label, Question, SiblingRecord, SpanKind
 
 GOOD = {"question": "who ?", "answers": ["A"]}
 
 
 def write(path, *rows):
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+        return path
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
@@ -38,7 +44,7 @@ def test_limit_stops_reading(tmp_path):
         read_questions(path, limit=3)
 
 
-@pytest.mark.parametrize("gold", [[], "", " ", None, [""], [1998], {"target": ["A"]}])
+@pytest.mark.parametrize("gold", [[], "", " ", None, [""], [1998], {"target": []}, {"other": ["A"]}])
 @pytest.mark.parametrize("key", ["answers", "golden_answers"])
 def test_a_row_without_answers_is_named(tmp_path, key, gold):
     path = write(tmp_path / "nq.jsonl", GOOD, {"question": "who ?", key: gold})
@@ -55,10 +61,160 @@ def test_other_faults_are_named(tmp_path):
         read_questions(write(tmp_path / "nq.jsonl", {"prompt": "who ?", "answers": ["A"]}))
     with pytest.raises(DataError, match=r"nq\.jsonl: expected at least one row, found an empty file"):
         read_questions(write(tmp_path / "nq.jsonl"))
-    with pytest.raises(DataError, match=r"nq\.csv: expected a file that ends in \.jsonl or \.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"nq\.csv: expected a file that ends in one of \.jsonl, \.jsonl\.gz"):
         read_questions(write(tmp_path / "nq.csv", GOOD))
     with pytest.raises(DataError, match=r"nowhere\.jsonl, found nothing"):
         read_questions(tmp_path / "nowhere.jsonl")
+
+
+# --- the files of Search-R1, verl and SkyRL -------------------------------------------------------------------------
+
+INSTRUCTIONS = "Answer the given question. For example, <answer> Beijing </answer>. Question: "
+
+
+def search_r1(source, index, **other):
+    """A row as Search-R1's own scripts write it."""
+    question = f"{source} {index}?"
+    row = {
+        "id": f"train_{index}",
+        "question": question,
+        "golden_answers": ["A", "B"],
+        "metadata": {"context": ["long"]},
+        "data_source": source,
+        "prompt": [{"role": "user", "content": INSTRUCTIONS + question + "\n"}],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": ["A", "B"]}},
+        "extra_info": {"split": "train", "index": index},
+    }
+    return row | other
+
+
+def verl(source, index, reward="reward_model", **other):
+    """A row as verl's script rewrites it; SkyRL's differs by `reward`."""
+    question = f"{source} {index}?"
+    system = {"role": "system", "content": "You are a helpful and harmless assistant. Question: none"}
+    row = {
+        "data_source": f"searchR1_{source}",
+        "prompt": [system, {"role": "user", "content": INSTRUCTIONS + question}],
+        "ability": "fact-reasoning",
+        reward: {"style": "rule", "ground_truth": {"target": ["A", "B"]}},
+        "extra_info": {"index": index, "need_tools_kwargs": True, "question": question, "split": "train"},
+        "metadata": None,
+    }
+    return row | other
+
+
+@pytest.mark.parametrize(
+    ("row", "ids"),
+    [
+        (search_r1, ["train_0", "train_0"]),  # not unique, and nobody minds
+        (lambda *at: verl(*at), ["nq_0", "hotpotqa_0"]),
+        (lambda *at: verl(*at, reward="reward_spec", env_class="search"), ["nq_0", "hotpotqa_0"]),
+    ],
+    ids=["search_r1", "verl", "skyrl"],
+)
+def test_peers_files_are_read_as_they_are(tmp_path, row, ids):
+    path = write(tmp_path / "train.parquet", row("nq", 0), row("hotpotqa", 0))
+    assert read_questions(path) == [
+        Question(ids[0], "nq 0?", ("A", "B"), "nq"),
+        Question(ids[1], "hotpotqa 0?", ("A", "B"), "hotpotqa"),
+    ]
+
+
+def test_arrays_are_read_as_lists():
+    """What pandas makes of a parquet file."""
+    row = search_r1("nq", 3) | {"golden_answers": np.array(["A", "B"], dtype=object)}
+    assert parse_question(row, "x row 1", "s").answers == ("A", "B")
+    row = verl("nq", 3) | {"extra_info": {"index": np.int64(3)}}
+    row["prompt"] = np.array(row["prompt"], dtype=object)
+    row["reward_model"] = {"ground_truth": {"target": np.array(["A"], dtype=object)}}
+    assert parse_question(row, "x row 1", "s") == Question("nq_3", "nq 3?", ("A",), "nq")
+
+
+@pytest.mark.parametrize(
+    "gold", ["A", ["A"], {"target": ["A"]}, {"target": "A"}, np.array(["A"]), {"target": np.array(["A"])}]
+)
+@pytest.mark.parametrize("place", ["golden_answers", "answers", "ground_truth", "reward_model", "reward_spec"])
+def test_answers_in_any_form_and_place(place, gold):
+    held = {"ground_truth": gold} if place.startswith("reward") else gold
+    assert parse_question({"question": "q", place: held}, "x row 7", "s") == Question("7", "q", ("A",), "s")
+
+
+def test_a_null_is_no_answer_where_another_column_has_one():
+    row = {"question": "q", "golden_answers": None, "reward_model": {"ground_truth": {"target": ["A"]}}, "id": None}
+    assert parse_question(row, "x row 7", "s") == Question("7", "q", ("A",), "s")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ([{"role": "user", "content": INSTRUCTIONS + "who?\n"}], "who?"),
+        ([{"role": "user", "content": "Question: old"}, {"role": "user", "content": "Question: new "}], "new"),
+        ([{"role": "user", "content": "Question: old"}, {"role": "assistant", "content": "Question: no"}], "old"),
+        ([{"role": "user", "content": "Question: an example. Question: who?"}], "who?"),
+        ([{"role": "user", "content": "no such word"}], None),
+        ([{"role": "system", "content": "Question: who?"}], None),
+        ([{"role": "user", "content": "Question: "}], None),
+        ([{"role": "user", "content": None}], None),
+        (["Question: who?"], None),
+        ([], None),
+    ],
+)
+def test_a_question_that_stands_in_the_prompt_only(prompt, text):
+    row = {"prompt": prompt, "answers": ["A"]}
+    if text is not None:
+        assert parse_question(row, "x row 1", "s").text == text
+        return
+    with pytest.raises(DataError, match=r"x row 1: expected a text under 'question', found .* \['answers', 'prompt'\]"):
+        parse_question(row, "x row 1", "s")
+
+
+def test_the_text_is_kept_as_it_is():
+    assert parse_question({"question": " Who . ", "answers": [" A "]}, "x row 1", "s") == Question(
+        "1", " Who . ", (" A ",), "s"
+    )
+
+
+def test_what_a_file_without_data_source_belongs_to(tmp_path):
+    (tmp_path / "hotpotqa").mkdir()
+    names = ("dev.jsonl", "test.jsonl.gz", "train-00000-of-00002.parquet", "tests.jsonl", "nq-dev.jsonl")
+    found = [read_questions(write(tmp_path / "hotpotqa" / name, GOOD))[0].source for name in names]
+    assert found == ["hotpotqa", "hotpotqa", "hotpotqa", "tests", "nq-dev"]
+    assert read_questions(tmp_path / "hotpotqa" / "dev.jsonl", source="mine")[0].source == "mine"
+
+
+# --- a file's own columns -------------------------------------------------------------------------------------------
+
+OWN = {"q": "who ?", "gold": {"labels": ["A"]}, "n": 0, "metadata": {"from": "web"}, "id": "x", "question": "wrong"}
+
+
+@pytest.mark.parametrize("name", ["mine.parquet", "mine.jsonl"])
+def test_columns_of_other_names(tmp_path, name):
+    path = write(tmp_path / name, OWN)
+    columns = {"question": "q", "answers": "gold.labels", "id": "n", "source": "metadata.from"}
+    assert read_questions(path, columns=columns) == [Question("0", "who ?", ("A",), "web")]
+    assert read_questions(path, columns={"answers": "gold.labels"}) == [Question("x", "wrong", ("A",), "mine")]
+
+
+@pytest.mark.parametrize("columns", [{"question": "Q"}, {"answers": "gold.other"}, {"id": "q.x"}, {"source": "none"}])
+def test_a_missing_column_is_named_with_those_there_are(tmp_path, columns):
+    (name,) = columns.values()
+    with pytest.raises(DataError) as error:
+        read_questions(write(tmp_path / "mine.jsonl", OWN | {"answers": ["A"]}), columns=columns)
+    assert str(error.value) == (
+        f"{tmp_path}/mine.jsonl line 1: expected a value in the column {name!r}, which data.columns names, found none. "
+        "The row has ['answers', 'gold', 'id', 'metadata', 'n', 'q', 'question']."
+    )
+
+
+def test_an_unknown_name_in_columns_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"data\.columns: expected keys among question, answers, id, source, found text\."
+    ):
+        read_questions(tmp_path / "mine.jsonl", columns={"text": "q"})
+
+
+# --- demonstrations -------------------------------------------------------------------------------------------------
 
 
 def test_demonstrations(tmp_path):

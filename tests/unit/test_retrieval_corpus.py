@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sdsearch_lightning.errors import DataError
-from sdsearch_lightning.retrieval.corpus import Corpus, scan_corpus
+from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
 
 
 def write(path, *rows):
@@ -20,7 +20,8 @@ def test_passages_are_read_by_offset(tmp_path):
         {"id": "c", "contents": "", "url": "u"},
     )
     path.write_text("\n" + path.read_text().rstrip("\n"))  # a blank first line, and no newline at the end
-    corpus = Corpus(path, scan_corpus(path))
+    write_corpus(path, tmp_path)
+    corpus = Corpus.open(path, tmp_path)
     assert len(corpus) == 3
     assert corpus[2].id == "c" and corpus[2].contents == "" and corpus[2].fields == {"url": "u"}
     assert corpus[0].contents == '"Zoë"\nnaïve\ttext' and corpus[0].title == '"Zoë"'
@@ -34,18 +35,19 @@ def test_passages_are_read_by_offset(tmp_path):
 def test_a_row_without_its_keys_is_named(tmp_path, row):
     path = write(tmp_path / "corpus.jsonl", {"id": "0", "contents": "fine"}, row)
     with pytest.raises(DataError, match=r"corpus\.jsonl line 2: expected the keys 'id' and 'contents'"):
-        scan_corpus(path)
+        write_corpus(path, tmp_path)
 
 
 def test_an_empty_corpus_is_refused(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n\n")
     with pytest.raises(DataError, match=r"corpus\.jsonl: expected at least one passage, found an empty file"):
-        scan_corpus(path)
+        write_corpus(path, tmp_path)
 
 
 def test_a_file_changed_since_is_an_error_not_a_wrong_passage(tmp_path):
     path = write(tmp_path / "corpus.jsonl", {"id": "0", "contents": "fine"}, {"id": "1", "contents": "too"})
-    corpus = Corpus(path, scan_corpus(path) + np.int64(3))
+    write_corpus(path, tmp_path)
+    corpus = Corpus(path, np.load(tmp_path / "offsets.npy") + np.int64(3))
     with pytest.raises(DataError, match="passage 1: expected one JSON object"):
         corpus[1]

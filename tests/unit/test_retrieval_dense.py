@@ -1,12 +1,16 @@
 import gzip
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from sdsearch_lightning.errors import ConfigError, DataError
-from sdsearch_lightning.retrieval import DenseRetriever, check_retriever
+from sdsearch_lightning.retrieval import DenseRetriever, check_retriever, dense
+from sdsearch_lightning.retrieval.encoder import TextEncoder
 from sdsearch_lightning.retrieval.static_encoder import save_static_encoder
 
 TEXTS = {
@@ -64,8 +68,8 @@ def test_backends_agree_with_brute_force(tmp_path):
     by_faiss, by_torch = (DenseRetriever(path, backend=backend) for backend in ("faiss", "torch"))
     found = by_faiss.search(queries, 4)
     encoder = by_faiss._opened.encoder
-    passages = encoder.encode_document(texts, normalize_embeddings=True, show_progress_bar=False).astype(np.float64)
-    asked = encoder.encode_query(queries, normalize_embeddings=True, show_progress_bar=False).astype(np.float64)
+    passages = encoder.encode_passages(texts).astype(np.float64)
+    asked = encoder.encode_queries(queries).astype(np.float64)
     expected = np.argsort(-(asked @ passages.T), axis=1)[:, :4].astype(str).tolist()
     assert ids(found) == ids(by_torch.search(queries, 4)) == expected
     assert ids(by_faiss.search(queries[:3], 4)) == expected[:3] != expected[1:4]
@@ -73,7 +77,7 @@ def test_backends_agree_with_brute_force(tmp_path):
 
 def test_a_finished_index_is_used_again(corpus, monkeypatch):
     DenseRetriever(corpus).prepare()
-    monkeypatch.setattr(DenseRetriever, "_build", lambda *_: pytest.fail("built twice"))
+    monkeypatch.setattr(dense, "build_index", lambda *_: pytest.fail("built twice"))
     retriever = DenseRetriever(corpus)
     retriever.prepare()
     assert ids(retriever.search(["tea"], 1)) == [["tea"]]
@@ -95,7 +99,7 @@ def test_the_fingerprint_is_of_content(corpus, tmp_path):
     assert name() == name(query_prompt="query: ")  # no passage depends on it
     hub = {"encoder": "intfloat/e5-base-v2"}  # a name: nothing is loaded for it
     names = [name(), name(encoder=str(encoder)), name(**hub), name(**hub, passage_prompt="passage: ")]
-    names.append(name(backend="torch"))
+    names += [name(backend="torch"), name(factory="HNSW32"), name(dtype="bfloat16")]
     save_static_encoder({"tea": 2.0}, encoder, dimension=4, seed=0)
     names.append(name(encoder=str(encoder)))
     with corpus.open("a") as file:
@@ -112,32 +116,27 @@ def test_a_changed_corpus_is_searched_anew(corpus):
     assert ids(DenseRetriever(corpus, index_path=index).search(["zebra"], 1)) == [["zebra"]]
 
 
-def test_a_failed_build_leaves_nothing_behind(corpus, monkeypatch):
-    def torn(folder, chunks, num_vectors):
-        (folder / "index.faiss").write_text("half")
-        raise OSError("disk full")
-
+def test_a_build_that_failed_goes_on(corpus, monkeypatch):
+    """The disk fills up while the index is written; what was encoded by then is not encoded again."""
     retriever = DenseRetriever(corpus)
     with monkeypatch.context() as patch:
-        patch.setattr("sdsearch_lightning.retrieval.flat_index.FaissFlat.write", staticmethod(torn))
+
+        def torn(path, vectors, factory):
+            path.write_text("half")
+            raise OSError("disk full")
+
+        patch.setattr("sdsearch_lightning.retrieval.index_build.write_faiss_index", torn)
         with pytest.raises(OSError, match="disk full"):
             retriever.prepare()
-    assert list(retriever.index_path.iterdir()) == []
+    assert not retriever.is_built
+    (unfinished,) = retriever.index_path.iterdir()
+    (unfinished / "static_Flat.index").unlink()  # the real writer renames: what has the name is whole
+    monkeypatch.setattr(TextEncoder, "encode_passages", lambda *_: pytest.fail("encoded twice"))
     assert ids(retriever.search(["tea"], 1)) == [["tea"]]
-
-
-def test_the_faster_of_two_builders_wins(corpus, monkeypatch):
-    """Both build; the second finds the finished folder in its place and keeps it."""
-    retriever, build = DenseRetriever(corpus), DenseRetriever._build
-
-    def slowly(self, folder):
-        build(self, folder)
-        monkeypatch.setattr(DenseRetriever, "_build", build)
-        DenseRetriever(corpus).prepare()
-
-    monkeypatch.setattr(DenseRetriever, "_build", slowly)
-    retriever.prepare()
     assert [path.name for path in retriever.index_path.iterdir()] == [retriever.folder.name]
+    assert sorted(path.name for path in retriever.folder.iterdir()) == [
+        "encoder", "manifest.json", "offsets.npy", "static_Flat.index",
+    ]  # fmt: skip
 
 
 def test_a_gzipped_corpus_is_unpacked_beside_its_index(corpus):
@@ -184,5 +183,146 @@ def test_an_index_of_another_length_is_refused(corpus):
     retriever = DenseRetriever(corpus)
     retriever.prepare()
     np.save(retriever.folder / "offsets.npy", np.zeros(3, dtype=np.int64))
-    with pytest.raises(DataError, match=r"expected 3 vectors, one per passage, found 4\. Delete the folder"):
+    with pytest.raises(DataError, match=r"expected 3 vectors, one per passage of .*, found 4\. Delete the folder"):
         retriever.search(["tea"], 1)
+
+
+@pytest.mark.parametrize("factory", ["IVF4,SQ8", "HNSW8"])
+def test_other_kinds_of_index(tmp_path, factory):
+    path = tmp_path / "corpus.jsonl"
+    words = [f"w{i % 97} u{i}" for i in range(600)]
+    path.write_text("".join(json.dumps({"id": str(i), "contents": text}) + "\n" for i, text in enumerate(words)))
+    retriever = DenseRetriever(path, factory=factory, nprobe=4)
+    assert [hits[0] for hits in ids(retriever.search(words[::50], 3))] == [str(i) for i in range(0, 600, 50)]
+    assert retriever.index_file.name == f"static_{factory}.index" and retriever.index_file.is_file()
+    with pytest.raises(ConfigError, match="factory: expected a FAISS factory string for 256 dimensions.*found 'Nope'"):
+        DenseRetriever(path, factory="Nope").prepare()
+
+
+def test_a_parquet_corpus(corpus, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "corpus.parquet")
+    found = DenseRetriever(tmp_path / "corpus.parquet").search(["capital of Italy"], 4)
+    assert found == DenseRetriever(corpus).search(["capital of Italy"], 4)
+
+
+def search_r1_index(corpus, encoder, path):
+    """As plain faiss writes it: an inner-product Flat index, row i being line i."""
+    import faiss
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(encoder), device="cpu")
+    texts = [json.loads(line)["contents"] for line in corpus.read_text().splitlines()]
+    vectors = model.encode(["passage: " + text for text in texts], normalize_embeddings=True)
+    index = faiss.index_factory(vectors.shape[1], "Flat", faiss.METRIC_INNER_PRODUCT)
+    index.add(vectors)
+    faiss.write_index(index, str(path))
+    return model, index
+
+
+@pytest.fixture
+def e5(tmp_path):
+    save_static_encoder({w: 1.0 for t in TEXTS.values() for w in t.lower().split()}, tmp_path / "e5", 32, seed=0)
+    return tmp_path / "e5"
+
+
+def test_an_index_in_search_r1s_layout(corpus, e5, tmp_path):
+    model, index = search_r1_index(corpus, e5, tmp_path / "e5_Flat.index")
+    queries = ["capital of Italy", "a play", "tea leaves"]
+    scores, rows = index.search(model.encode(["query: " + q for q in queries], normalize_embeddings=True), 3)
+    retriever = DenseRetriever(corpus, str(e5), tmp_path / "e5_Flat.index")
+    found = retriever.search(queries, 3)
+    assert ids(found) == [[list(TEXTS)[row] for row in hits] for hits in rows]
+    np.testing.assert_allclose([[p.score for p in hits] for hits in found], scores, atol=1e-5)
+    assert retriever.is_built and (tmp_path / "e5_Flat.index.corpus").is_dir()
+    (everything,) = retriever.search(["a play"], 50)
+    assert sorted(p.id for p in everything) == sorted(TEXTS)
+
+
+def test_an_index_of_another_corpus_or_encoder_is_told(corpus, e5, tmp_path, caplog):
+    path = tmp_path / "e5_Flat.index"
+    search_r1_index(corpus, e5, path)
+    bare = DenseRetriever(corpus, str(e5), path, passage_prompt="hamlet shakespeare ")
+    bare.search(["tea"], 1)
+    assert "its vectors are not those that encoder" in caplog.text
+    caplog.clear()
+    DenseRetriever(corpus, str(e5), path).search(["tea"], 1)
+    assert not caplog.records
+    save_static_encoder({"tea": 1.0}, tmp_path / "small", dimension=4, seed=0)
+    with pytest.raises(DataError, match=r"expected vectors of 4 numbers, as encoder .*small.* makes them, found 32"):
+        DenseRetriever(corpus, str(tmp_path / "small"), path).search(["tea"], 1)
+    with corpus.open("a") as file:
+        file.write('{"id": "new", "contents": "more"}\n')
+    with pytest.raises(DataError, match=r"expected 5 vectors, one per passage of .*found 4\. Name the corpus"):
+        DenseRetriever(corpus, str(e5), path).search(["tea"], 1)
+
+
+def test_ours_is_in_search_r1s_layout(corpus, e5):
+    import faiss
+
+    retriever = DenseRetriever(corpus, str(e5))
+    found = retriever.search(["capital of Italy"], 4)
+    assert retriever.index_file.name == "e5_Flat.index"
+    index = faiss.read_index(str(retriever.index_file))
+    assert index.ntotal == 4 and index.metric_type == faiss.METRIC_INNER_PRODUCT
+    assert DenseRetriever(corpus, str(e5), retriever.index_file).search(["capital of Italy"], 4) == found
+
+
+def test_a_finished_index_is_opened_by_what_it_tells(corpus, e5, tmp_path):
+    DenseRetriever(corpus, str(e5), tmp_path / "index", factory="HNSW8", passage_prompt="p ").prepare()
+    retriever = DenseRetriever.from_index(corpus, tmp_path / "index", ef_search=7)
+    assert retriever.is_built and (retriever.encoder, retriever.factory) == (str(e5), "HNSW8")
+    assert ids(retriever.search(["tea leaves"], 1)) == [["tea"]]
+    for path in (retriever.folder, retriever.index_file):
+        assert DenseRetriever.from_index(corpus, path).folder == retriever.folder
+    assert DenseRetriever.from_index(corpus, tmp_path / "index", str(e5)).folder == retriever.folder
+    with pytest.raises(ConfigError, match=r"expected one index of .* by encoder 'static' in .*Build it"):
+        DenseRetriever.from_index(corpus, tmp_path / "index", "static")
+    shutil.copy(retriever.index_file, tmp_path / "foreign.index")
+    with pytest.raises(ConfigError, match=r"expected the one that .*foreign\.index was built with, found none given"):
+        DenseRetriever.from_index(corpus, tmp_path / "foreign.index")
+    assert DenseRetriever.from_index(corpus, tmp_path / "foreign.index", str(e5)).search(["tea leaves"], 1)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(corpus, monkeypatch):
+    usage = shutil.disk_usage(corpus.parent)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(TextEncoder, "encode_passages", lambda *_: pytest.fail("started all the same"))
+    with pytest.raises(ConfigError, match=r"expected 0\.0 GB of free disk for 4 vectors of 256 numbers, found 0\.0 GB"):
+        DenseRetriever(corpus).prepare()
+
+
+def test_a_killed_build_goes_on_and_gives_the_same_index(tmp_path):
+    """SIGKILL while encoding: the next run starts at the note, and its index is that of a whole run, bit for bit."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "contents": f"w{i % 97} u{i}"}) + "\n" for i in range(3000)))
+    code = f"""
+import os, signal
+from sdsearch_lightning.retrieval import DenseRetriever, index_build
+from sdsearch_lightning.retrieval.encoder import TextEncoder
+index_build._CHECKPOINT_SECONDS = 0.0
+encode, calls = TextEncoder.encode_passages, []
+def counted(self, texts):
+    calls.append(len(texts))
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, texts)
+TextEncoder.encode_passages = counted
+DenseRetriever({str(path)!r}, index_path={str(tmp_path / "killed")!r}, batch_size=32).prepare()
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (unfinished,) = (tmp_path / "killed").iterdir()
+    assert json.loads((unfinished / "encoded.json").read_text()) == {"rows": 3 * 16 * 32}
+    encoded = []
+    with pytest.MonkeyPatch.context() as patch:
+        encode = TextEncoder.encode_passages
+        patch.setattr(TextEncoder, "encode_passages", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+        resumed = DenseRetriever(path, index_path=tmp_path / "killed", batch_size=32)
+        resumed.prepare()
+    assert len(encoded) == 3000 - 3 * 16 * 32
+    whole = DenseRetriever(path, index_path=tmp_path / "whole", batch_size=32)
+    whole.prepare()
+    assert resumed.index_file.read_bytes() == whole.index_file.read_bytes()

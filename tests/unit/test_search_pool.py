@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from toys import PASSAGES, ToyRetriever
 
-from sdsearch_lightning.errors import RetrievalError
+from sdsearch_lightning.errors import RetrievalError, RetrieverUnavailableError
 from sdsearch_lightning.rollout import SearchPool
 from sdsearch_lightning.types import Passage
 
@@ -85,6 +85,24 @@ def test_a_poisonous_query_fails_alone() -> None:
     assert "ValueError: cannot search that (query 'poison')" in str(results[1])
     assert retriever.calls == [["Rome", "poison", "Seine"], ["Rome"], ["poison"], ["Seine"]]
     assert pool.take_counts().errors == 1
+
+
+def test_an_unavailable_retriever_is_asked_once_per_batch() -> None:
+    """Splitting would wait for it once per query."""
+
+    def fail(queries: Sequence[str]) -> None:
+        raise RetrieverUnavailableError("nobody answers at http://127.0.0.1:1")
+
+    retriever = ToyRetriever(fail=fail)
+    pool = SearchPool(retriever, 1)
+    results = pool.submit(["Rome", "Seine", "Rome"]).result()
+    assert retriever.calls == [["Rome", "Seine"]]
+    assert [type(result) for result in results] == [RetrieverUnavailableError] * 3
+    expected = "RetrieverUnavailableError: nobody answers at http://127.0.0.1:1 (a batch of 2 queries)"
+    counts = pool.take_counts()
+    assert (counts.calls, counts.errors, counts.last_error, str(results[0])) == (1, 3, expected, expected)
+    retriever.fail = lambda queries: None  # what failed is not remembered
+    assert isinstance(pool.submit(["Rome"]).result()[0], tuple)
 
 
 def test_objects_that_look_like_passages_are_taken() -> None:

@@ -1,0 +1,174 @@
+"""From text to normalised vectors: any sentence-transformers model, with the prompts and pooling it was trained with.
+
+What stands in front of a text is decided once, in this order: the option, the model's own configuration, the convention
+of its family (which the configuration of many e5 and bge models does not state), nothing.
+
+Next: dense.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdsearch_lightning.errors import ConfigError, DataError
+from sdsearch_lightning.retrieval.faiss_index import Vectors
+from sdsearch_lightning.retrieval.index_folder import digest_folder
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Convention:
+    """How a family of encoders wants its texts."""
+
+    query_prompt: str
+    passage_prompt: str
+    pooling: str
+    """For a plain transformers folder, which does not say: "mean" or "cls"."""
+
+
+CONVENTIONS = {
+    "e5": Convention("query: ", "passage: ", "mean"),
+    "bge": Convention("Represent this sentence for searching relevant passages: ", "", "cls"),
+    "contriever": Convention("", "", "mean"),
+    "gte": Convention("", "", "mean"),
+}
+NONE = Convention("", "", "mean")
+
+
+def convention_of(name: str) -> Convention:
+    """The convention of a model by the name of its folder or hub repository: `intfloat/e5-base-v2`, `my-e5`.
+
+    A name counts by its words, wherever they stand (a test for equality with "e5" would miss `e5-base-v2`). Models of a
+    family that ask for something else (bge-m3, instruct models) say so in their own configuration, or get nothing.
+    """
+    words = set(re.split(r"[^a-z0-9]+", Path(name).name.lower()))
+    if words & {"m3", "instruct", "zh", "icl"}:
+        return NONE
+    return next((convention for family, convention in CONVENTIONS.items() if family in words), NONE)
+
+
+class TextEncoder:
+    """Loads at its first use.
+
+    Args:
+        name: a sentence-transformers folder or hub name, or a plain transformers one.
+        query_prompt: text put before every query; None: see the head of this file.
+        passage_prompt: the same for passages.
+        batch_size: texts per forward pass.
+        device: where it runs; None: a GPU if there is one.
+        dtype: of its weights: "float32", "bfloat16" or "float16". Vectors are float32 always.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        query_prompt: str | None = None,
+        passage_prompt: str | None = None,
+        batch_size: int = 256,
+        device: str | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}.")
+        self.name = name
+        self.batch_size = batch_size
+        self._prompts = {"query": query_prompt, "passage": passage_prompt}
+        self._device, self._dtype = device, dtype
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that the vectors of passages depend on: content where there is a folder, the name where a hub keeps it.
+
+        Nothing is loaded for it: where a prompt is left to the model, the model stands for it.
+        """
+        encoder = digest_folder(Path(self.name)) if Path(self.name).is_dir() else self.name
+        prompt = self._prompts["passage"]
+        family = convention_of(self.name).passage_prompt if prompt is None else None
+        return {"encoder": encoder, "passage_prompt": prompt, "convention": family, "dtype": self._dtype}
+
+    @property
+    def device(self) -> Any:
+        """Where it runs."""
+        return self._model.device
+
+    @property
+    def dimension(self) -> int:
+        """D of the vectors."""
+        return int(self._model.get_embedding_dimension() or len(self.encode_queries(["dimension"])[0]))
+
+    def encode_queries(self, queries: Sequence[str]) -> Vectors:
+        """[B, D] vectors of length 1."""
+        prompt = self._prompt("query", ("query",))
+        return _rows(self._model.encode_query(list(queries), prompt=prompt, **self._options))
+
+    def encode_passages(self, passages: Sequence[str]) -> Vectors:
+        """[B, D] vectors of length 1.
+
+        Raises:
+            DataError: a vector is not finite.
+        """
+        # encode_document stops at "document", which the default configuration sets to "".
+        prompt = self._prompt("passage", ("document", "passage", "corpus"))
+        vectors = _rows(self._model.encode_document(list(passages), prompt=prompt, **self._options))
+        if not np.isfinite(vectors).all():
+            raise DataError(f"encoder {self.name!r} made vectors that are not finite. Try it with dtype float32.")
+        return vectors
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "normalize_embeddings": True, "show_progress_bar": False}
+
+    def _prompt(self, side: str, keys: tuple[str, ...]) -> str:
+        if (given := self._prompts[side]) is not None:
+            return given
+        own = next(filter(None, (self._model.prompts.get(key) for key in keys)), "")
+        # A model that states one of the two means it: its other side wants none.
+        if own or any(self._model.prompts.values()):
+            return own
+        convention = convention_of(self.name)
+        return convention.query_prompt if side == "query" else convention.passage_prompt
+
+    @cached_property
+    def _model(self) -> SentenceTransformer:
+        from sentence_transformers import SentenceTransformer
+
+        # Weights in safetensors only: the older files are pickles. Code that a model brings along never runs.
+        options = {"use_safetensors": True, "dtype": self._dtype}
+        try:
+            if _is_plain(Path(self.name)):
+                return _pooled(self.name, convention_of(self.name).pooling, self._device, options)
+            return SentenceTransformer(self.name, device=self._device, model_kwargs=options)
+        except (OSError, ValueError) as error:
+            first_line = next(iter(str(error).splitlines()), "no reason given")
+            raise ConfigError(
+                f"encoder: expected 'static', a sentence-transformers folder or a hub name, found {self.name!r}, "
+                f"which cannot be loaded: {first_line}"
+            ) from error
+
+
+def _rows(vectors: Any) -> Vectors:
+    return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether it is a transformers folder that does not say how to pool."""
+    return (folder / "config.json").is_file() and not (folder / "modules.json").is_file()
+
+
+def _pooled(name: str, pooling: str, device: str | None, options: dict[str, Any]) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    body = Transformer(name, model_kwargs=options)
+    return SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), pooling)], device=device)

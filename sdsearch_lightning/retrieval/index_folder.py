@@ -1,0 +1,178 @@
+"""A folder that is either finished or not there: named by what it depends on, built under a lock, resumed after a kill.
+
+    <root>/<fingerprint>/               manifest.json and what was built
+    <root>/.<fingerprint>.unfinished/   what a killed build left; the next one goes on from it
+
+The fingerprint covers everything that the contents depend on, so a folder cannot be stale: another corpus or encoder
+makes another folder. It appears by one rename, so it cannot be half written either.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sdsearch_lightning.errors import ConfigError, DataError, SDSearchError
+from sdsearch_lightning.retrieval.jsonl import open_file
+
+_MANIFEST, _LOCK = "manifest.json", "build.lock"
+
+
+class IndexFolder:
+    """One index below `root`.
+
+    Args:
+        root: folder that holds any number of indexes.
+        identity: everything that the contents depend on; JSON values.
+    """
+
+    def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
+        self.root, self.identity = root, dict(identity)
+        self.path = root / _digest(json.dumps(self.identity, sort_keys=True).encode())[:16]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it can be opened."""
+        return (self.path / _MANIFEST).is_file()
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What a finished folder tells of itself: its identity, and what `write` returned."""
+        return read_manifest(self.path)
+
+    def build(self, write: Callable[[Path], Mapping[str, Any]]) -> None:
+        """Has `write` fill the folder, unless it is finished; a second process waits and finds it done.
+
+        Args:
+            write: gets the unfinished folder, in which an earlier, killed call may have left a part, and returns what
+                the manifest is to tell beside the identity.
+        """
+        while not self.is_finished:
+            unfinished = self.root / f".{self.path.name}.unfinished"
+            try:
+                unfinished.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"index_path: expected a folder to write to, found {self.root} ({error}).") from error
+            with _locked(unfinished / _LOCK) as is_ours:
+                if self.is_finished or not is_ours:  # the process before us finished, or gave up and cleared away
+                    continue
+                is_new = [path.name for path in unfinished.iterdir()] == [_LOCK]
+                try:
+                    told = self.identity | dict(write(unfinished))
+                except SDSearchError:
+                    if is_new:  # else it holds hours of somebody's work, perhaps
+                        shutil.rmtree(unfinished)
+                    raise
+                write_atomically(unfinished / _MANIFEST, json.dumps(told, indent=2) + "\n")
+                unfinished.rename(self.path)
+                (self.path / _LOCK).unlink()
+
+
+def finished_folders(root: Path) -> list[Path]:
+    """Finished indexes below `root`, or `root` itself where it is one."""
+    found = sorted(path.parent for path in root.glob(f"*/{_MANIFEST}") if not path.parent.name.startswith("."))
+    return [root] if (root / _MANIFEST).is_file() else found
+
+
+def choose_manifest(root: Path, corpus: Path, encoder: str | None) -> dict[str, Any]:
+    """The manifest of the one dense index below `root` that fits.
+
+    Args:
+        root: folder of indexes, or one of them.
+        corpus: the file it must have been built from.
+        encoder: identity of the encoder it must have been built with; None: any.
+
+    Raises:
+        ConfigError: none fits, or more than one; the message says what is there.
+    """
+    manifests = [manifest for path in finished_folders(root) if "encoder_name" in (manifest := read_manifest(path))]
+    digest = digest_corpus(corpus, root)
+    fitting = [
+        manifest for manifest in manifests if manifest["corpus"] == digest and encoder in (None, manifest["encoder"])
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    wanted = f"expected one index of {corpus}" + (f" by encoder {encoder[:40]!r}" if encoder else "")
+    shown = "; ".join(
+        f"{manifest['corpus_file']} ({'same' if manifest['corpus'] == digest else 'other'} contents) by "
+        f"{manifest['encoder_name']!r}, {manifest['factory']}"
+        for manifest in manifests
+    )
+    if fitting:
+        raise ConfigError(f"index_path: {wanted} in {root}, found {len(fitting)}: {shown}. Say which: --encoder.")
+    build = f"sdsearch index --corpus_path {corpus} --index_path {root} --encoder ..."
+    raise ConfigError(f"index_path: {wanted} in {root}, found {shown or 'none'}. Build it: {build}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished folder.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        return dict(json.loads((folder / _MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder / _MANIFEST}: expected a JSON object ({error}). Delete the folder; it is built again."
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old text or the new, never a part."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+
+
+def digest_corpus(path: Path, root: Path) -> str:
+    """SHA-256 of a corpus file, taken from a manifest below `root` where the file has not been touched since.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    with open_file(path):  # the error names the file
+        stamp = corpus_stamp(path)
+    for folder in finished_folders(root):
+        manifest = read_manifest(folder)
+        if manifest.get("corpus_stamp") == stamp:
+            return str(manifest["corpus"])
+    return _digest_file(path)
+
+
+def corpus_stamp(path: Path) -> list[Any]:
+    """Changes whenever the file does; the time is that of the last change of any kind, which nobody can set."""
+    status = path.stat()
+    return [str(path.absolute()), status.st_size, status.st_ctime_ns]
+
+
+def digest_folder(folder: Path) -> str:
+    """Of the names and contents of all its files but hidden ones."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    visible = [name for name in files if not any(part.startswith(".") for part in name.parts)]
+    return _digest("".join(f"{name.as_posix()} {_digest_file(folder / name)}\n" for name in visible).encode())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Waits for the lock, which a dead process gives up; False where another process has moved the file meanwhile."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield path.is_file() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
