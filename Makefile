@@ -59,7 +59,7 @@ study-core: $(STAMP) ## GRPO and SD-Search on paired seeds: a smoke test of the 
 	$(PYTHON) -m benchmarks.study_core
 
 .PHONY: bench
-BENCHES := work_counters rollout train_step loss_head sd_overhead
-bench: $(STAMP) ## time engine and training step against their peers (20 minutes on 2 cores; ratios only)
+BENCHES := work_counters rollout train_step loss_head sd_overhead retrieval
+bench: $(STAMP) ## time engine and training step against their peers (25 minutes on 2 cores; ratios only)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev,parity]"
 	status=0; for name in $(BENCHES); do $(PYTHON) -m benchmarks.bench_$$name || status=1; done; exit $$status

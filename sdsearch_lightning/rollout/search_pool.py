@@ -1,7 +1,7 @@
 """One worker thread between rollouts and the retriever: batched, without duplicates, and the boundary of its failures.
 
-This is the one place that catches whatever a user's retriever raises. A failed search becomes a `RetrievalError` for
-the rollouts that asked for it; the run goes on, and the failures are counted.
+This is the one place in training that catches whatever a user's retriever raises. A failed search becomes a
+`RetrievalError` for the rollouts that asked for it; the run goes on, and the failures are counted.
 """
 
 from __future__ import annotations

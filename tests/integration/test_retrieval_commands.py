@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+import remote_world
 
 from sdsearch_lightning.__main__ import main
 from sdsearch_lightning.retrieval import DenseRetriever, RemoteRetriever
@@ -124,3 +125,18 @@ def test_mistakes_are_told_in_a_few_lines(corpus, capsys, arguments, message):
     told = capsys.readouterr().err
     assert message in told and told.startswith("error: ") and len(told.splitlines()) <= 3
     assert exit_info.value.code in (1, 2)
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_mid_training_costs_retries_only(workplace):
+    """The run is the one that searched in its own process, to the last bit of every metric and every rollout."""
+    done = workplace.sdsearch(
+        "fit", "--config", "fit.yaml", "--data", "remote_world.RemoteWorld", "--run.name", "remote"
+    )
+    (retriever,) = remote_world.RemoteWorld.used
+    retriever.server.kill()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert retriever.server.starts == 2 and retriever.calls > retriever.fatal_call
+    assert workplace.metrics("remote") == workplace.metrics("rl")
+    near, far = (workplace.run(name) / "trajectories.jsonl" for name in ("rl", "remote"))
+    assert far.read_text() == near.read_text()
