@@ -2,7 +2,7 @@
 
     python -m benchmarks.retrieval_rates
 
-An encoder of e5-base's shape (12 layers, width 768; random weights) reads passages of 140 tokens and queries of 16; Flat
+An encoder of e5-base's shape (12 layers, width 768; random weights) reads passages of 140 tokens and queries of 16;
 Flat and IVF indexes of 768 dimensions answer batches of 256.
 """
 

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
-from sdsearch_lightning.retrieval.index_folder import IndexFolder, corpus_stamp, digest_corpus
+from sdsearch_lightning.retrieval.index_folder import IndexFolder, digest_corpus
 from sdsearch_lightning.types import Passage
 
 _FORMAT = 1  # of the folder; another number makes other fingerprints
@@ -123,18 +123,14 @@ class BM25Retriever(Retriever):
         return IndexFolder(self.index_path, identity | parameters)
 
     def _write(self, folder: Path) -> dict[str, Any]:
-        write_corpus(self.corpus_path, folder)
+        told = write_corpus(self.corpus_path, folder)
         with closing(Corpus.open(self.corpus_path, folder)) as corpus:
             tokens = self._write_tokens(corpus, folder / _TOKENS)
         index = _bm25s().BM25(k1=self.k1, b=self.b, method="lucene", csc_backend="auto", backend="numpy")
         index.index(tokens, create_empty_token=False, show_progress=False)
         index.save(str(folder), show_progress=False)
         (folder / _TOKENS).unlink()
-        return {
-            "corpus_file": str(self.corpus_path),
-            "corpus_stamp": corpus_stamp(self.corpus_path),
-            "num_passages": len(tokens.ids),
-        }
+        return told
 
     def _write_tokens(self, corpus: Corpus, path: Path) -> _Tokens:
         """Word numbers of all passages, on disk: as Python lists they would take ten times the corpus in memory."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.retrieval.index_folder import corpus_stamp
 from sdsearch_lightning.retrieval.jsonl import parse_object
 from sdsearch_lightning.retrieval.rows import read_rows
 from sdsearch_lightning.types import Passage
 
 _OFFSETS, _UNPACKED = "offsets.npy", "corpus.jsonl"
+_LARGE = 100_000_000  # bytes, from which reading takes long enough to be told
 
 
 class Corpus:
@@ -64,17 +67,34 @@ class Corpus:
         return cls(folder / _UNPACKED if (folder / _UNPACKED).is_file() else source, offsets)
 
 
-def write_corpus(source: Path, folder: Path) -> None:
+def write_corpus(source: Path, folder: Path) -> dict[str, Any]:
     """Reads a whole corpus once, checks every row, and writes to `folder` what random access needs.
 
     That is the offset table; and, since rows of a packed file cannot be reached by offset, a plain copy of a .gz or
-    .parquet one.
+    .parquet one. Returned is what a manifest tells of the corpus.
 
     Raises:
         DataError: an empty corpus, or a row without the keys it needs; file and line are named.
     """
-    if (folder / _OFFSETS).is_file():  # by an earlier, killed call
-        return
+    stamp = corpus_stamp(source)
+    if not (folder / _OFFSETS).is_file():  # else an earlier, killed call has come further
+        if (size := source.stat().st_size) >= _LARGE:
+            say(f"reading {source} ({size / 1e9:.1f} GB)")
+        offsets = _offsets(source, folder)
+        unfinished = folder / f"new.{_OFFSETS}"
+        np.save(unfinished, np.frombuffer(offsets, dtype=np.int64))
+        unfinished.replace(folder / _OFFSETS)
+    num_passages = len(np.load(folder / _OFFSETS, mmap_mode="r"))
+    return {"corpus_file": str(source), "corpus_stamp": stamp, "num_passages": num_passages}
+
+
+def say(line: str) -> None:
+    """Tells whoever waits for a long build what it is doing."""
+    print(f"index: {line}", file=sys.stderr, flush=True)
+
+
+def _offsets(source: Path, folder: Path) -> array[int]:
+    """Where each row starts: in the file, or in its plain copy, which is written."""
     offsets = array("q")
     if source.suffix == ".jsonl":
         for row in read_rows(source):
@@ -88,9 +108,7 @@ def write_corpus(source: Path, folder: Path) -> None:
                 unpacked.write(json.dumps(row.values, default=str).encode() + b"\n")
     if not offsets:
         raise DataError(f"{source}: expected at least one passage, found an empty file. A search needs a corpus.")
-    unfinished = folder / f"new.{_OFFSETS}"
-    np.save(unfinished, np.frombuffer(offsets, dtype=np.int64))
-    unfinished.replace(folder / _OFFSETS)
+    return offsets
 
 
 def parse_passage(values: dict[str, Any], where: str) -> Passage:

@@ -28,8 +28,8 @@ from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
 from sdsearch_lightning.retrieval.encoder import TextEncoder
 from sdsearch_lightning.retrieval.faiss_index import FaissIndex
 from sdsearch_lightning.retrieval.index_build import VECTORS, build_index
-from sdsearch_lightning.retrieval.index_folder import IndexFolder, choose_manifest, corpus_stamp, digest_corpus
-from sdsearch_lightning.retrieval.static_encoder import build_static_encoder
+from sdsearch_lightning.retrieval.index_folder import IndexFolder, choose_manifest, digest_corpus
+from sdsearch_lightning.retrieval.static_encoder import write_static_encoder
 from sdsearch_lightning.retrieval.torch_index import TorchIndex
 from sdsearch_lightning.types import Passage
 
@@ -187,27 +187,18 @@ class DenseRetriever(Retriever):
         return IndexFolder(root, identity | self._text_encoder.identity | {"backend": backend, "factory": self.factory})
 
     def _write_index(self, folder: Path) -> dict[str, Any]:
-        self._write_rows(folder)
+        told = self._write_rows(folder)
         factory = None if choose_backend(self.backend, self.factory) == "torch" else self.factory
         file = f"{Path(self.encoder).name}_{factory}.index" if factory else VECTORS
         build_index(self.corpus_path, folder, self._load_encoder(folder), factory, file)
-        return self._told(folder) | {"index_file": file}
+        return told | {"index_file": file}
 
     def _write_rows(self, folder: Path) -> dict[str, Any]:
-        write_corpus(self.corpus_path, folder)
-        if self.encoder == "static" and not (folder / "encoder" / "modules.json").is_file():
-            corpus = Corpus.open(self.corpus_path, folder)
-            build_static_encoder(corpus.contents(self._text_encoder.batch_size), folder / "encoder")
-            corpus.close()
-        return self._told(folder)
-
-    def _told(self, folder: Path) -> dict[str, Any]:
-        return {
-            "corpus_file": str(self.corpus_path),
-            "corpus_stamp": corpus_stamp(self.corpus_path),
-            "encoder_name": str(Path(self.encoder).absolute()) if Path(self.encoder).is_dir() else self.encoder,
-            "num_passages": len(np.load(folder / "offsets.npy", mmap_mode="r")),
-        }
+        told = write_corpus(self.corpus_path, folder)
+        if self.encoder == "static":
+            write_static_encoder(self.corpus_path, folder)
+        name = str(Path(self.encoder).absolute()) if Path(self.encoder).is_dir() else self.encoder
+        return told | {"encoder_name": name}
 
     def _open(self) -> _Opened:
         if self._opened is None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
+from sdsearch_lightning.retrieval.corpus import Corpus, say, write_corpus
 from sdsearch_lightning.retrieval.encoder import TextEncoder
 from sdsearch_lightning.retrieval.faiss_index import bytes_per_vector, write_faiss_index
 from sdsearch_lightning.retrieval.index_folder import write_atomically
@@ -54,7 +53,7 @@ def build_index(source: Path, folder: Path, encoder: TextEncoder, factory: str |
             check_space(folder, len(corpus), encoder.dimension, per_vector)
             vectors = encode_corpus(corpus, encoder, folder)
             if len(corpus) >= _LARGE:
-                _say(f"building the index {factory} of {len(corpus):,} vectors")
+                say(f"building the index {factory} of {len(corpus):,} vectors")
             write_faiss_index(folder / index_name, vectors, factory)
     if factory is not None:
         (folder / VECTORS).unlink(missing_ok=True)
@@ -78,7 +77,7 @@ def check_space(folder: Path, num_passages: int, dimension: int, bytes_per_vecto
             "or use a smaller factory (IVF4096,PQ64)."
         )
     if num_passages >= _LARGE:
-        _say(
+        say(
             f"{num_passages:,} passages, {dimension} dimensions: {raw / 1e9:.2f} GB of disk while encoding, "
             f"{(index or raw) / 1e9:.2f} GB in the end; {max(index, 5e8) / 1e9:.2f} GB of memory to build, "
             f"{(index or raw) / 1e9:.2f} GB, shared and mapped, to search"
@@ -91,7 +90,7 @@ def encode_corpus(corpus: Corpus, encoder: TextEncoder, folder: Path) -> MappedV
     done = json.loads(note.read_text())["rows"] if note.is_file() and file.is_file() else 0
     if done:
         vectors = reopen_vectors(file)
-        _say(f"going on at passage {done:,} of {len(corpus):,}")
+        say(f"going on at passage {done:,} of {len(corpus):,}")
     else:
         vectors = write_vectors(file, len(corpus), encoder.dimension)
     noted = time.monotonic()
@@ -116,7 +115,3 @@ def _progress(corpus: Corpus, size: int, start: int) -> Iterator[Sequence[str]]:
         for texts in corpus.contents(size, start):
             yield texts
             bar.advance(task, len(texts))
-
-
-def _say(line: str) -> None:
-    print(f"index: {line}", file=sys.stderr, flush=True)

@@ -32,8 +32,8 @@ from sdsearch_lightning.errors import ConfigError, DataError, RetrievalError
 from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
 from sdsearch_lightning.retrieval.encoder import TextEncoder
-from sdsearch_lightning.retrieval.index_folder import IndexFolder, corpus_stamp, digest_corpus
-from sdsearch_lightning.retrieval.static_encoder import build_static_encoder
+from sdsearch_lightning.retrieval.index_folder import IndexFolder, digest_corpus
+from sdsearch_lightning.retrieval.static_encoder import write_static_encoder
 from sdsearch_lightning.types import Passage
 
 _FORMAT = 1  # of the collection
@@ -224,12 +224,10 @@ class MilvusRetriever(Retriever):
 
     def _write_folder(self, folder: Path) -> dict[str, Any]:
         assert self.corpus_path is not None  # a folder is made for a corpus only
-        write_corpus(self.corpus_path, folder)
-        with closing(Corpus.open(self.corpus_path, folder)) as corpus:
-            if self.encoder == "static" and not (folder / "encoder" / "modules.json").is_file():
-                build_static_encoder(corpus.contents(self._text_encoder.batch_size), folder / "encoder")
-            stamp = corpus_stamp(self.corpus_path)
-            return {"corpus_file": str(self.corpus_path), "corpus_stamp": stamp, "num_passages": len(corpus)}
+        told = write_corpus(self.corpus_path, folder)
+        if self.encoder == "static":
+            write_static_encoder(self.corpus_path, folder)
+        return told
 
     def _connect(self) -> Any:
         pymilvus = _import("pymilvus")

@@ -8,17 +8,32 @@ is an ordinary sentence-transformers folder (module StaticEmbedding), loaded by 
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdsearch_lightning.retrieval.corpus import Corpus
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _UNKNOWN = "[UNK]"
+
+
+def write_static_encoder(source: Path, folder: Path) -> None:
+    """The encoder of the corpus that stands ready in `folder`, in `folder`/encoder, unless it is there."""
+    if (folder / "encoder").is_dir():
+        return
+    unfinished = folder / "encoder.new"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed call
+    with closing(Corpus.open(source, folder)) as corpus:
+        build_static_encoder(corpus.contents(1024), unfinished)
+    unfinished.rename(folder / "encoder")
 
 
 def build_static_encoder(
