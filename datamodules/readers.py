@@ -139,7 +139,7 @@ def _answers_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) 
     if name := columns.get("answers"):
         gold = _column(values, name, where)
     else:
-        name = next((name for name in _ANSWERS if _look(values, name) is not None), None)
+        name = next((name for name in _ANSWERS if _look(values, name)), None)
         name = name or next((name for name in _ANSWERS if name in values), "answers")
         gold = _look(values, name)
     found = _look(gold, "target") if isinstance(gold, dict) else gold
@@ -154,8 +154,8 @@ def _answers_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) 
 
 
 def _look(values: Any, path: str) -> Any:
-    """What a row holds at a dotted path, a numpy array as list; None where there is nothing."""
-    for name in path.split("."):
+    """What a row holds in a column, or at a dotted path; a numpy array as list, None where there is nothing."""
+    for name in [path] if isinstance(values, dict) and path in values else path.split("."):
         values = values.get(name) if isinstance(values, dict) else None
     return values.tolist() if hasattr(values, "tolist") else values
 
@@ -173,7 +173,7 @@ def _column(values: dict[str, Any], path: str, where: str) -> Any:
 def _source_of(path: Path) -> str:
     """The file's name, or its folder's where the file is called like a split: nq/test.jsonl is of nq."""
     stem = Path(path.name.removesuffix(".gz")).stem
-    is_split = any(re.sub(r"-\d+-of-\d+$", "", stem) in words for words in SPLITS.values())
+    is_split = any(re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", stem) in words for words in SPLITS.values())
     return path.absolute().parent.name if is_split else stem
 
 

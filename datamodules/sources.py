@@ -147,12 +147,15 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _files_of_split(folder: Path, word: str) -> list[Path]:
-    """`word.<suffix>`, or the shards `word-00000-of-00002.<suffix>` in order; none where there is neither."""
+    """`word.<suffix>`, or the shards `word-00000-of-00002[-<hash>].<suffix>` in order; none where there is neither."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     for suffix in SUFFIXES:
         if (whole := folder / f"{word}{suffix}").is_file():
             return [whole]
-        shards = sorted(folder.glob(f"{word}-[0-9]*-of-[0-9]*{suffix}"))
-        if shards and len(shards) != (count := int(shards[0].name.removesuffix(suffix).rpartition("-")[2])):
+        pattern = re.compile(rf"{word}-\d+-of-(\d+)(-[0-9a-f]+)?{re.escape(suffix)}")
+        matches = [found for name in names if (found := pattern.fullmatch(name))]
+        shards = [folder / found[0] for found in matches]
+        if shards and len(shards) != (count := int(matches[0][1])):
             raise DataError(
                 f"{folder}: expected {count} shards of {word}{suffix}, found {len(shards)}: "
                 f"{', '.join(path.name for path in shards[:3])}, ... Copy the others too."

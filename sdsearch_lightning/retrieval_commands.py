@@ -1,6 +1,6 @@
 """The commands without a model: `sdsearch index` builds a retrieval index, `sdsearch serve` shares one over HTTP.
 
-Search-R1's flag names are taken beside ours, so that its scripts run with the program's name changed.
+Search-R1's flag names are taken beside ours where they mean the same.
 
 Next: retrieval/dense.py, retrieval/server/.
 """
@@ -23,6 +23,8 @@ from sdsearch_lightning.retrieval.torch_index import PRECISIONS
 def index(argv: Sequence[str]) -> None:
     """Builds a retrieval index of a corpus; a killed build goes on where it stopped, a finished one is left alone."""
     options = _index_parser().parse_args(list(argv))
+    if Path(options.index_path).is_file():
+        raise ConfigError(f"index_path: expected a folder, which may be new, found the file {options.index_path}.")
     if options.retriever_name == "bm25":
         BM25Retriever(options.corpus_path, options.index_path).prepare()
         print(f"BM25 index of {options.corpus_path} is in {options.index_path}")
@@ -71,7 +73,13 @@ def _opened(options: Any) -> Retriever:
         given["backend"] = backend
     if options.query_prompt is not None:
         given["query_prompt"] = options.query_prompt
-    return DenseRetriever.from_index(options.corpus_path, options.index_path, options.encoder, **given)
+    retriever = DenseRetriever.from_index(options.corpus_path, options.index_path, options.encoder, **given)
+    if not retriever.is_built:
+        raise ConfigError(
+            f"index_path: expected the index of {options.corpus_path} by {retriever.encoder}, as that is now, in "
+            f"{options.index_path}; found those of something else only. Build it: sdsearch index ..."
+        )
+    return retriever
 
 
 def _index_parser() -> ShortErrorParser:

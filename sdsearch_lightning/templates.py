@@ -151,6 +151,8 @@ class Protocol(Pluggable):
         share = fair_share([len(body) for body in bodies], room)
         cut = [body[:share] + ending for body, ending in zip(bodies, endings, strict=True)]
         body = tuple(token for part in cut for token in part)
+        if any(tag in codec.decode(body) for tag in self.tags):  # of the end of one and the beginning of the next
+            return self.observation_ids(codec, self.format_passages(passages), max_tokens), 1
         return self._tagged(codec, body, max_tokens), sum(len(body) > share for body in bodies)
 
     def _tagged(self, codec: TokenCodec, body: tuple[int, ...], max_tokens: int | None = None) -> tuple[int, ...]:

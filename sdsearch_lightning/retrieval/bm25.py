@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
-from sdsearch_lightning.retrieval.index_folder import IndexFolder, digest_corpus
+from sdsearch_lightning.retrieval.index_folder import CorpusFile, IndexFolder
 from sdsearch_lightning.types import Passage
 
 _FORMAT = 1  # of the folder; another number makes other fingerprints
@@ -110,6 +110,12 @@ class BM25Retriever(Retriever):
         if self._opened is not None:
             self._opened.corpus.close()
             self._opened = None
+        for cached in ("_source", "_folder"):  # the corpus may be another by then
+            self.__dict__.pop(cached, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is open: a copy in another process opens its own."""
+        return self.__dict__ | {"_opened": None}
 
     @property
     def folder(self) -> Path:
@@ -117,13 +123,17 @@ class BM25Retriever(Retriever):
         return self._folder.path
 
     @cached_property
+    def _source(self) -> CorpusFile:
+        return CorpusFile.read(self.corpus_path, self.index_path)
+
+    @cached_property
     def _folder(self) -> IndexFolder:
-        identity = {"format": _FORMAT, "corpus": digest_corpus(self.corpus_path, self.index_path), "retriever": "bm25"}
+        identity = {"format": _FORMAT, "corpus": self._source.digest, "retriever": "bm25"}
         parameters = {"k1": float(self.k1), "b": float(self.b), "stopwords": self.stopwords, "word": _WORD}
         return IndexFolder(self.index_path, identity | parameters)
 
     def _write(self, folder: Path) -> dict[str, Any]:
-        told = write_corpus(self.corpus_path, folder)
+        told = write_corpus(self._source, folder)
         with closing(Corpus.open(self.corpus_path, folder)) as corpus:
             tokens = self._write_tokens(corpus, folder / _TOKENS)
         index = _bm25s().BM25(k1=self.k1, b=self.b, method="lucene", csc_backend="auto", backend="numpy")

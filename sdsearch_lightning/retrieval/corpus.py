@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdsearch_lightning.errors import DataError
-from sdsearch_lightning.retrieval.index_folder import corpus_stamp
+from sdsearch_lightning.retrieval.index_folder import CorpusFile
 from sdsearch_lightning.retrieval.jsonl import parse_object
 from sdsearch_lightning.retrieval.rows import read_rows
 from sdsearch_lightning.types import Passage
@@ -67,25 +67,26 @@ class Corpus:
         return cls(folder / _UNPACKED if (folder / _UNPACKED).is_file() else source, offsets)
 
 
-def write_corpus(source: Path, folder: Path) -> dict[str, Any]:
+def write_corpus(source: CorpusFile, folder: Path) -> dict[str, Any]:
     """Reads a whole corpus once, checks every row, and writes to `folder` what random access needs.
 
     That is the offset table; and, since rows of a packed file cannot be reached by offset, a plain copy of a .gz or
     .parquet one. Returned is what a manifest tells of the corpus.
 
     Raises:
-        DataError: an empty corpus, or a row without the keys it needs; file and line are named.
+        DataError: an empty corpus, a row without the keys it needs (file and line are named), or a file that changes
+            while it is read.
     """
-    stamp = corpus_stamp(source)
     if not (folder / _OFFSETS).is_file():  # else an earlier, killed call has come further
-        if (size := source.stat().st_size) >= _LARGE:
-            say(f"reading {source} ({size / 1e9:.1f} GB)")
-        offsets = _offsets(source, folder)
+        if (size := source.path.stat().st_size) >= _LARGE:
+            say(f"reading {source.path} ({size / 1e9:.1f} GB)")
+        offsets = _offsets(source.path, folder)
+        source.check()
         unfinished = folder / f"new.{_OFFSETS}"
         np.save(unfinished, np.frombuffer(offsets, dtype=np.int64))
         unfinished.replace(folder / _OFFSETS)
     num_passages = len(np.load(folder / _OFFSETS, mmap_mode="r"))
-    return {"corpus_file": str(source), "corpus_stamp": stamp, "num_passages": num_passages}
+    return {"corpus_file": str(source.path), "corpus_stamp": source.stamp, "num_passages": num_passages}
 
 
 def say(line: str) -> None:
@@ -115,14 +116,18 @@ def parse_passage(values: dict[str, Any], where: str) -> Passage:
     """The passage that a corpus row describes; keys beyond id and contents go to its `fields`.
 
     Raises:
-        DataError: neither id and contents nor id, title and text are there; the message begins with `where`.
+        DataError: neither id and contents nor id and text (a title goes before it) are there, or not as text; the
+            message begins with `where`.
     """
-    contents = values.get("contents")
-    if contents is None and isinstance(values.get("title"), str) and isinstance(values.get("text"), str):
-        contents = f'"{values["title"]}"\n{values["text"]}'
+    contents, title, text = (values.get(key) for key in ("contents", "title", "text"))
+    if contents is None and isinstance(text, str):
+        contents = f'"{title}"\n{text}' if isinstance(title, str) else text
     if not isinstance(contents, str) or not isinstance(values.get("id"), str | int):
-        raise DataError(
-            f"{where}: expected the keys 'id' and 'contents' (or 'id', 'title' and 'text'), found {sorted(values)}."
-        )
+        shown = {key: type(value).__name__ for key, value in sorted(values.items())}
+        raise DataError(f"{where}: expected 'id' and a text 'contents' (or 'id', 'title' and 'text'), found {shown}.")
+    try:
+        contents.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: expected text, found half a character (a lone surrogate; {error}).") from error
     fields = {key: value for key, value in values.items() if key not in ("id", "contents")}
     return Passage(str(values["id"]), contents, fields=fields)

@@ -25,15 +25,15 @@ from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval.backends import choose_backend
 from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
-from sdsearch_lightning.retrieval.encoder import TextEncoder
+from sdsearch_lightning.retrieval.encoder import STATIC, TextEncoder
 from sdsearch_lightning.retrieval.faiss_index import FaissIndex
 from sdsearch_lightning.retrieval.index_build import VECTORS, build_index
-from sdsearch_lightning.retrieval.index_folder import IndexFolder, choose_manifest, digest_corpus
+from sdsearch_lightning.retrieval.index_folder import CorpusFile, IndexFolder, choose_manifest, finished_folders
 from sdsearch_lightning.retrieval.static_encoder import write_static_encoder
 from sdsearch_lightning.retrieval.torch_index import TorchIndex
 from sdsearch_lightning.types import Passage
 
-_FORMAT = 2  # of the folder; another number makes other fingerprints
+_FORMAT = 3  # of the folder; another number makes other fingerprints
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -82,6 +82,8 @@ class DenseRetriever(Retriever):
         self.corpus_path = Path(corpus)
         self.encoder = encoder
         self.index_path = Path(f"{corpus}.index" if index_path is None else index_path)
+        if finished_folders(self.index_path) == [self.index_path]:  # one index, named itself
+            self.index_path = self.index_path.parent
         self.backend = backend
         self.factory = factory
         self._search_options = {"nprobe": nprobe, "ef_search": ef_search}
@@ -95,6 +97,10 @@ class DenseRetriever(Retriever):
         }
         self._text_encoder = self._make_encoder(encoder)  # loads nothing; says now what is wrong with an option
         self._opened: _Opened | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is open: a copy in another process opens its own."""
+        return self.__dict__ | {"_opened": None}
 
     @classmethod
     def from_index(
@@ -118,7 +124,8 @@ class DenseRetriever(Retriever):
             return cls(corpus, encoder, index_path, **options)
         root = index_path.parent if index_path.is_file() else index_path
         by = None if encoder is None else TextEncoder(encoder).identity["encoder"]
-        manifest = choose_manifest(root, Path(corpus), by)
+        backend = options.get("backend")
+        manifest = choose_manifest(root, Path(corpus), by, "faiss" if backend == "faiss-gpu" else backend)
         return cls(
             corpus,
             encoder or manifest["encoder_name"],
@@ -157,6 +164,8 @@ class DenseRetriever(Retriever):
         if self._opened is not None:
             self._opened.corpus.close()
             self._opened = None
+        for cached in ("_source", "_folder"):  # the corpus may be another by then
+            self.__dict__.pop(cached, None)
 
     @property
     def folder(self) -> Path:
@@ -179,12 +188,20 @@ class DenseRetriever(Retriever):
 
     @cached_property
     def _folder(self) -> IndexFolder:
-        root = Path(f"{self.index_path}.corpus") if self._is_file else self.index_path
-        identity = {"format": _FORMAT, "corpus": digest_corpus(self.corpus_path, root)}
+        identity = {"format": _FORMAT, "corpus": self._source.digest}
         if self._is_file:  # holds no vectors of ours: only what the corpus and a static encoder need
-            return IndexFolder(root, identity | {"encoder": "static" if self.encoder == "static" else None})
+            return IndexFolder(self._root, identity | {"encoder": STATIC if self.encoder == STATIC else None})
         backend = choose_backend(self.backend, self.factory)
-        return IndexFolder(root, identity | self._text_encoder.identity | {"backend": backend, "factory": self.factory})
+        kind = {"backend": backend, "factory": self.factory}
+        return IndexFolder(self._root, identity | self._text_encoder.identity | kind)
+
+    @property
+    def _root(self) -> Path:
+        return Path(f"{self.index_path}.corpus") if self._is_file else self.index_path
+
+    @cached_property
+    def _source(self) -> CorpusFile:
+        return CorpusFile.read(self.corpus_path, self._root)
 
     def _write_index(self, folder: Path) -> dict[str, Any]:
         told = self._write_rows(folder)
@@ -194,11 +211,11 @@ class DenseRetriever(Retriever):
         return told | {"index_file": file}
 
     def _write_rows(self, folder: Path) -> dict[str, Any]:
-        told = write_corpus(self.corpus_path, folder)
-        if self.encoder == "static":
+        told = write_corpus(self._source, folder)
+        if self.encoder == STATIC:
             write_static_encoder(self.corpus_path, folder)
-        name = str(Path(self.encoder).absolute()) if Path(self.encoder).is_dir() else self.encoder
-        return told | {"encoder_name": name}
+        is_folder = self.encoder != STATIC and Path(self.encoder).is_dir()
+        return told | {"encoder_name": str(Path(self.encoder).absolute()) if is_folder else self.encoder}
 
     def _open(self) -> _Opened:
         if self._opened is None:
@@ -241,7 +258,7 @@ class DenseRetriever(Retriever):
                     )  # fmt: skip
 
     def _load_encoder(self, folder: Path) -> TextEncoder:
-        return self._make_encoder(str(folder / "encoder"), "cpu") if self.encoder == "static" else self._text_encoder
+        return self._make_encoder(str(folder / "encoder"), "cpu") if self.encoder == STATIC else self._text_encoder
 
     def _make_encoder(self, name: str, device: str | None = None) -> TextEncoder:
         return TextEncoder(name, **(self._encoder_options | ({"device": device} if device else {})))

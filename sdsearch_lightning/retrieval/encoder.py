@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdsearch_lightning.errors import ConfigError, DataError
+from sdsearch_lightning.errors import ConfigError, DataError, RetrievalError
 from sdsearch_lightning.retrieval.faiss_index import Vectors
 from sdsearch_lightning.retrieval.index_folder import digest_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+STATIC = "static"
+"""Name of the embedded encoder, which is made from the corpus (static_encoder.py)."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -81,6 +83,8 @@ class TextEncoder:
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}.")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: expected at least 1 text per forward pass, found {batch_size}.")
         self.name = name
         self.batch_size = batch_size
         self._prompts = {"query": query_prompt, "passage": passage_prompt}
@@ -92,10 +96,12 @@ class TextEncoder:
 
         Nothing is loaded for it: where a prompt is left to the model, the model stands for it.
         """
+        if self.name == STATIC:
+            return {"encoder": STATIC, "passage_prompt": None, "convention": None, "dtype": self._dtype}
         encoder = digest_folder(Path(self.name)) if Path(self.name).is_dir() else self.name
-        prompt = self._prompts["passage"]
-        family = convention_of(self.name).passage_prompt if prompt is None else None
-        return {"encoder": encoder, "passage_prompt": prompt, "convention": family, "dtype": self._dtype}
+        prompt, family = self._prompts["passage"], convention_of(self.name)
+        convention = [family.passage_prompt if prompt is None else None, family.pooling]
+        return {"encoder": encoder, "passage_prompt": prompt, "convention": convention, "dtype": self._dtype}
 
     @property
     def device(self) -> Any:
@@ -108,9 +114,17 @@ class TextEncoder:
         return int(self._model.get_embedding_dimension() or len(self.encode_queries(["dimension"])[0]))
 
     def encode_queries(self, queries: Sequence[str]) -> Vectors:
-        """[B, D] vectors of length 1."""
+        """[B, D] vectors of length 1.
+
+        Raises:
+            RetrievalError: a vector is not finite.
+        """
         prompt = self._prompt("query", ("query",))
-        return _rows(self._model.encode_query(list(queries), prompt=prompt, **self._options))
+        texts = [query.encode(errors="replace").decode() for query in queries]  # a tokenizer refuses half a character
+        vectors = _rows(self._model.encode_query(texts, prompt=prompt, **self._options))
+        if not np.isfinite(vectors).all():
+            raise RetrievalError(f"encoder {self.name!r} made a vector that is not finite. Try it with dtype float32.")
+        return vectors
 
     def encode_passages(self, passages: Sequence[str]) -> Vectors:
         """[B, D] vectors of length 1.
@@ -146,9 +160,10 @@ class TextEncoder:
         # Weights in safetensors only: the older files are pickles. Code that a model brings along never runs.
         options = {"use_safetensors": True, "dtype": self._dtype}
         try:
-            if _is_plain(Path(self.name)):
-                return _pooled(self.name, convention_of(self.name).pooling, self._device, options)
-            return SentenceTransformer(self.name, device=self._device, model_kwargs=options)
+            folder = _without_pickles(self.name)
+            if _is_plain(folder):
+                return _pooled(str(folder), convention_of(self.name).pooling, self._device, options)
+            return SentenceTransformer(str(folder), device=self._device, model_kwargs=options)
         except (OSError, ValueError) as error:
             first_line = next(iter(str(error).splitlines()), "no reason given")
             raise ConfigError(
@@ -159,6 +174,25 @@ class TextEncoder:
 
 def _rows(vectors: Any) -> Vectors:
     return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def _without_pickles(name: str) -> Path:
+    """The folder of a model, fetched from the hub where it is none, and without the files that are pickles.
+
+    Raises:
+        OSError, ValueError: it cannot be had, or has weights as pickles only.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        pickles = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
+        other = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "openvino/*"]
+        folder = Path(snapshot_download(name, ignore_patterns=pickles + other))
+    for pickled in folder.rglob("*.bin"):
+        if not any(pickled.parent.glob("*.safetensors")):
+            raise ValueError(f"{pickled} is a pickle, which is never read. Save the model as safetensors.")
+    return folder
 
 
 def _is_plain(folder: Path) -> bool:

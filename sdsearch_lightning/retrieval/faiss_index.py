@@ -7,6 +7,8 @@ Next: torch_index.py, the same without FAISS.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ class FaissIndex:
             )
         if (lists := faiss.try_extract_index_ivf(self._index)) is not None:  # also behind a transform: OPQ64,IVF...
             lists.nprobe = min(nprobe, lists.nlist)
-        if hasattr(base := faiss.downcast_index(self._index), "hnsw"):
+        if hasattr(base := _behind_transforms(self._index), "hnsw"):
             base.hnsw.efSearch = ef_search
         if gpus:
             self._index = _on_gpus(self._index)
@@ -87,11 +89,11 @@ def write_faiss_index(path: Path, vectors: Vectors, factory: str, seed: int = 0)
     """
     faiss = import_faiss()
     index = make_faiss_index(vectors.shape[1], factory)
-    if not index.is_trained:
-        sample = _training_sample(vectors, index, factory, seed)
-        index.train(sample)
-    for start in range(0, len(vectors), _ROWS):
-        index.add(np.ascontiguousarray(vectors[start : start + _ROWS]))
+    with _explained(factory, vectors.shape[1]):
+        if not index.is_trained:
+            index.train(_training_sample(vectors, index, factory, seed))
+        for start in range(0, len(vectors), _ROWS):
+            index.add(np.ascontiguousarray(vectors[start : start + _ROWS]))
     unfinished = path.with_name(f"{path.name}.new")
     faiss.write_index(index, str(unfinished))
     unfinished.replace(path)
@@ -104,12 +106,24 @@ def make_faiss_index(dimension: int, factory: str) -> Any:
         ConfigError: a factory string that FAISS does not know.
     """
     faiss = import_faiss()
+    with _explained(factory, dimension):
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        if index.is_trained:  # some kinds cannot add vectors by their order: better now than after the encoding
+            index.add(np.zeros((1, dimension), np.float32))
+            index.reset()
+        return index
+
+
+@contextmanager
+def _explained(factory: str, dimension: int) -> Iterator[None]:
+    """Turns what FAISS says into an error of the option."""
     try:
-        return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        yield
     except RuntimeError as error:
+        reason = str(error).rpartition("Error: ")[2].strip() or str(error)
         raise ConfigError(
-            f"factory: expected a FAISS factory string for {dimension} dimensions, such as Flat, 'IVF4096,SQ8', "
-            f"'IVF4096,PQ64' or HNSW32, found {factory!r}."
+            f"factory: expected a FAISS factory string that works for {dimension} dimensions, such as Flat, "
+            f"'IVF4096,SQ8', 'IVF4096,PQ64' or HNSW32, found {factory!r} ({reason.splitlines()[0]})."
         ) from error
 
 
@@ -117,11 +131,19 @@ def bytes_per_vector(dimension: int, factory: str) -> int:
     """What a vector takes in the index, in the file and in memory alike."""
     faiss = import_faiss()
     index = make_faiss_index(dimension, factory)
-    if hasattr(base := faiss.downcast_index(index), "hnsw"):  # links of the lowest layer, and of the few above it
+    if hasattr(base := _behind_transforms(index), "hnsw"):  # links of the lowest layer, and of the few above it
         return int(base.storage.sa_code_size() + 4 * 1.1 * base.hnsw.nb_neighbors(0))
     if (lists := faiss.try_extract_index_ivf(index)) is not None:
         return int(lists.code_size) + 8  # its id
-    return int(index.sa_code_size())
+    with _explained(factory, dimension):
+        return int(index.sa_code_size())
+
+
+def _behind_transforms(index: Any) -> Any:
+    """The index that holds the vectors: of "PCA64,HNSW32" the HNSW."""
+    faiss = import_faiss()
+    index = faiss.downcast_index(index)
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
 def _training_sample(vectors: Vectors, index: Any, factory: str, seed: int) -> Vectors:

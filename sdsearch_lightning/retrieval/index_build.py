@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.retrieval.corpus import Corpus, say, write_corpus
+from sdsearch_lightning.retrieval.corpus import Corpus, say
 from sdsearch_lightning.retrieval.encoder import TextEncoder
 from sdsearch_lightning.retrieval.faiss_index import bytes_per_vector, write_faiss_index
 from sdsearch_lightning.retrieval.index_folder import write_atomically
@@ -33,7 +33,7 @@ def build_index(source: Path, folder: Path, encoder: TextEncoder, factory: str |
     """Fills `folder`; returns the number of passages.
 
     Args:
-        source: the corpus file.
+        source: the corpus file, which `write_corpus` has made ready in `folder`.
         folder: may hold what a killed call left.
         encoder: of the passages.
         factory: of the FAISS index; None keeps the vectors, which torch searches.
@@ -43,7 +43,6 @@ def build_index(source: Path, folder: Path, encoder: TextEncoder, factory: str |
         ConfigError: the disk is too small, or the factory string or the encoder cannot be used.
         DataError: a corpus row that cannot be used, or vectors that are not finite.
     """
-    write_corpus(source, folder)
     with closing(Corpus.open(source, folder)) as corpus:
         if factory is None:
             check_space(folder, len(corpus), encoder.dimension, 0)
@@ -101,6 +100,7 @@ def encode_corpus(corpus: Corpus, encoder: TextEncoder, folder: Path) -> MappedV
             vectors.flush()  # before the note: it must not promise what a power cut can take
             write_atomically(note, json.dumps({"rows": done}))
             noted = time.monotonic()
+    assert done == len(corpus), "every passage has its vector"
     return vectors
 
 

@@ -2,6 +2,7 @@
 
     <root>/<fingerprint>/               manifest.json and what was built
     <root>/.<fingerprint>.unfinished/   what a killed build left; the next one goes on from it
+    <root>/.<fingerprint>.lock          held by who builds
 
 The fingerprint covers everything that the contents depend on, so a folder cannot be stale: another corpus or encoder
 makes another folder. It appears by one rename, so it cannot be half written either.
@@ -12,10 +13,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 from sdsearch_lightning.errors import ConfigError, DataError, SDSearchError
 from sdsearch_lightning.retrieval.jsonl import open_file
 
-_MANIFEST, _LOCK = "manifest.json", "build.lock"
+_MANIFEST = "manifest.json"
 
 
 class IndexFolder:
@@ -55,59 +57,74 @@ class IndexFolder:
             write: gets the unfinished folder, in which an earlier, killed call may have left a part, and returns what
                 the manifest is to tell beside the identity.
         """
-        while not self.is_finished:
+        with self._alone():
+            if self.is_finished:  # by the process before us
+                return
             unfinished = self.root / f".{self.path.name}.unfinished"
+            is_new = not unfinished.exists()
+            unfinished.mkdir(exist_ok=True)
             try:
-                unfinished.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"index_path: expected a folder to write to, found {self.root} ({error}).") from error
-            with _locked(unfinished / _LOCK) as is_ours:
-                if self.is_finished or not is_ours:  # the process before us finished, or gave up and cleared away
-                    continue
-                is_new = [path.name for path in unfinished.iterdir()] == [_LOCK]
-                try:
-                    told = self.identity | dict(write(unfinished))
-                except SDSearchError:
-                    if is_new:  # else it holds hours of somebody's work, perhaps
-                        shutil.rmtree(unfinished)
-                    raise
-                write_atomically(unfinished / _MANIFEST, json.dumps(told, indent=2) + "\n")
-                unfinished.rename(self.path)
-                (self.path / _LOCK).unlink()
+                told = self.identity | dict(write(unfinished))
+            except SDSearchError:
+                if is_new:  # else it holds hours of somebody's work, perhaps
+                    shutil.rmtree(unfinished)
+                raise
+            write_atomically(unfinished / _MANIFEST, json.dumps(told, indent=2) + "\n")
+            unfinished.rename(self.path)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits for a lock, which a dead process gives up. Its file stays: a lock that is moved or removed is none."""
+        if self.is_finished:  # in a folder that can only be read, too
+            yield
+            return
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / f".{self.path.name}.lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"index_path: expected a folder to write to, found {self.root} ({error}).") from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 def finished_folders(root: Path) -> list[Path]:
     """Finished indexes below `root`, or `root` itself where it is one."""
-    found = sorted(path.parent for path in root.glob(f"*/{_MANIFEST}") if not path.parent.name.startswith("."))
-    return [root] if (root / _MANIFEST).is_file() else found
+    ours = [path.parent for path in (root / _MANIFEST, *root.glob(f"*/{_MANIFEST}")) if path.is_file()]
+    return sorted(folder for folder in ours if re.fullmatch("[0-9a-f]{16}", folder.absolute().name))
 
 
-def choose_manifest(root: Path, corpus: Path, encoder: str | None) -> dict[str, Any]:
+def choose_manifest(root: Path, corpus: Path, encoder: str | None = None, backend: str | None = None) -> dict[str, Any]:
     """The manifest of the one dense index below `root` that fits.
 
     Args:
         root: folder of indexes, or one of them.
         corpus: the file it must have been built from.
         encoder: identity of the encoder it must have been built with; None: any.
+        backend: "faiss" or "torch", which must be able to read it; None: any.
 
     Raises:
         ConfigError: none fits, or more than one; the message says what is there.
     """
     manifests = [manifest for path in finished_folders(root) if "encoder_name" in (manifest := read_manifest(path))]
-    digest = digest_corpus(corpus, root)
+    digest = CorpusFile.read(corpus, root).digest
     fitting = [
-        manifest for manifest in manifests if manifest["corpus"] == digest and encoder in (None, manifest["encoder"])
+        manifest
+        for manifest in manifests
+        if manifest["corpus"] == digest
+        and encoder in (None, manifest["encoder"])
+        and backend in (None, manifest["backend"])
     ]
     if len(fitting) == 1:
         return fitting[0]
     wanted = f"expected one index of {corpus}" + (f" by encoder {encoder[:40]!r}" if encoder else "")
     shown = "; ".join(
         f"{manifest['corpus_file']} ({'same' if manifest['corpus'] == digest else 'other'} contents) by "
-        f"{manifest['encoder_name']!r}, {manifest['factory']}"
+        f"{manifest['encoder_name']!r}, {manifest['factory']}, for {manifest['backend']}"
         for manifest in manifests
     )
     if fitting:
-        raise ConfigError(f"index_path: {wanted} in {root}, found {len(fitting)}: {shown}. Say which: --encoder.")
+        raise ConfigError(f"index_path: {wanted} in {root}, found {len(fitting)}: {shown}. Name one of their folders.")
     build = f"sdsearch index --corpus_path {corpus} --index_path {root} --encoder ..."
     raise ConfigError(f"index_path: {wanted} in {root}, found {shown or 'none'}. Build it: {build}")
 
@@ -120,7 +137,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads((folder / _MANIFEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{folder / _MANIFEST}: expected a JSON object ({error}). Delete the folder; it is built again."
         ) from error
@@ -133,23 +150,37 @@ def write_atomically(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def digest_corpus(path: Path, root: Path) -> str:
-    """SHA-256 of a corpus file, taken from a manifest below `root` where the file has not been touched since.
+@dataclass(frozen=True)
+class CorpusFile:
+    """A corpus as it was when its digest was taken."""
 
-    Raises:
-        DataError: there is no such file.
-    """
-    with open_file(path):  # the error names the file
-        stamp = corpus_stamp(path)
-    for folder in finished_folders(root):
-        manifest = read_manifest(folder)
-        if manifest.get("corpus_stamp") == stamp:
-            return str(manifest["corpus"])
-    return _digest_file(path)
+    path: Path
+    digest: str
+    """SHA-256 of its bytes."""
+    stamp: list[Any]
+    """Changes whenever the file does; the time in it is that of the last change of any kind, which nobody can set."""
+
+    @classmethod
+    def read(cls, path: Path, root: Path) -> CorpusFile:
+        """The file; its digest is taken from a manifest below `root` where it has not been touched since.
+
+        Raises:
+            DataError: there is no such file.
+        """
+        with open_file(path):  # the error names the file
+            stamp = _stamp(path)
+        for manifest in map(read_manifest, finished_folders(root)):
+            if manifest.get("corpus_stamp") == stamp:
+                return cls(path, str(manifest["corpus"]), stamp)
+        return cls(path, _digest_file(path), stamp)
+
+    def check(self) -> None:
+        """Raises DataError where the file has changed since: what was read is not what the digest says."""
+        if _stamp(self.path) != self.stamp:
+            raise DataError(f"{self.path}: expected a file that stays as it is, but it changed while it was indexed.")
 
 
-def corpus_stamp(path: Path) -> list[Any]:
-    """Changes whenever the file does; the time is that of the last change of any kind, which nobody can set."""
+def _stamp(path: Path) -> list[Any]:
     status = path.stat()
     return [str(path.absolute()), status.st_size, status.st_ctime_ns]
 
@@ -159,14 +190,6 @@ def digest_folder(folder: Path) -> str:
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     visible = [name for name in files if not any(part.startswith(".") for part in name.parts)]
     return _digest("".join(f"{name.as_posix()} {_digest_file(folder / name)}\n" for name in visible).encode())
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Waits for the lock, which a dead process gives up; False where another process has moved the file meanwhile."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield path.is_file() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
 
 
 def _digest(content: bytes) -> str:

@@ -10,8 +10,6 @@ on, and a request that was sent twice, or two nodes that fill at once, make no d
 Cost: encoding the queries here, then one request per batch: with milvus-lite, about 10 ms for one query, 0.5 ms per
 query of a batch of 64 (10,000 passages, 256 numbers each). Memory: here the encoder; there 4 bytes per number of each
 vector, and the index. milvus-lite keeps all that, and the texts, in this process.
-
-Next: base.py.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from sdsearch_lightning.errors import ConfigError, DataError, RetrievalError
 from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
 from sdsearch_lightning.retrieval.encoder import TextEncoder
-from sdsearch_lightning.retrieval.index_folder import IndexFolder, digest_corpus
+from sdsearch_lightning.retrieval.index_folder import CorpusFile, IndexFolder
 from sdsearch_lightning.retrieval.static_encoder import write_static_encoder
 from sdsearch_lightning.types import Passage
 
@@ -131,13 +129,20 @@ class MilvusRetriever(Retriever):
         if self._opened is not None:
             self._disconnect(self._opened[0])
             self._opened = None
+        for cached in ("_source", "_folder"):  # the corpus may be another by then
+            self.__dict__.pop(cached, None)
+
+    @cached_property
+    def _source(self) -> CorpusFile:
+        assert self.corpus_path is not None and self.index_path is not None  # a folder is made for a corpus only
+        return CorpusFile.read(self.corpus_path, self.index_path)
 
     @cached_property
     def _folder(self) -> IndexFolder | None:
         if self.corpus_path is None or self.index_path is None:
             return None
         identity = {"format": _FORMAT, "retriever": "milvus", "encoder": "static" if self.encoder == "static" else None}
-        return IndexFolder(self.index_path, identity | {"corpus": digest_corpus(self.corpus_path, self.index_path)})
+        return IndexFolder(self.index_path, identity | {"corpus": self._source.digest})
 
     def _open(self) -> tuple[Any, TextEncoder]:
         if self._opened is None:
@@ -223,10 +228,9 @@ class MilvusRetriever(Retriever):
         return int(answer[0]["count(*)"])
 
     def _write_folder(self, folder: Path) -> dict[str, Any]:
-        assert self.corpus_path is not None  # a folder is made for a corpus only
-        told = write_corpus(self.corpus_path, folder)
+        told = write_corpus(self._source, folder)
         if self.encoder == "static":
-            write_static_encoder(self.corpus_path, folder)
+            write_static_encoder(self._source.path, folder)
         return told
 
     def _connect(self) -> Any:

@@ -9,6 +9,7 @@ Next: encoder.py.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,7 @@ class TorchIndex:
                 scores, rows = self._scan(asked, self._exact, k)
             else:
                 scores, rows = self._search_rounded(asked, self._rounded, k)
+            rows[~asked.isfinite().all(1)] = -1
         return scores.cpu().numpy(), rows.cpu().numpy()
 
     def _scan(self, asked: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +149,10 @@ MappedVectors = np.memmap[tuple[int, int], np.dtype[np.float32]]
 
 def write_vectors(path: Path, num_vectors: int, dimension: int) -> MappedVectors:
     """A new file, to be filled."""
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(num_vectors, dimension))
+    vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(num_vectors, dimension))
+    with path.open("r+b") as file:  # a disk that is full is an error now, not a signal in the middle of a write
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return vectors
 
 
 def reopen_vectors(path: Path) -> MappedVectors:

@@ -5,6 +5,7 @@ import pytest
 
 from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
+from sdsearch_lightning.retrieval.index_folder import CorpusFile
 
 
 def write(path, *rows):
@@ -20,7 +21,7 @@ def test_passages_are_read_by_offset(tmp_path):
         {"id": "c", "contents": "", "url": "u"},
     )
     path.write_text("\n" + path.read_text().rstrip("\n"))  # a blank first line, and no newline at the end
-    write_corpus(path, tmp_path)
+    write_corpus(CorpusFile.read(path, tmp_path), tmp_path)
     corpus = Corpus.open(path, tmp_path)
     assert len(corpus) == 3
     assert corpus[2].id == "c" and corpus[2].contents == "" and corpus[2].fields == {"url": "u"}
@@ -31,23 +32,38 @@ def test_passages_are_read_by_offset(tmp_path):
     corpus.close()
 
 
-@pytest.mark.parametrize("row", [{"contents": "c"}, {"id": "1"}, {"id": "1", "text": "t"}, {"id": "1", "contents": 3}])
+@pytest.mark.parametrize("row", [{"contents": "c"}, {"id": "1"}, {"id": "1", "title": "t"}, {"id": "1", "contents": 3}])
 def test_a_row_without_its_keys_is_named(tmp_path, row):
     path = write(tmp_path / "corpus.jsonl", {"id": "0", "contents": "fine"}, row)
-    with pytest.raises(DataError, match=r"corpus\.jsonl line 2: expected the keys 'id' and 'contents'"):
-        write_corpus(path, tmp_path)
+    with pytest.raises(DataError, match=r"corpus\.jsonl line 2: expected 'id' and a text 'contents'"):
+        write_corpus(CorpusFile.read(path, tmp_path), tmp_path)
 
 
 def test_an_empty_corpus_is_refused(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n\n")
     with pytest.raises(DataError, match=r"corpus\.jsonl: expected at least one passage, found an empty file"):
-        write_corpus(path, tmp_path)
+        write_corpus(CorpusFile.read(path, tmp_path), tmp_path)
 
 
 def test_a_file_changed_since_is_an_error_not_a_wrong_passage(tmp_path):
     path = write(tmp_path / "corpus.jsonl", {"id": "0", "contents": "fine"}, {"id": "1", "contents": "too"})
-    write_corpus(path, tmp_path)
+    write_corpus(CorpusFile.read(path, tmp_path), tmp_path)
     corpus = Corpus(path, np.load(tmp_path / "offsets.npy") + np.int64(3))
     with pytest.raises(DataError, match="passage 1: expected one JSON object"):
         corpus[1]
+
+
+def test_half_a_character_is_named(tmp_path):
+    path = write(tmp_path / "corpus.jsonl", {"id": "0", "contents": "fine"})
+    with path.open("a") as file:
+        file.write('{"id": "1", "contents": "a \\ud83d b"}\n')
+    with pytest.raises(DataError, match=r"corpus\.jsonl line 2: expected text, found half a character"):
+        write_corpus(CorpusFile.read(path, tmp_path), tmp_path)
+
+
+def test_a_text_without_a_title_is_its_contents(tmp_path):
+    path = write(tmp_path / "corpus.jsonl", {"id": "0", "text": "bare"}, {"id": "1", "title": None, "text": "too"})
+    write_corpus(CorpusFile.read(path, tmp_path), tmp_path)
+    corpus = Corpus.open(path, tmp_path)
+    assert [corpus[0].contents, corpus[1].contents] == ["bare", "too"]

@@ -1,5 +1,6 @@
 import gzip
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,11 @@ def corpus(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"id": key, "contents": text}) + "\n" for key, text in TEXTS.items()))
     return path
+
+
+def visible(folder):
+    """Names of all but the locks."""
+    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
 
 
 def ids(results):
@@ -81,7 +87,7 @@ def test_a_finished_index_is_used_again(corpus, monkeypatch):
     retriever = DenseRetriever(corpus)
     retriever.prepare()
     assert ids(retriever.search(["tea"], 1)) == [["tea"]]
-    assert [path.name for path in retriever.index_path.iterdir()] == [retriever.folder.name]
+    assert visible(retriever.index_path) == [retriever.folder.name]
     manifest = json.loads((retriever.folder / "manifest.json").read_text())
     assert manifest["num_passages"] == 4 and manifest["encoder"] == "static"
 
@@ -129,11 +135,11 @@ def test_a_build_that_failed_goes_on(corpus, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             retriever.prepare()
     assert not retriever.is_built
-    (unfinished,) = retriever.index_path.iterdir()
+    (unfinished,) = retriever.index_path.glob(".*.unfinished")
     (unfinished / "static_Flat.index").unlink()  # the real writer renames: what has the name is whole
     monkeypatch.setattr(TextEncoder, "encode_passages", lambda *_: pytest.fail("encoded twice"))
     assert ids(retriever.search(["tea"], 1)) == [["tea"]]
-    assert [path.name for path in retriever.index_path.iterdir()] == [retriever.folder.name]
+    assert visible(retriever.index_path) == [retriever.folder.name]
     assert sorted(path.name for path in retriever.folder.iterdir()) == [
         "encoder", "manifest.json", "offsets.npy", "static_Flat.index",
     ]  # fmt: skip
@@ -146,7 +152,7 @@ def test_a_gzipped_corpus_is_unpacked_beside_its_index(corpus):
     assert retriever.search(["capital of Italy"], 1)[0][0].contents == TEXTS["rome"]
     assert (retriever.folder / "corpus.jsonl").read_bytes() == corpus.read_bytes()
     packed.write_bytes(gzip.compress(b'{"id": "1", "contents": "c"}\n{"id": "2"}\n'))
-    with pytest.raises(DataError, match=r"corpus\.jsonl\.gz line 2: expected the keys"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl\.gz line 2: expected 'id' and"):
         DenseRetriever(packed).prepare()
 
 
@@ -174,7 +180,7 @@ def test_bad_arguments_and_files(corpus, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match=r"empty\.jsonl: expected at least one passage"):
         DenseRetriever(tmp_path / "empty.jsonl").prepare()
-    assert list((tmp_path / "empty.jsonl.index").iterdir()) == []
+    assert visible(tmp_path / "empty.jsonl.index") == []
     with pytest.raises(ConfigError, match=r"encoder: expected 'static', a sentence-transformers folder or a hub name"):
         DenseRetriever(corpus, encoder="./no/such/folder").prepare()
 
@@ -195,7 +201,9 @@ def test_other_kinds_of_index(tmp_path, factory):
     retriever = DenseRetriever(path, factory=factory, nprobe=4)
     assert [hits[0] for hits in ids(retriever.search(words[::50], 3))] == [str(i) for i in range(0, 600, 50)]
     assert retriever.index_file.name == f"static_{factory}.index" and retriever.index_file.is_file()
-    with pytest.raises(ConfigError, match="factory: expected a FAISS factory string for 256 dimensions.*found 'Nope'"):
+    with pytest.raises(
+        ConfigError, match="factory: expected a FAISS factory string that works for 256 dimensions.*found 'Nope'"
+    ):
         DenseRetriever(path, factory="Nope").prepare()
 
 
@@ -314,7 +322,7 @@ TextEncoder.encode_passages = counted
 DenseRetriever({str(path)!r}, index_path={str(tmp_path / "killed")!r}, batch_size=32).prepare()
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    (unfinished,) = (tmp_path / "killed").iterdir()
+    (unfinished,) = (tmp_path / "killed").glob(".*.unfinished")
     assert json.loads((unfinished / "encoded.json").read_text()) == {"rows": 3 * 16 * 32}
     encoded = []
     with pytest.MonkeyPatch.context() as patch:
@@ -326,3 +334,53 @@ DenseRetriever({str(path)!r}, index_path={str(tmp_path / "killed")!r}, batch_siz
     whole = DenseRetriever(path, index_path=tmp_path / "whole", batch_size=32)
     whole.prepare()
     assert resumed.index_file.read_bytes() == whole.index_file.read_bytes()
+
+
+def test_a_corpus_that_changes_before_it_is_indexed_is_noticed(corpus):
+    """Its digest was taken, the lock was waited for, and meanwhile the file was still being copied."""
+    retriever = DenseRetriever(corpus)
+    assert not retriever.is_built  # takes the digest
+    with corpus.open("a") as file:
+        file.write('{"id": "zebra", "contents": "zebra"}\n')
+    with pytest.raises(DataError, match="changed while it was indexed"):
+        retriever.prepare()
+    retriever.close()
+    assert ids(retriever.search(["zebra"], 1)) == [["zebra"]]
+
+
+def test_a_copy_for_another_process_opens_its_own(corpus):
+    retriever = DenseRetriever(corpus)
+    found = retriever.search(["tea"], 2)
+    assert pickle.loads(pickle.dumps(retriever)).search(["tea"], 2) == found
+
+
+def test_a_folder_called_static_is_not_the_embedded_encoder(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "static").mkdir()
+    DenseRetriever(corpus, index_path="index").prepare()
+    assert DenseRetriever.from_index(corpus, "index").encoder == "static"
+
+
+def test_an_index_for_torch_beside_one_for_faiss(corpus, tmp_path):
+    retrievers = {
+        backend: DenseRetriever(corpus, index_path=tmp_path / "i", backend=backend) for backend in ("faiss", "torch")
+    }
+    for retriever in retrievers.values():
+        retriever.prepare()
+    for backend, retriever in retrievers.items():
+        found = DenseRetriever.from_index(corpus, tmp_path / "i", backend=backend)
+        assert found.folder == retriever.folder and found.is_built
+        named = DenseRetriever(corpus, index_path=retriever.folder, backend=backend)
+        assert named.folder == retriever.folder
+    with pytest.raises(ConfigError, match="found 2: .*for faiss; .*for torch. Name one of their folders"):
+        DenseRetriever.from_index(corpus, tmp_path / "i")
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_no_batch_is_no_vectors(corpus, size):
+    with pytest.raises(ConfigError, match=f"batch_size: expected at least 1 text per forward pass, found {size}"):
+        DenseRetriever(corpus, batch_size=size)
+
+
+def test_half_a_character_in_a_query_is_searched_for_without_it(corpus):
+    assert ids(DenseRetriever(corpus).search(["tea \ud83d leaves"], 1)) == [["tea"]]

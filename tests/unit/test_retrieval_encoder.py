@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.errors import ConfigError, DataError, RetrievalError
 from sdsearch_lightning.retrieval.encoder import NONE, TextEncoder, convention_of
 
 TEXTS = ["the capital of france", "a play", "the river and the play of a capital", "seine"]
@@ -135,9 +135,58 @@ def test_the_identity_knows_what_passages_depend_on(make):
     assert all(other != identity(folder) for other in others)
 
 
+def test_pooling_by_name_is_part_of_the_identity(bert, tmp_path):
+    """A plain folder is pooled by its family: the same weights under another name are another encoder."""
+    mean, cls = (shutil.copytree(bert, tmp_path / name) for name in ("model", "my-bge"))
+    assert TextEncoder(str(mean)).identity != TextEncoder(str(cls)).identity
+
+
+def test_a_pickle_in_a_later_module_is_not_read(make):
+    from safetensors.torch import load_file
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    folder = make("dense")
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.append(Dense(32, 8))
+    model.save(str(folder))
+    assert TextEncoder(str(folder)).dimension == 8
+    (weights,) = folder.glob("2_*/model.safetensors")
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is a pickle, which is never read"):
+        TextEncoder(str(folder)).encode_queries(TEXTS)
+
+
+def test_a_hub_model_is_fetched_without_pickles(make, monkeypatch):
+    folder, asked = make("e5"), {}
+
+    def fetch(name, ignore_patterns):
+        asked[name] = ignore_patterns
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    vectors = TextEncoder("intfloat/e5-base-v2", device="cpu").encode_passages(TEXTS)
+    np.testing.assert_allclose(vectors, plain(folder, TEXTS, "passage: "), atol=1e-6)
+    assert {"*.bin", "*.pkl"} <= set(asked["intfloat/e5-base-v2"])
+
+
+def test_vectors_that_are_not_finite_are_no_vectors(make):
+    from sentence_transformers import SentenceTransformer
+
+    folder = make("broken")
+    model = SentenceTransformer(str(folder), device="cpu")
+    model[0].model.embeddings.word_embeddings.weight.data[:] = torch.nan
+    model.save(str(folder))
+    with pytest.raises(RetrievalError, match="made a vector that is not finite"):
+        TextEncoder(str(folder)).encode_queries(TEXTS)
+    with pytest.raises(DataError, match="made vectors that are not finite"):
+        TextEncoder(str(folder)).encode_passages(TEXTS)
+
+
 def test_pickled_weights_are_not_read(bert, tmp_path):
     folder = shutil.copytree(bert, tmp_path / "pickled")
     torch.save(BertModel.from_pretrained(bert).state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"which cannot be loaded: .*safetensors"):
+    with pytest.raises(ConfigError, match=r"which cannot be loaded: .*is a pickle"):
         TextEncoder(str(folder)).encode_queries(TEXTS)

@@ -60,6 +60,15 @@ def test_approximate_kinds_find_what_flat_finds(tmp_path, factory, options, byte
         assert (few.search(unit(rng, 64), 1500)[1] == -1).any()
 
 
+def test_options_reach_an_index_behind_a_transform(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors, queries = unit(rng, 4000), unit(rng, 50)
+    write_faiss_index(tmp_path / "i", vectors, "PCA16,HNSW4")
+    truth = (queries @ vectors.T).argmax(1)
+    few, many = (FaissIndex(tmp_path / "i", ef_search=ef).search(queries, 1)[1][:, 0] for ef in (1, 400))
+    assert (many == truth).mean() > (few == truth).mean() + 0.2
+
+
 def test_flat_is_mapped_not_read(tmp_path):
     """Opening 60 MB of vectors takes next to no private memory."""
 
@@ -80,10 +89,17 @@ def test_flat_is_mapped_not_read(tmp_path):
 def test_what_cannot_be_an_index_is_refused(tmp_path):
     faiss = import_faiss()
     vectors = unit(np.random.default_rng(0), 100)
-    with pytest.raises(ConfigError, match=r"factory string for 16 dimensions, such as Flat, .*, found 'Flatt'"):
+    with pytest.raises(
+        ConfigError, match=r"factory string that works for 16 dimensions, such as Flat, .*, found 'Flatt'"
+    ):
         write_faiss_index(tmp_path / "i", vectors, "Flatt")
     with pytest.raises(ConfigError, match="'IVF500,SQ8' expects at least 500 passages to train on, found 100"):
         write_faiss_index(tmp_path / "i", vectors, "IVF500,SQ8")
+    for factory in ("IDMap,Flat", "PQ32x10", "IVF4,PQ3"):  # added by number; bits beyond the vectors; 16 / 3
+        with pytest.raises(ConfigError, match=rf"found '{factory}' \("):
+            write_faiss_index(tmp_path / "i", vectors, factory)
+    with pytest.raises(ConfigError, match="found 'NSG32'"):
+        bytes_per_vector(16, "NSG32")
     assert not list(tmp_path.iterdir())
     (tmp_path / "text").write_text("no index at all")
     with pytest.raises(DataError, match=r"text: expected a FAISS index, found a file that it cannot read"):

@@ -94,3 +94,14 @@ def test_float32_is_mapped_not_read(tmp_path, monkeypatch):
 def test_an_unknown_scan_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="scan: expected one of auto, float32, bfloat16, found 'int8'"):
         opened(tmp_path, unit(np.random.default_rng(0), 3), "int8", monkeypatch)
+
+
+@pytest.mark.parametrize("scan", ["float32", "bfloat16"])
+def test_a_query_that_is_no_number_finds_nothing_whoever_stands_beside_it(tmp_path, monkeypatch, scan):
+    rng = np.random.default_rng(0)
+    vectors, queries = unit(rng, 3000), unit(rng, 3)
+    index = opened(tmp_path, vectors, scan, monkeypatch)
+    expected = index.search(queries, 4)[1]
+    queries[1, 5] = np.nan
+    _, rows = index.search(queries, 4)
+    assert (rows[1] == -1).all() and (rows[[0, 2]] == expected[[0, 2]]).all()

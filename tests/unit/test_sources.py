@@ -86,6 +86,8 @@ def test_shards_are_read_in_order_and_all_of_them(tmp_path):
     names = [f"data/train-{i:05}-of-00011.parquet" for i in range(11)]
     entry = folder(tmp_path / "wiki", *reversed(names), "data/test-00000-of-00001.parquet")
     assert found(tmp_path / "wiki", entry) == [(name, "wiki") for name in names]
+    hashed = folder(tmp_path / "old", "train-00000-of-00001-9128379123871238.parquet", "train-of-life.parquet")
+    assert found(tmp_path / "old", hashed) == [("train-00000-of-00001-9128379123871238.parquet", "old")]
     assert found(tmp_path / "wiki", entry, "test") == [("data/test-00000-of-00001.parquet", "wiki")]
     (tmp_path / "wiki" / names[4]).unlink()
     with pytest.raises(DataError, match=r"expected 11 shards of train\.parquet, found 10: train-00000-of-00011"):

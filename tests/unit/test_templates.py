@@ -200,6 +200,15 @@ def test_cut_passages_keep_the_budget_and_bring_no_tags(any_codec: TokenCodec, m
     assert [tag for tag in PROTOCOL.tags for _ in range(text.count(tag))] == ["<documents>", "</documents>"]
 
 
+def test_pieces_of_two_passages_make_no_tag(byte_codec: TokenCodec) -> None:
+    """Each is harmless alone: `<` at the end of one, and the rest at the beginning of the next."""
+    protocol = AutoRefineProtocol(passage_template="{contents}")
+    pieces = [Passage("0", "aaaa<"), Passage("1", "/documents> b " * 3)]
+    ids, num_cut = protocol.passage_ids(byte_codec, pieces, 60)
+    text = byte_codec.decode(ids)
+    assert num_cut and len(ids) <= 60 and text.count("</documents>") == 1 and "aaaa< /documents>" in text
+
+
 def test_the_fair_share() -> None:
     for lengths, room in [([5, 1, 9], 8), ([5, 5], 4), ([3], 9), ([], 3), ([2, 2], -1), ([7, 1, 1, 30], 20)]:
         share = fair_share(lengths, room)
