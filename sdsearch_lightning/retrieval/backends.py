@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.retrieval.faiss_library import import_faiss, installed_wheels
@@ -27,7 +28,7 @@ def choose_backend(backend: str, factory: str = "Flat") -> str:
             if factory != "Flat":
                 raise
             if installed_wheels():  # installed, but broken: say so
-                warnings.warn(f"{error} Exact search by torch is used instead.", stacklevel=2)
+                _warn_once(f"{error}. Until then torch searches, exactly too.")
             return "torch"
     if backend == "torch":
         if factory != "Flat":
@@ -35,3 +36,8 @@ def choose_backend(backend: str, factory: str = "Flat") -> str:
         return "torch"
     import_faiss()
     return "faiss"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

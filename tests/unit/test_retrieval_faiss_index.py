@@ -18,6 +18,7 @@ def unit(rng, rows, dimension=16):
 @pytest.fixture
 def no_cache():
     import_faiss.cache_clear()
+    backends._warn_once.cache_clear()
     yield
     import_faiss.cache_clear()
 
@@ -165,6 +166,7 @@ def test_two_wheels_are_told_how_to_repair(monkeypatch, no_cache):
         choose_backend("faiss")
     with pytest.warns(UserWarning, match=repair):
         assert choose_backend("auto") == "torch"
+    assert choose_backend("auto") == "torch"  # told once: a second warning would be an error here
 
 
 def test_a_gpu_wheel_without_cuda_libraries_is_caught(monkeypatch, no_cache, tmp_path):
