@@ -42,7 +42,7 @@ def test_flat_equals_brute_force(tmp_path, batch):
 
 @pytest.mark.parametrize(
     ("factory", "options", "bytes_each"),
-    [("IVF16,SQ8", {"nprobe": 16}, 24), ("IVF8,PQ8", {"nprobe": 8}, 16), ("HNSW16", {"ef_search": 200}, 204)],
+    [("IVF16,SQ8", {"nprobe": 16}, 24), ("IVF8,PQ16x4", {"nprobe": 8}, 16), ("HNSW16", {"ef_search": 200}, 204)],
 )
 def test_approximate_kinds_find_what_flat_finds(tmp_path, factory, options, bytes_each):
     rng = np.random.default_rng(0)
