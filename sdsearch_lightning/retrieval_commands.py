@@ -41,7 +41,10 @@ def index(argv: Sequence[str]) -> None:
         dtype="float16" if options.use_fp16 else options.dtype,
     )
     there = retriever.is_built
-    retriever.prepare()
+    try:
+        retriever.prepare()
+    except OSError as error:  # a full disk, most of all
+        raise ConfigError(f"index_path: {error}. What is built so far is kept: the same command goes on.") from error
     size = sum(path.stat().st_size for path in retriever.folder.rglob("*") if path.is_file())
     print(f"{'there already' if there else 'built'}: {retriever.index_file} ({size / 1e6:.3g} MB in its folder)")
     print(f"serve it: sdsearch serve --corpus_path {options.corpus_path} --index_path {options.index_path}")

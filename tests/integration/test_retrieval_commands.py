@@ -59,6 +59,20 @@ def test_an_index_is_built_once_and_told(corpus, capsys):
     assert len(list((corpus.parent / "index").glob("*/manifest.json"))) == 2
 
 
+def test_a_full_disk_is_told_in_a_line(corpus, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sdsearch_lightning.retrieval.index_build.write_vectors", full)
+    with pytest.raises(SystemExit) as exit_info:
+        index()
+    told = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "No space left on device. What is built so far is kept" in told
+    monkeypatch.undo()
+    monkeypatch.chdir(corpus.parent)
+    assert index() == 0
+
+
 @pytest.mark.slow
 def test_an_index_is_served(corpus):
     index()
