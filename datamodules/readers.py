@@ -127,8 +127,9 @@ def _text_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) -> 
 
 def _asked_in(values: dict[str, Any]) -> str | None:
     """What the last user message of a row's `prompt` asks, after the instructions of Search-R1's template."""
-    messages = _look(values, "prompt")
-    for message in reversed(messages if isinstance(messages, list) else ()):
+    found = _look(values, "prompt")
+    messages: list[Any] = found if isinstance(found, list) else []
+    for message in reversed(messages):
         match message:
             case {"role": "user", "content": str(content)}:
                 return content.rpartition("Question: ")[2].strip() if "Question: " in content else None
