@@ -9,6 +9,7 @@ from sdsearch_lightning.callbacks.hindsight_construction import HindsightConstru
 from sdsearch_lightning.callbacks.jsd_weight_scheduler import JSDWeightScheduler
 from sdsearch_lightning.callbacks.rollout_grouping import RolloutGrouping
 from sdsearch_lightning.callbacks.teacher_diagnostics import TeacherDiagnostics
+from sdsearch_lightning.callbacks.training_health import TrainingHealth
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "JSDWeightScheduler",
     "RolloutGrouping",
     "TeacherDiagnostics",
+    "TrainingHealth",
     "TrajectoryLog",
 ]
