@@ -36,8 +36,10 @@ METRICS = {
 }
 """What a training step may log, by phase; docs/metrics.md says what each means."""
 WATCHABLE = tuple(f"{phase}/{name}" for phase, names in METRICS.items() for name in names.split())
-WINDOW = 5
-"""Steps of the running average; a reference counts for "average" rules once so many values went into it."""
+SETTLE = 5
+"""Values that have to go into an average before rules compare with it."""
+SLOW, RECENT = 20, 5
+"""Steps of the running average, and of the one whose best is kept."""
 
 
 def _known(what: str, found: object, there_is: Iterable[str]) -> None:
@@ -52,9 +54,9 @@ class HealthRule:
     metric: str
     """Key of docs/metrics.md that training steps log."""
     how: How
-    """`above` and `below`: out of bounds beyond `bound` itself. `above_average` and `below_average`: beyond `bound`
-    times the running average. `below_best`: below `bound` times the best running average so far. `not_finite`: more
-    than `bound` skipped updates or watched values that are not finite."""
+    """When a value is out of bounds. `above` and `below`: beyond `bound` itself. `above_average` and `below_average`:
+    beyond `bound` times the running average of 20 steps. `below_best`: below `bound` times the best average of 5 steps
+    so far. `not_finite`: more than `bound` skipped updates or watched values that are not finite."""
     bound: float
     patience: int = 3
     """Steps in a row out of bounds until the alarm, and within bounds until it is over."""
@@ -91,20 +93,23 @@ class Watch:
     seen: int = 0
     """Values within bounds: only they enter the references, so a collapse cannot drag its own bound along."""
     average: float = 0.0
+    recent: float = 0.0
     best: float = -math.inf
+    """Highest `recent` average so far."""
 
     def limit(self, rule: HealthRule) -> float | None:
         """The bound as a value of the metric; None while the rule sleeps."""
         if rule.how in ("above", "below", "not_finite"):
             return rule.bound
-        reference, needed = (self.best, 1) if rule.how == "below_best" else (self.average, WINDOW)
+        reference, needed = (self.best, 1) if rule.how == "below_best" else (self.average, SETTLE)
         return rule.bound * reference if self.seen >= needed and reference > rule.at_least else None
 
     def take(self, value: float) -> None:
         """Let a value into the references."""
         self.seen += 1
-        self.average += (value - self.average) / min(self.seen, WINDOW)
-        self.best = max(self.best, self.average)
+        self.average += (value - self.average) / min(self.seen, SLOW)
+        self.recent += (value - self.recent) / min(self.seen, RECENT)
+        self.best = max(self.best, self.recent)
 
     def judge(self, rule: HealthRule, value: float) -> bool:
         """Take the value of a step in; True where an alarm begins with it."""

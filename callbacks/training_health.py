@@ -26,7 +26,7 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy_module import PolicyModule
 
 SCORE = "rollout/reward"
-"""The best checkpoint is the one with the highest running average of it."""
+"""The best checkpoint is the one with the highest average of it over recent steps."""
 ALWAYS = (SCORE, "train/loss", "train/grad_norm", "train/skipped_updates")
 """Read in any case: for the best checkpoint, and for values that are not finite."""
 
@@ -200,7 +200,7 @@ class TrainingHealth(pl.Callback):
     def _keep_best(self, trainer: pl.Trainer) -> None:
         """Name this step's checkpoint `best.ckpt`, where nothing is wrong and the reward was never better."""
         last = _folder(trainer) / "last.ckpt"
-        score, step = self._score.average, trainer.global_step
+        score, step = self._score.recent, trainer.global_step
         is_healthy = not any(watch.in_alarm or watch.steps_out for watch in self.watches.values())
         is_better = self._best is None or score > self._best[0]
         if not (self.keep_best and self._score.seen and is_healthy and is_better):
