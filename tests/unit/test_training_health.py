@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -208,6 +209,11 @@ def test_what_can_be_watched_is_what_training_steps_log() -> None:
     page = read_page(PAGE.read_text())
     logged = page.keys | {f"rollout/{score}" for score in page.scores - {"questions"}}
     assert set(WATCHABLE) == {key for key in logged if key.split("/")[0] in ("rollout", "search", "train", "distill")}
+
+
+def test_the_page_lists_the_rules() -> None:
+    rows = re.findall(r"^\| (\w+) \| .*`([a-z]+/\w+)`.* \| (\d+) \|$", PAGE.read_text(), flags=re.MULTILINE)
+    assert rows == [(name, rule.metric, str(rule.patience)) for name, rule in RULES.items()]
 
 
 # In a run

@@ -14,7 +14,7 @@ from conftest import Workplace  # type: ignore[import-not-found]
 SCRIPT = Path(__file__).with_name("health_two_ranks.py")
 
 YAML = """\
-run: {name: health, checkpoint_every: 1}
+run: {name: %s, checkpoint_every: 1}
 trainer:
   callbacks:
   - class_path: TrainingHealth
@@ -25,7 +25,7 @@ trainer:
 
 
 def test_a_run_is_stopped_with_its_best_checkpoint_and_is_the_same_until_then(workplace: Workplace) -> None:
-    (workplace.path / "health.yaml").write_text(YAML % "")
+    (workplace.path / "health.yaml").write_text(YAML % ("health", ""))
     done = workplace.start("-m", "sdsearch_lightning", "fit", "--config", "fit.yaml", "--config", "health.yaml")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("TrainingHealth, step 3, queries: rollout/policy_tokens is ") == 1, done.stderr
@@ -43,13 +43,13 @@ def test_a_run_is_stopped_with_its_best_checkpoint_and_is_the_same_until_then(wo
 
 
 def test_a_rule_that_cannot_be_is_one_short_line(workplace: Workplace) -> None:
-    (workplace.path / "wrong.yaml").write_text(YAML % ", kl: {metric: train/kll}")
+    (workplace.path / "wrong.yaml").write_text(YAML % ("wrong", ", kl: {metric: train/kll}"))
     done = workplace.start("-m", "sdsearch_lightning", "fit", "--config", "fit.yaml", "--config", "wrong.yaml")
     assert done.returncode == 2
     assert "metric: found 'train/kll', expected one of" in done.stderr and len(done.stderr.splitlines()) <= 3
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_ranks_stop_together_on_what_only_one_of_them_sees(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "NODE_RANK")}
     done = subprocess.run(
