@@ -252,3 +252,14 @@ def test_a_faulty_demonstration_is_named(tmp_path, faulty, shown):
     with pytest.raises(DataError) as error:
         read_demonstrations(path)
     assert str(error.value).startswith(f"{path} line 2: ") and shown in str(error.value)
+
+
+def test_a_column_may_have_a_dot_in_its_name():
+    row = {"q": "who?", "a.b": "gold", "a": {"b": "nested"}}
+    question = parse_question(row, "f row 1", "f", {"question": "q", "answers": "a.b"})
+    assert question.answers == ("gold",)
+
+
+def test_an_empty_list_of_answers_leaves_it_to_the_next_place():
+    row = {"question": "who?", "golden_answers": [], "reward_model": {"ground_truth": {"target": ["gold"]}}}
+    assert parse_question(row, "f row 1", "f").answers == ("gold",)

@@ -13,6 +13,7 @@ from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval import DenseRetriever, check_retriever, dense
 from sdsearch_lightning.retrieval.encoder import TextEncoder
 from sdsearch_lightning.retrieval.static_encoder import save_static_encoder
+from sdsearch_lightning.retrieval.torch_index import write_vectors
 
 TEXTS = {
     "paris": '"Paris"\nthe capital of France on the Seine',
@@ -301,6 +302,12 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(corpus, monkeypatch):
     monkeypatch.setattr(TextEncoder, "encode_passages", lambda *_: pytest.fail("started all the same"))
     with pytest.raises(ConfigError, match=r"expected 0\.0 GB of free disk for 4 vectors of 256 numbers, found 0\.0 GB"):
         DenseRetriever(corpus).prepare()
+
+
+def test_space_for_vectors_is_taken_before_they_are_made(tmp_path):
+    """A sparse file would let the disk fill up in the middle of a write into mapped memory, which is a signal."""
+    vectors = write_vectors(tmp_path / "v.npy", 5000, 64)
+    assert vectors.shape == (5000, 64) and (tmp_path / "v.npy").stat().st_blocks * 512 >= vectors.nbytes
 
 
 def test_a_killed_build_goes_on_and_gives_the_same_index(tmp_path):
