@@ -33,9 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdsearch_lightning.errors import ConfigError, DataError
-from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
-from sdsearch_lightning.retrieval.index_folder import CorpusFile, IndexFolder
+from sdsearch_lightning.retrieval.index_folder import IndexFolder
+from sdsearch_lightning.retrieval.indexed import IndexedRetriever
 from sdsearch_lightning.types import Passage
 
 _FORMAT = 1  # of the folder; another number makes other fingerprints
@@ -50,7 +50,7 @@ class _Opened(NamedTuple):
     corpus: Corpus
 
 
-class BM25Retriever(Retriever):
+class BM25Retriever(IndexedRetriever):
     """Searches the passages of a corpus file for the words of the query.
 
     Only passages that share a word with the query are found, so there may be fewer than k, or none. Words are
@@ -74,10 +74,8 @@ class BM25Retriever(Retriever):
     ) -> None:
         if k1 < 0 or not 0 <= b <= 1:
             raise ConfigError(f"k1 and b: expected k1 >= 0 and b in [0, 1], found k1={k1} and b={b}.")
-        self.corpus_path = Path(corpus)
-        self.index_path = Path(f"{corpus}.index" if index_path is None else index_path)
+        super().__init__(corpus, index_path)
         self.k1, self.b, self.stopwords = k1, b, stopwords
-        self._opened: _Opened | None = None
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """The best passages for each query, equal scores in the order of the corpus; builds the index if need be.
@@ -96,35 +94,10 @@ class BM25Retriever(Retriever):
             for scores in (self._score(index, words) for words in self._tokenize(queries))
         ]
 
-    def __len__(self) -> int:
-        """Number of passages."""
-        return len(self._open().corpus)
-
     def prepare(self) -> None:
         """Builds the index unless a finished one is there; safe to call from several processes at once."""
         _bm25s()
         self._folder.build(self._write)
-
-    def close(self) -> None:
-        """Lets go of index and corpus; the next search opens them again."""
-        if self._opened is not None:
-            self._opened.corpus.close()
-            self._opened = None
-        for cached in ("_source", "_folder"):  # the corpus may be another by then
-            self.__dict__.pop(cached, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is open: a copy in another process opens its own."""
-        return self.__dict__ | {"_opened": None}
-
-    @property
-    def folder(self) -> Path:
-        """The folder of this index, named by its fingerprint."""
-        return self._folder.path
-
-    @cached_property
-    def _source(self) -> CorpusFile:
-        return CorpusFile.read(self.corpus_path, self.index_path)
 
     @cached_property
     def _folder(self) -> IndexFolder:

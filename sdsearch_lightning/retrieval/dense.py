@@ -23,12 +23,12 @@ import numpy as np
 
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval.backends import choose_backend
-from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
 from sdsearch_lightning.retrieval.encoder import STATIC, TextEncoder
 from sdsearch_lightning.retrieval.faiss_index import FaissIndex
 from sdsearch_lightning.retrieval.index_build import VECTORS, build_index
-from sdsearch_lightning.retrieval.index_folder import CorpusFile, IndexFolder, choose_manifest, finished_folders
+from sdsearch_lightning.retrieval.index_folder import IndexFolder, choose_manifest, is_finished
+from sdsearch_lightning.retrieval.indexed import IndexedRetriever
 from sdsearch_lightning.retrieval.static_encoder import write_static_encoder
 from sdsearch_lightning.retrieval.torch_index import TorchIndex
 from sdsearch_lightning.types import Passage
@@ -43,7 +43,7 @@ class _Opened(NamedTuple):
     corpus: Corpus
 
 
-class DenseRetriever(Retriever):
+class DenseRetriever(IndexedRetriever):
     """Searches the passages of a corpus file by the inner product of normalised sentence embeddings.
 
     Args:
@@ -79,11 +79,10 @@ class DenseRetriever(Retriever):
         device: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        self.corpus_path = Path(corpus)
-        self.encoder = encoder
-        self.index_path = Path(f"{corpus}.index" if index_path is None else index_path)
-        if finished_folders(self.index_path) == [self.index_path]:  # one index, named itself
+        super().__init__(corpus, index_path)
+        if is_finished(self.index_path):  # one index, named itself
             self.index_path = self.index_path.parent
+        self.encoder = encoder
         self.backend = backend
         self.factory = factory
         self._search_options = {"nprobe": nprobe, "ef_search": ef_search}
@@ -96,11 +95,6 @@ class DenseRetriever(Retriever):
             "dtype": dtype,
         }
         self._text_encoder = self._make_encoder(encoder)  # loads nothing; says now what is wrong with an option
-        self._opened: _Opened | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is open: a copy in another process opens its own."""
-        return self.__dict__ | {"_opened": None}
 
     @classmethod
     def from_index(
@@ -118,7 +112,7 @@ class DenseRetriever(Retriever):
             ConfigError: there is none, or more than one.
         """
         index_path = Path(index_path)
-        if index_path.is_file() and not (index_path.parent / "manifest.json").is_file():
+        if index_path.is_file() and not is_finished(index_path.parent):
             if encoder is None:
                 raise ConfigError(f"encoder: expected the one that {index_path} was built with, found none given.")
             return cls(corpus, encoder, index_path, **options)
@@ -129,7 +123,7 @@ class DenseRetriever(Retriever):
         return cls(
             corpus,
             encoder or manifest["encoder_name"],
-            root.parent if (root / "manifest.json").is_file() else root,
+            root,
             **{name: manifest[name] for name in ("factory", "passage_prompt", "dtype", "backend")} | options,  # type: ignore
         )
 
@@ -151,26 +145,9 @@ class DenseRetriever(Retriever):
             for found in zip(scores, rows, strict=True)
         ]
 
-    def __len__(self) -> int:
-        """Number of passages."""
-        return len(self._open().corpus)
-
     def prepare(self) -> None:
         """Builds the index unless a finished one is there; safe to call from several processes at once."""
         self._folder.build(self._write_rows if self._is_file else self._write_index)
-
-    def close(self) -> None:
-        """Lets go of encoder, index and corpus; the next search opens them again."""
-        if self._opened is not None:
-            self._opened.corpus.close()
-            self._opened = None
-        for cached in ("_source", "_folder"):  # the corpus may be another by then
-            self.__dict__.pop(cached, None)
-
-    @property
-    def folder(self) -> Path:
-        """The folder of this index, named by its fingerprint."""
-        return self._folder.path
 
     @property
     def index_file(self) -> Path:
@@ -199,10 +176,6 @@ class DenseRetriever(Retriever):
     def _root(self) -> Path:
         return Path(f"{self.index_path}.corpus") if self._is_file else self.index_path
 
-    @cached_property
-    def _source(self) -> CorpusFile:
-        return CorpusFile.read(self.corpus_path, self._root)
-
     def _write_index(self, folder: Path) -> dict[str, Any]:
         told = self._write_rows(folder)
         factory = None if choose_backend(self.backend, self.factory) == "torch" else self.factory
@@ -214,8 +187,8 @@ class DenseRetriever(Retriever):
         told = write_corpus(self._source, folder)
         if self.encoder == STATIC:
             write_static_encoder(self.corpus_path, folder)
-        is_folder = self.encoder != STATIC and Path(self.encoder).is_dir()
-        return told | {"encoder_name": str(Path(self.encoder).absolute()) if is_folder else self.encoder}
+        name = str(Path(self.encoder).absolute()) if self._text_encoder.is_folder else self.encoder
+        return told | {"encoder_name": name}
 
     def _open(self) -> _Opened:
         if self._opened is None:

@@ -96,12 +96,15 @@ class TextEncoder:
 
         Nothing is loaded for it: where a prompt is left to the model, the model stands for it.
         """
-        if self.name == STATIC:
-            return {"encoder": STATIC, "passage_prompt": None, "convention": None, "dtype": self._dtype}
-        encoder = digest_folder(Path(self.name)) if Path(self.name).is_dir() else self.name
+        encoder = digest_folder(Path(self.name)) if self.is_folder else self.name
         prompt, family = self._prompts["passage"], convention_of(self.name)
         convention = [family.passage_prompt if prompt is None else None, family.pooling]
         return {"encoder": encoder, "passage_prompt": prompt, "convention": convention, "dtype": self._dtype}
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is read from a folder; one that is called "static" is not the embedded encoder."""
+        return self.name != STATIC and Path(self.name).is_dir()
 
     @property
     def device(self) -> Any:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sdsearch_lightning.errors import ConfigError, DataError, SDSearchError
-from sdsearch_lightning.retrieval.jsonl import open_file
+from sdsearch_lightning.retrieval.jsonl import require_file
 
 _MANIFEST = "manifest.json"
 
@@ -43,7 +43,7 @@ class IndexFolder:
     @property
     def is_finished(self) -> bool:
         """Whether it can be opened."""
-        return (self.path / _MANIFEST).is_file()
+        return is_finished(self.path)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -57,6 +57,8 @@ class IndexFolder:
             write: gets the unfinished folder, in which an earlier, killed call may have left a part, and returns what
                 the manifest is to tell beside the identity.
         """
+        if self.is_finished:  # no lock, then: the folder may be one that can only be read
+            return
         with self._alone():
             if self.is_finished:  # by the process before us
                 return
@@ -75,9 +77,6 @@ class IndexFolder:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Waits for a lock, which a dead process gives up. Its file stays: a lock that is moved or removed is none."""
-        if self.is_finished:  # in a folder that can only be read, too
-            yield
-            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / f".{self.path.name}.lock").open("w")
@@ -88,10 +87,16 @@ class IndexFolder:
             yield
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether it is a finished index; other programs have manifests too."""
+    return (folder / _MANIFEST).is_file() and re.fullmatch("[0-9a-f]{16}", folder.absolute().name) is not None
+
+
 def finished_folders(root: Path) -> list[Path]:
     """Finished indexes below `root`, or `root` itself where it is one."""
-    ours = [path.parent for path in (root / _MANIFEST, *root.glob(f"*/{_MANIFEST}")) if path.is_file()]
-    return sorted(folder for folder in ours if re.fullmatch("[0-9a-f]{16}", folder.absolute().name))
+    return [
+        folder for folder in (root, *sorted(path.parent for path in root.glob(f"*/{_MANIFEST}"))) if is_finished(folder)
+    ]
 
 
 def choose_manifest(root: Path, corpus: Path, encoder: str | None = None, backend: str | None = None) -> dict[str, Any]:
@@ -167,8 +172,8 @@ class CorpusFile:
         Raises:
             DataError: there is no such file.
         """
-        with open_file(path):  # the error names the file
-            stamp = _stamp(path)
+        require_file(path)
+        stamp = _stamp(path)
         for manifest in map(read_manifest, finished_folders(root)):
             if manifest.get("corpus_stamp") == stamp:
                 return cls(path, str(manifest["corpus"]), stamp)
