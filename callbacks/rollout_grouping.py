@@ -28,6 +28,7 @@ from sdsearch_lightning.rollout.engine import run_awake
 from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.sampling import derive_seed
+from sdsearch_lightning.strategies import gathered
 from sdsearch_lightning.types import (
     Limits,
     RolloutGroup,
@@ -148,8 +149,8 @@ class RolloutGrouping(pl.Callback):
         filled = list(groups)
         for attempt in range(1, self.refill_attempts + 1):
             empty = [i for i, group in enumerate(filled) if not group.has_signal]
-            if not empty:
-                break
+            if not int(module.sum_over_ranks(torch.tensor(len(empty)))):
+                break  # on all ranks: rollouts are where they meet
             pool = trainer.datamodule.training_questions  # type: ignore[attr-defined]
             seed = derive_seed(self.seed, "refill", trainer.global_step, attempt, trainer.global_rank)
             drawn = random.Random(seed).sample(range(len(pool)), min(len(empty), len(pool)))
@@ -214,7 +215,12 @@ class RolloutGrouping(pl.Callback):
             self._searches,
             progress.report,
         )
-        with _rollout_window(module), trainer.precision_plugin.forward_context(), closing(progress):
+        with (
+            _rollout_window(module),
+            gathered(module.policy),
+            trainer.precision_plugin.forward_context(),
+            closing(progress),
+        ):
             trajectories = self._run_on_every_rank(module, requests)
         counts = self._searches.take_counts()
         if counts.errors:

@@ -191,6 +191,13 @@ class RunCLI(LightningCLI):
         if self.stop.is_stopping:
             self.stop.leave(self.trainer.global_step)
 
+    def save_model(self) -> None:
+        """Writes the trained model into the run folder; all ranks call it."""
+        self.model.to(self.trainer.strategy.root_device)  # where shards can meet; the end of a fit moves them away
+        weights = self.model.whole_weights()
+        if self.trainer.is_global_zero:
+            self.folder.replace_model(lambda folder: self.model.save_pretrained(folder, weights))
+
     def report(self) -> None:
         """Tells the result of a finished run."""
         print_report(self.folder.path)
@@ -229,8 +236,8 @@ class SearchCLI(RunCLI):
         is_validated = self.metrics.has("val/", self.trainer.global_step)
         if not self.trainer.strategy.broadcast(is_validated):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+        self.save_model()
         if self.trainer.is_global_zero:
-            self.folder.replace_model(self.model.save_pretrained)
             finish_run(self.folder.path, self.facts | {"max_searches": self.options.rollout.max_searches})
 
 
@@ -248,8 +255,9 @@ class SuperviseCLI(RunCLI):
     def supervise(self, **kwargs: Any) -> None:
         """Trains, saves the model and writes a summary."""
         self.train(**kwargs)
+        if self.is_training_run:
+            self.save_model()
         if self.is_training_run and self.trainer.is_global_zero:
-            self.folder.replace_model(self.model.save_pretrained)
             # A run shorter than trainer.log_every_n_steps logs nothing.
             metrics = read_metrics(self.folder.path) if self.folder.metrics.is_file() else {}
             losses = [point.value for point in metrics.get("train/loss", [])]
@@ -274,14 +282,11 @@ def link_seed(parser: LightningArgumentParser, module_class: type) -> None:
 
 
 def check_strategy(strategy: Any) -> None:
-    """Refuses the sharding strategies that cannot train this module, or cannot yet."""
+    """Refuses the sharding strategy that cannot train this module."""
     name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
-    if name.lower().startswith("fsdp2"):
-        raise ConfigError("trainer.strategy fsdp2 is not part of this version yet. Use ddp.")
-    if name.lower().startswith("fsdp") or name.endswith("FSDPStrategy"):
+    if (name.lower().startswith("fsdp") and name.lower() != "fsdp2") or name.endswith(".FSDPStrategy"):
         raise ConfigError(
-            f"trainer.strategy {name}: in Lightning, FSDP1 cannot train with manual optimisation. Its successor fsdp2 "
-            "can, but is not part of this version yet. Use ddp."
+            f"trainer.strategy {name}: in Lightning, FSDP1 cannot train with manual optimisation. Use fsdp2."
         )
 
 

@@ -1,6 +1,8 @@
 """One short fit on the CPU with SD on, on as many processes as asked for; rank 0 writes losses and weights.
 
-    python two_ranks.py DEVICES OUTPUT
+    python two_ranks.py STRATEGY OUTPUT
+
+STRATEGY is one (a single process), ddp or fsdp2 (two).
 
 Questions at odd positions are answered without a search. With two processes they are all on rank 1, whose share of a
 step then has not one query token.
@@ -21,7 +23,7 @@ warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
-from training_data import DIRECT, PROTOCOL, TOKENIZER, tiny_model, weights_of  # noqa: E402
+from training_data import DIRECT, PROTOCOL, TOKENIZER, tiny_model  # noqa: E402
 from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
 
 from sdsearch_lightning import SDSearchModule  # noqa: E402
@@ -46,7 +48,7 @@ class SilentAtOddPositions(ScriptedEngine):
         return done
 
 
-def main(devices: int, output: str) -> None:
+def main(strategy: str, output: str) -> None:
     torch.set_num_threads(1)
     module = SDSearchModule(
         scratch=ScratchModel(),
@@ -61,15 +63,18 @@ def main(devices: int, output: str) -> None:
         group_size=3, top_k=2, max_tokens=160, reward=ExactMatchReward(), engine=SilentAtOddPositions()
     )
     method = HindsightConstruction(), JSDWeightScheduler(0.3, 0)
-    distributed = {"strategy": "ddp", "devices": 2} if devices == 2 else {}
+    devices = 1 if strategy == "one" else 2
+    distributed = {"strategy": strategy, "devices": 2} if devices == 2 else {}
     data = ToyData(batch_size=6 // devices)
     trainer = fit(module, grouping, *method, record, data=data, max_steps=2, **distributed)
     searches = sum(len(t.queries) for batch in record.batches for g in batch.groups for t in g.trajectories)
     assert trainer.global_rank == 0 or searches == 0, "rank 1 has no query token"
+    weights = module.whole_weights()
     if trainer.is_global_zero:
         steps = [[metrics[key] for key in KEYS] for metrics in record.metrics]
-        Path(output).write_text(json.dumps({"steps": steps, "weights": weights_of(module).tolist()}))
+        flat = torch.cat([weights[name].flatten() for name in sorted(weights)])
+        Path(output).write_text(json.dumps({"steps": steps, "weights": flat.tolist()}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1], sys.argv[2])
