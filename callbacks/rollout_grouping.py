@@ -25,7 +25,7 @@ from sdsearch_lightning.retrieval import check_retriever
 from sdsearch_lightning.rewards import AutoRefineReward, F1LabelRule, LabelRule, Reward
 from sdsearch_lightning.rollout import Engine, SearchPool, SlotEngine
 from sdsearch_lightning.rollout.engine import run_awake
-from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics
+from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics, window_totals
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.sampling import derive_seed
 from sdsearch_lightning.strategies import gathered
@@ -227,9 +227,10 @@ class RolloutGrouping(pl.Callback):
             self._last_error = counts.last_error
             rank_zero_info(f"{counts.errors} of {counts.queries} searches failed; the last one: {counts.last_error}")
         if log:
-            module.log_dict(
-                window_metrics(progress, counts), batch_size=len(requests), sync_dist=trainer.world_size > 1
-            )
+            several, size = trainer.world_size > 1, len(requests)
+            module.log_dict(window_metrics(progress, counts), batch_size=size, sync_dist=several)
+            totals = window_totals(progress, counts)
+            module.log_dict(totals, batch_size=size, sync_dist=several, reduce_fx="sum" if several else "mean")
         return trajectories
 
     def _run_on_every_rank(self, module: SDSearchModule, requests: Sequence[RolloutRequest]) -> list[Trajectory]:

@@ -1,8 +1,8 @@
 """One short fit on the CPU with SD on, on as many processes as asked for; rank 0 writes losses and weights.
 
-    python two_ranks.py STRATEGY OUTPUT
+    python two_ranks.py STRATEGY VARIANT OUTPUT
 
-STRATEGY is one (a single process), ddp or fsdp2 (two).
+STRATEGY is one (a single process), ddp or fsdp2 (two); VARIANT a key of VARIANTS.
 
 Questions at odd positions are answered without a search. With two processes they are all on rank 1, whose share of a
 step then has not one query token.
@@ -29,7 +29,9 @@ from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
 from sdsearch_lightning import SDSearchModule  # noqa: E402
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping  # noqa: E402
 from sdsearch_lightning.models import ScratchModel  # noqa: E402
+from sdsearch_lightning.policy_module import Compute  # noqa: E402
 from sdsearch_lightning.rewards import ExactMatchReward  # noqa: E402
+from sdsearch_lightning.teachers import BatchStartTeacher, EMATeacher  # noqa: E402
 from sdsearch_lightning.types import RolloutRequest, Trajectory  # noqa: E402
 
 KEYS = ("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd", "distill/teacher_rows")
@@ -48,16 +50,31 @@ class SilentAtOddPositions(ScriptedEngine):
         return done
 
 
-def main(strategy: str, output: str) -> None:
+VARIANTS: dict[str, dict] = {
+    "plain": {},
+    "all": {
+        "model": {"tie_word_embeddings": True},
+        "teacher": EMATeacher(0.3),
+        "num_updates": 3,
+        "compute": Compute(gradient_checkpointing=True),
+    },
+    "batch_start": {"teacher": BatchStartTeacher(), "num_updates": 3, "compute": Compute("padded")},
+}
+
+
+def main(strategy: str, variant: str, output: str) -> None:
     torch.set_num_threads(1)
+    options = dict(VARIANTS[variant])
+    model = tiny_model(**options.pop("model", {}))
     module = SDSearchModule(
         scratch=ScratchModel(),
         protocol=PROTOCOL,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
         kl_coef=0.1,
         max_micro_batch_tokens=200,  # several micro-batches, and not equally many on both ranks
+        **options,
     )
-    module.attach(tiny_model(), TOKENIZER)
+    module.attach(model, TOKENIZER)
     record = Record()
     grouping = RolloutGrouping(
         group_size=3, top_k=2, max_tokens=160, reward=ExactMatchReward(), engine=SilentAtOddPositions()
@@ -77,4 +94,4 @@ def main(strategy: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])
