@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -37,6 +38,8 @@ from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.summary import build_summary, read_summary, write_summary
 from sdsearch_lightning.run_folder import RunFolder, RunOptions, remove
 from sdsearch_lightning.run_record import MetricsLogger, RunCheckpoint, StepBoundary
+from sdsearch_lightning.sharded_checkpoints import AnyCheckpointIO
+from sdsearch_lightning.strategies import check_strategy
 from sdsearch_lightning.supervised import SupervisedModule
 
 TRAINER_DEFAULTS = {
@@ -176,6 +179,9 @@ class RunCLI(LightningCLI):
         replaced = {type(callback) for callback in listed}
         kwargs["callbacks"] = [*(callback for callback in own if type(callback) not in replaced), *listed]
         kwargs["default_root_dir"] = self.metrics.save_dir
+        plugins = _as_list(config.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AnyCheckpointIO()]
         if False not in loggers:
             kwargs["logger"] = [self.metrics, *(logger for logger in loggers if logger is not True)]
         try:
@@ -279,15 +285,6 @@ def link_seed(parser: LightningArgumentParser, module_class: type) -> None:
     parser.link_arguments("seed_everything", "data.init_args.seed", int)
     if "seed" in inspect.signature(module_class).parameters:
         parser.link_arguments("seed_everything", "model.seed", int)
-
-
-def check_strategy(strategy: Any) -> None:
-    """Refuses the sharding strategy that cannot train this module."""
-    name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
-    if (name.lower().startswith("fsdp") and name.lower() != "fsdp2") or name.endswith(".FSDPStrategy"):
-        raise ConfigError(
-            f"trainer.strategy {name}: in Lightning, FSDP1 cannot train with manual optimisation. Use fsdp2."
-        )
 
 
 def _as_list(value: Any) -> list[Any]:

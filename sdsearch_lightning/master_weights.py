@@ -12,9 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class BFloat16Weights(Precision):
+    """`bf16-true` as it is done here: the module has converted its weights, and nothing else is."""
+
+    precision = "bf16-true"
 
 
 class MasterWeights:

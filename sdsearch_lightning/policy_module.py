@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins.precision import HalfPrecision, Precision
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sdsearch_lightning import models
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.manual_step import ManualStep
-from sdsearch_lightning.master_weights import MasterWeights
+from sdsearch_lightning.master_weights import BFloat16Weights, MasterWeights
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.packing import LayoutName
 from sdsearch_lightning.policy import Policy
@@ -120,9 +120,12 @@ class PolicyModule(ManualStep):
     def configure_model(self) -> None:
         """Load or make model and tokenizer, once; shard them where the strategy is fsdp2."""
         dtype = self._weights_dtype()
-        if self.policy is None and self.model_name_or_path is not None:
+        if self.policy is not None:  # attached by hand; buffers stay, rotary frequencies would lose what they need
+            for weight in self.parameters():
+                weight.data = weight.data.to(dtype if dtype == torch.bfloat16 else weight.dtype)
+        elif self.model_name_or_path is not None:
             self.attach(*self._load(self.model_name_or_path, dtype))
-        elif self.policy is None:
+        else:
             assert self.scratch is not None
             tokenizer = models.word_level_tokenizer(self._vocabulary(), self.protocol.tags)
             self.attach(models.from_scratch(self.scratch, tokenizer, dtype, self._seed), tokenizer)
@@ -149,8 +152,8 @@ class PolicyModule(ManualStep):
             return dtype
         if trainer.precision != "bf16-true":
             raise ConfigError(f"trainer.precision: expected bf16-true or bf16-mixed, found {trainer.precision}.")
-        trainer.strategy.precision_plugin = Precision()
-        trainer.strategy.precision_plugin.precision = "bf16-true"
+        trainer.strategy.precision_plugin = BFloat16Weights()
+        torch.set_default_dtype(torch.float32)  # Lightning's context, in which this runs, puts back what was before it
         return dtype if is_sharded else torch.bfloat16
 
     def _load(self, name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

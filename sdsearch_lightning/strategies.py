@@ -20,7 +20,6 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed import broadcast
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,16 +27,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.policy import Policy
-
-META = "meta.pt"
-"""What a sharded checkpoint holds beside tensors; Lightning's name, written last."""
+from sdsearch_lightning.sharded_checkpoints import META, read_into
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -69,15 +65,15 @@ class FSDP2Strategy(ModelParallelStrategy):
             return self._load_file(path)
         try:
             weights = {name: value for name, value in self._weights().items() if self._is_saved(name)}
-            load({"state_dict": weights}, checkpoint_id=path)
+            read_into({"state_dict": weights}, path)
             self._take(weights)
             for index, optimizer in enumerate(self.optimizers):
                 state = {f"optimizer_{index}": get_optimizer_state_dict(self._module, optimizer)}
-                load(state, checkpoint_id=path)
+                read_into(state, path)
                 set_optimizer_state_dict(self._module, optimizer, state[f"optimizer_{index}"])
-        except (RuntimeError, ValueError, CheckpointException) as error:
+        except (RuntimeError, ValueError, DataError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise ConfigError(f"ckpt_path: {path} does not fit this model and its optimizers: {reason}") from error
+            raise ConfigError(f"ckpt_path: expected a checkpoint of this model and its optimizers: {reason}") from error
         meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
         return meta
 
@@ -113,6 +109,15 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: fully sharded data parallel")
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuses the sharding strategy that cannot train this module."""
+    name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
+    if (name.lower().startswith("fsdp") and name.lower() != "fsdp2") or name.endswith(".FSDPStrategy"):
+        raise ConfigError(
+            f"trainer.strategy {name}: in Lightning, FSDP1 cannot train with manual optimisation. Use fsdp2."
+        )
 
 
 def shard(policy: Policy, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None) -> None:

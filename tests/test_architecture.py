@@ -17,7 +17,7 @@ PACKAGE = "sdsearch_lightning"
 LAYERS = """
 errors pluggable kinds
 types
-tokenization rewards advantages losses schedules lessons attention head master_weights
+tokenization rewards advantages losses schedules lessons attention head master_weights sharded_checkpoints
 packing
 policy
 block_templates divergences evaluation retrieval teachers strategies
@@ -43,8 +43,8 @@ NEIGHBOURS = {
 """The top floor has an order of its own, too short for lines."""
 
 LIBRARIES = {
-    "lightning": "strategies manual_step evaluation_steps policy_module module callbacks datamodules run_folder "
-    "run_record cli* commands",
+    "lightning": "master_weights sharded_checkpoints strategies manual_step evaluation_steps policy_module module "
+    "callbacks datamodules run_folder run_record cli* commands",
     "transformers": "attention models rollout commands",
     "tokenizers": "models retrieval datamodules",
     "sentence_transformers": "retrieval datamodules",
