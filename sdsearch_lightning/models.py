@@ -55,8 +55,9 @@ def _load(name_or_path: str, make: Callable[[str], PreTrainedModel]) -> tuple[Pr
     try:
         return make(folder), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.model_name_or_path: cannot load {name_or_path!r}: {reason}") from error
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        advice = "" if looks_local else " It is no folder here, so it was looked up at the hub: name the folder of a copy."
+        raise ConfigError(f"model.model_name_or_path: cannot load {name_or_path!r}: {reason}.{advice}") from error
 
 
 @dataclass
