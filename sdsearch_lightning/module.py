@@ -134,7 +134,11 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
         self.reference: Policy | None = None  # both copies are made in `attach`
         self.teacher_policy: Policy | None = None
-        self.unsaved = ("reference.",) if getattr(teacher, "in_checkpoint", True) else ("reference.", "teacher_policy.")
+        self._remade = ("reference.",) if getattr(teacher, "in_checkpoint", True) else ("reference.", "teacher_policy.")
+
+    def is_saved(self, name: str) -> bool:
+        """See `PolicyModule.is_saved`; copies of the initial model are made again."""
+        return super().is_saved(name) and not name.startswith(self._remade)
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""

@@ -12,10 +12,8 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -29,6 +27,7 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.packing import LayoutName
 from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy_checkpoints import PolicyCheckpoints
 from sdsearch_lightning.protocol import PROTOCOLS, Protocol
 from sdsearch_lightning.schedules import Schedule
 from sdsearch_lightning.tokenization import TokenCodec
@@ -60,7 +59,7 @@ class Compute:
     """Keep the layers' inputs only and compute the rest again: a third more time for much less memory."""
 
 
-class PolicyModule(pl.LightningModule):
+class PolicyModule(PolicyCheckpoints):
     """Base of both modules; `__init__` is light, the model is built in `configure_model`.
 
     Args:
@@ -78,8 +77,6 @@ class PolicyModule(pl.LightningModule):
     """
 
     learns_from = "questions"
-    unsaved: tuple[str, ...] = ()
-    """Prefixes of weights that stay out of checkpoints: copies made from the initial model."""
 
     def __init__(
         self,
@@ -114,8 +111,7 @@ class PolicyModule(pl.LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.max_micro_batch_tokens, self.compute = max_micro_batch_tokens, compute
         self._dtype_name, self._seed = dtype, seed
-        self.policy: Policy = None  # type: ignore[assignment]
-        self.tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
+        self.policy = self.tokenizer = None  # type: ignore[assignment]
         self.codec: TokenCodec = None  # type: ignore[assignment]
 
     def configure_model(self) -> None:
@@ -153,20 +149,6 @@ class PolicyModule(pl.LightningModule):
                 "Use model.model_name_or_path with ordinary data."
             )
         return tuple(words)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder."""
-        self.policy.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what a resumed run makes again."""
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith(self.unsaved)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep it as it was made."""
-        checkpoint["state_dict"] |= {k: v for k, v in self.state_dict().items() if k.startswith(self.unsaved)}
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
         """One optimizer per spec that any parameter matches, each with the same learning-rate schedule."""

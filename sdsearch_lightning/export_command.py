@@ -1,0 +1,98 @@
+"""`export`: a checkpoint becomes a Hugging Face folder that other programs load.
+
+The run's config.yaml tells what the weights belong to: the module is built from it, without a trainer, and takes the
+weights of its policy. Copies that only training needs are not made.
+
+Invariant: under the name that was asked for there is a whole folder or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from sdsearch_lightning.cli import link_seed, say
+from sdsearch_lightning.cli_errors import ShortErrorParser
+from sdsearch_lightning.datamodules import SearchDataModule
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.policy_module import PolicyModule
+from sdsearch_lightning.run_folder import RunFolder, remove
+from sdsearch_lightning.stored_checkpoint import StoredCheckpoint, open_checkpoint
+from sdsearch_lightning.supervised import SupervisedModule
+
+
+def export(argv: Sequence[str]) -> None:
+    """Writes the weights of a checkpoint as a Hugging Face folder; the run's config.yaml tells what they belong to."""
+    parser = ShortErrorParser(prog="sdsearch export", description=str(export.__doc__))
+    parser.add_argument(
+        "--ckpt_path", type=str, required=True, help="runs/<name>/checkpoints/<step>.ckpt, file or folder"
+    )
+    parser.add_argument("--output", type=str, required=True, help="folder to write")
+    options = parser.parse_args(list(argv))
+    path, output = Path(options.ckpt_path), Path(options.output)
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"output: {output} exists already; name a new folder.")
+    checkpoint = open_checkpoint(path)
+    config = yaml.safe_load(_run_of(path).config.read_text(encoding="utf-8"))
+    module = build_module(config)
+    restore(module, checkpoint)
+    write_whole(output, module.save_pretrained)
+    say(f"step {checkpoint.facts['global_step']} of {path} is now a Hugging Face folder: {output}")
+
+
+def _run_of(path: Path) -> RunFolder:
+    """The run that a checkpoint belongs to: that of its place, or of the place that it is a link to."""
+    runs = [RunFolder(place.parent.parent) for place in (path.absolute(), path.resolve())]
+    found = next((run for run in runs if run.config.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"ckpt_path: expected the run's configuration at {runs[0].config}, found none.\n"
+            "Leave checkpoints in their run folder: config.yaml tells what they belong to."
+        )
+    return found
+
+
+def build_module(config: dict[str, Any]) -> Any:
+    """The module that a saved configuration describes, with its model, without a trainer, reference and teacher."""
+    module_class: type[PolicyModule] = SDSearchModule if "rollout" in config else SupervisedModule
+    parser = LightningArgumentParser()
+    parser.add_argument("--seed_everything", type=int)
+    parser.add_lightning_class_args(module_class, "model")
+    parser.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
+    link_seed(parser, module_class)
+    groups = {key: config[key] for key in ("seed_everything", "model", "data")}
+    if module_class is SDSearchModule:
+        rest = {key: value for key, value in config["model"].items() if key != "teacher"}
+        groups["model"] = rest | {"kl_coef": 0.0}
+    built = parser.instantiate_classes(parser.parse_object(groups))
+    built.model.trainer = SimpleNamespace(datamodule=built.data)  # a from-scratch model asks it for the vocabulary
+    built.model.configure_model()
+    return built.model
+
+
+def restore(module: PolicyModule, checkpoint: StoredCheckpoint) -> None:
+    """Give `module` the policy's weights.
+
+    Raises:
+        ConfigError: they are another model's, or cannot be read.
+    """
+    policy = "policy."
+    weights = {name: weight for name, weight in module.state_dict().items() if name.startswith(policy)}
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(policy)}
+    module.check_checkpoint(checkpoint.facts, shapes, weights)
+    checkpoint.read({name: weight for name, weight in weights.items() if module.is_saved(name)})
+
+
+def write_whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` make the folder `output`, under another name until it is whole."""
+    draft = output.absolute().with_name(f".{output.absolute().name}.draft")
+    remove(draft)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    write(draft)
+    draft.rename(output)

@@ -1,0 +1,77 @@
+"""What of a module goes into a checkpoint, what comes out of one, and the Hugging Face folder of its weights.
+
+Invariant: a checkpoint holds what a resumed run cannot make again, and takes no other model's weights.
+
+Next: policy_module.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from sdsearch_lightning import models
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PolicyCheckpoints(pl.LightningModule):
+    """Base of `PolicyModule`."""
+
+    model_name_or_path: str | None
+    scratch: ScratchModel | None
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write model and tokenizer as a Hugging Face folder."""
+        self.policy.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def is_saved(self, name: str) -> bool:
+        """Whether checkpoints hold the weight of this name; what a run makes again when it starts stays out."""
+        return True
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint tells of the model that its weights belong to."""
+        name = self.model_name_or_path or f"scratch {self.scratch.model_type if self.scratch else ''}"
+        return {"name": name}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what a resumed run makes again, and say whose weights these are."""
+        checkpoint["origin"] = self.origin
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if self.is_saved(k)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another model; keep what checkpoints do not hold as it was made."""
+        mine = self.state_dict()
+        self.check_checkpoint(checkpoint, {k: v.shape for k, v in checkpoint["state_dict"].items()}, mine)
+        checkpoint["state_dict"] |= {k: v for k, v in mine.items() if not self.is_saved(k)}
+
+    def check_checkpoint(
+        self, facts: Mapping[str, Any], found: Mapping[str, torch.Size], wanted: Mapping[str, Tensor]
+    ) -> None:
+        """Raise ConfigError where a checkpoint belongs to another model.
+
+        Args:
+            facts: what it holds besides weights.
+            found: shapes of its weights, by name.
+            wanted: weights of this module that are asked of it; those that are not saved do not count.
+        """
+        difference = models.first_difference(found, {k: v.shape for k, v in wanted.items() if self.is_saved(k)})
+        if difference is not None:
+            theirs = facts.get("origin", {}).get("name", "an unnamed model")
+            raise ConfigError(
+                f"ckpt_path: this checkpoint of {theirs} does not fit the model {self.origin['name']}: {difference}.\n"
+                "Name the model that was trained, or a checkpoint of this one."
+            )
