@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from sdsearch_lightning.adapters import LoRA, Reference
 from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
 from sdsearch_lightning.credit import Credits, credit_rollouts, credit_table
 from sdsearch_lightning.distillation import TeacherRows, summarize_teacher
@@ -71,7 +72,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         tis_cap: cap of truncated importance sampling against the engine's log-probs; null leaves it out.
         clip_low: the ratio is clipped below 1 - clip_low.
         clip_high: and above 1 + clip_high.
-        kl_coef: weight of the k3 estimate of the KL to the initial policy; above 0 a frozen copy is kept.
+        kl_coef: weight of the k3 estimate of the KL to the initial policy; above 0 a copy is kept, with lora none.
         aggregation: of the policy loss over tokens, see `losses.token_weights`.
         aggregation_norm: for seq-mean-token-sum-norm.
         temperature: of the rollouts; log-probs in the loss are taken at it. Linked to rollout.temperature.
@@ -81,6 +82,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         compute: see `PolicyModule`.
         dtype: see `PolicyModule`.
         seed: see `PolicyModule`.
+        lora: see `PolicyModule`.
     """
 
     environment_ids: Tensor
@@ -110,6 +112,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         compute: Compute = Compute(),  # noqa: B008  (never changed)
         dtype: Literal["float32", "float64", "bfloat16"] = "float32",
         seed: int = 0,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(
             model_name_or_path,
@@ -122,6 +125,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             compute,
             dtype,
             seed,
+            lora,
         )
         if num_updates < 1:
             raise ConfigError(f"model.num_updates: expected at least 1, found {num_updates}.")
@@ -132,7 +136,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         self.aggregation, self.aggregation_norm, self.num_updates = aggregation, aggregation_norm, num_updates
         self.jsd_weight = 0.0
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
-        self.reference: Policy | None = None  # both copies are made in `attach`
+        self.reference: Policy | Reference | None = None  # both copies are made in `attach`
         self.teacher_policy: Policy | None = None
         self._remade = ("reference.",) if getattr(teacher, "in_checkpoint", True) else ("reference.", "teacher_policy.")
 
@@ -148,7 +152,10 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         whole = [ids[0] for ids in tags if len(ids) == 1]
         self.register_buffer("environment_ids", torch.tensor(whole, dtype=torch.long), persistent=False)
         if self.objective.kl_coef > 0:
-            self.reference = deepcopy(self.policy).requires_grad_(False)
+            # Adapters switched off are the initial policy: it takes no copy.
+            self.reference = (
+                Reference(self.policy, self.lora) if self.lora else deepcopy(self.policy).requires_grad_(False)
+            )
         self.teacher_policy = self.teacher.attach(self.policy)
         if (check := getattr(self.divergence, "check", None)) is not None:
             check(len(tokenizer))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning import models
+from sdsearch_lightning.adapter_folder import other_base, write_adapter
+from sdsearch_lightning.adapters import LoRA, is_learned, plain_weights, without_layers
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.policy import Policy
@@ -29,23 +31,40 @@ class PolicyCheckpoints(pl.LightningModule):
 
     model_name_or_path: str | None
     scratch: ScratchModel | None
+    lora: LoRA | None
+    base_fingerprint: str
+    """Of the model beneath the adapters; there once it is loaded, with adapters only."""
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder."""
-        self.policy.model.save_pretrained(path)
+        """Write model and tokenizer as a Hugging Face folder; what adapters have learned is merged into the weights."""
+        model = self.policy.model
+        weights = dict(plain_weights(model, model.state_dict()))
+        with without_layers(model):
+            model.save_pretrained(path, state_dict=weights)
+        self.tokenizer.save_pretrained(path)
+
+    def save_adapter(self, path: str | Path) -> None:
+        """Write the adapter as a folder that peft loads, with the tokenizer.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.lora is None:
+            raise ConfigError("adapter: this run trained all weights: it has no adapter. Leave --adapter out.")
+        write_adapter(self.policy.model, Path(path), self.origin, self.model_name_or_path)
         self.tokenizer.save_pretrained(path)
 
     def is_saved(self, name: str) -> bool:
         """Whether checkpoints hold the weight of this name; what a run makes again when it starts stays out."""
-        return True
+        return self.lora is None or is_learned(name)
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What a checkpoint tells of the model that its weights belong to."""
+        """What a checkpoint tells of the model that its weights belong to: its name, with adapters its fingerprint."""
         name = self.model_name_or_path or f"scratch {self.scratch.model_type if self.scratch else ''}"
-        return {"name": name}
+        return {"name": name} | ({"base": self.base_fingerprint} if self.lora is not None else {})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what a resumed run makes again, and say whose weights these are."""
@@ -54,6 +73,8 @@ class PolicyCheckpoints(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model; keep what checkpoints do not hold as it was made."""
+        if "state_dict" not in checkpoint:  # shards, which the strategy reads by itself
+            return
         mine = self.state_dict()
         self.check_checkpoint(checkpoint, {k: v.shape for k, v in checkpoint["state_dict"].items()}, mine)
         checkpoint["state_dict"] |= {k: v for k, v in mine.items() if not self.is_saved(k)}
@@ -68,10 +89,13 @@ class PolicyCheckpoints(pl.LightningModule):
             found: shapes of its weights, by name.
             wanted: weights of this module that are asked of it; those that are not saved do not count.
         """
+        theirs = facts.get("origin", {"name": "an unnamed model"})
+        if self.lora is not None and theirs.get("base", self.base_fingerprint) != self.base_fingerprint:
+            raise ConfigError(f"ckpt_path: this adapter {other_base(theirs, self.origin)}")
+        mine = self.origin["name"]
         difference = models.first_difference(found, {k: v.shape for k, v in wanted.items() if self.is_saved(k)})
         if difference is not None:
-            theirs = facts.get("origin", {}).get("name", "an unnamed model")
             raise ConfigError(
-                f"ckpt_path: this checkpoint of {theirs} does not fit the model {self.origin['name']}: {difference}.\n"
+                f"ckpt_path: this checkpoint of {theirs['name']} does not fit the model {mine}: {difference}.\n"
                 "Name the model that was trained, or a checkpoint of this one."
             )

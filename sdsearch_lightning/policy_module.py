@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdsearch_lightning import models
+from sdsearch_lightning.adapter_folder import fingerprint
+from sdsearch_lightning.adapters import LoRA, add_adapter
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.packing import LayoutName
@@ -74,6 +76,7 @@ class PolicyModule(PolicyCheckpoints):
         compute: how a pass is run.
         dtype: weights are loaded in it. float32 unless you know better: an update of 1e-6 is lost in bfloat16 weights.
         seed: of the random weights.
+        lora: learn through low-rank adapters and leave the model as it is; needs the extra `lora`.
     """
 
     learns_from = "questions"
@@ -90,6 +93,7 @@ class PolicyModule(PolicyCheckpoints):
         compute: Compute,
         dtype: Literal["float32", "float64", "bfloat16"],
         seed: int,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -110,7 +114,7 @@ class PolicyModule(PolicyCheckpoints):
         self._optimizer_specs, self._lr_schedule = list(optimizers), lr_schedule
         self.gradient_clip_val = gradient_clip_val
         self.max_micro_batch_tokens, self.compute = max_micro_batch_tokens, compute
-        self._dtype_name, self._seed = dtype, seed
+        self._dtype_name, self._seed, self.lora = dtype, seed, lora
         self.policy = self.tokenizer = None  # type: ignore[assignment]
         self.codec: TokenCodec = None  # type: ignore[assignment]
 
@@ -130,6 +134,9 @@ class PolicyModule(PolicyCheckpoints):
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take a ready model and tokenizer; what `configure_model` does last, and all a use without a Trainer needs."""
         self.tokenizer, self.codec = tokenizer, TokenCodec(tokenizer, self.protocol.tags)
+        if self.lora is not None:
+            self.base_fingerprint = fingerprint(model)
+            add_adapter(model, self.lora, self._seed, self.origin)
         # In training mode, as Lightning expects it; there is no dropout to tell the modes apart.
         self.policy = Policy(model, self.compute.layout).train()
         self.policy.check()

@@ -19,8 +19,8 @@ errors pluggable kinds
 types
 tokenization rewards advantages losses schedules lessons attention head
 packing
-policy
-block_templates divergences evaluation retrieval teachers
+policy adapter_folder
+adapters block_templates divergences evaluation retrieval teachers
 templates
 protocol hindsight collate distillation models
 rollout credit step_metrics evaluation_steps
@@ -50,6 +50,7 @@ LIBRARIES = {
     "tokenizers": "models retrieval datamodules",
     "sentence_transformers": "retrieval datamodules",
     "faiss": "retrieval",
+    "peft": "adapter_folder adapters",
     "vllm": "rollout",
     "fastapi": "retrieval",
     "uvicorn": "retrieval",
