@@ -30,6 +30,7 @@ from sdsearch_lightning.callbacks import (
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.model_card import write_model
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.console import duration
@@ -230,8 +231,9 @@ class SearchCLI(RunCLI):
         if not self.trainer.strategy.broadcast(is_validated):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         if self.trainer.is_global_zero:
-            self.folder.replace_model(self.model.save_pretrained)
-            finish_run(self.folder.path, self.facts | {"max_searches": self.options.rollout.max_searches})
+            facts = self.facts | {"max_searches": self.options.rollout.max_searches}
+            write_model(self.folder, self.model.save_pretrained, self.trainer.global_step, facts)
+            finish_run(self.folder.path, facts)
 
 
 class SuperviseCLI(RunCLI):
@@ -249,7 +251,7 @@ class SuperviseCLI(RunCLI):
         """Trains, saves the model and writes a summary."""
         self.train(**kwargs)
         if self.is_training_run and self.trainer.is_global_zero:
-            self.folder.replace_model(self.model.save_pretrained)
+            write_model(self.folder, self.model.save_pretrained, self.trainer.global_step, self.facts)
             # A run shorter than trainer.log_every_n_steps logs nothing.
             metrics = read_metrics(self.folder.path) if self.folder.metrics.is_file() else {}
             losses = [point.value for point in metrics.get("train/loss", [])]

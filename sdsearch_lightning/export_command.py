@@ -20,8 +20,11 @@ from sdsearch_lightning.cli import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.hub import check_name, push
+from sdsearch_lightning.model_card import Training, write_card
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy_module import PolicyModule
+from sdsearch_lightning.report.summary import read_summary
 from sdsearch_lightning.run_folder import RunFolder, remove
 from sdsearch_lightning.stored_checkpoint import StoredCheckpoint, open_checkpoint
 from sdsearch_lightning.supervised import SupervisedModule
@@ -30,20 +33,32 @@ from sdsearch_lightning.supervised import SupervisedModule
 def export(argv: Sequence[str]) -> None:
     """Writes the weights of a checkpoint as a Hugging Face folder; the run's config.yaml tells what they belong to."""
     parser = ShortErrorParser(prog="sdsearch export", description=str(export.__doc__))
-    parser.add_argument(
-        "--ckpt_path", type=str, required=True, help="runs/<name>/checkpoints/<step>.ckpt, file or folder"
-    )
+    parser.add_argument("--ckpt_path", type=str, required=True, help="in runs/<name>/checkpoints: a file, or a folder")
     parser.add_argument("--output", type=str, required=True, help="folder to write")
+    parser.add_argument("--adapter", type=bool, default=False, help="write the LoRA adapter alone, as peft loads it")
+    parser.add_argument(
+        "--push_to_hub", type=str | None, help="OWNER/NAME: upload the folder, privately where it is new"
+    )
     options = parser.parse_args(list(argv))
     path, output = Path(options.ckpt_path), Path(options.output)
+    if options.push_to_hub is not None:
+        check_name(options.push_to_hub)
     if output.exists() or output.is_symlink():
         raise ConfigError(f"output: {output} exists already; name a new folder.")
-    checkpoint = open_checkpoint(path)
-    config = yaml.safe_load(_run_of(path).config.read_text(encoding="utf-8"))
+    checkpoint, run = open_checkpoint(path), _run_of(path)
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     module = build_module(config)
     restore(module, checkpoint)
-    write_whole(output, module.save_pretrained)
-    say(f"step {checkpoint.facts['global_step']} of {path} is now a Hugging Face folder: {output}")
+
+    def write(folder: Path) -> None:
+        (module.save_adapter if options.adapter else module.save_pretrained)(folder)
+        write_card(folder, Training(config, checkpoint.facts["global_step"], read_summary(run.path)))
+
+    write_whole(output, write)
+    what = "an adapter of peft" if options.adapter else "a Hugging Face folder"
+    say(f"step {checkpoint.facts['global_step']} of {path} is now {what}: {output}")
+    if options.push_to_hub is not None:
+        say(f"pushed to {push(output, options.push_to_hub)}")
 
 
 def _run_of(path: Path) -> RunFolder:

@@ -28,7 +28,8 @@ objective
 student policy_checkpoints
 policy_module
 module supervised
-report run_folder stored_checkpoint
+report run_folder stored_checkpoint hub
+model_card
 callbacks datamodules
 run_record cli* retrieval_commands export_command commands __main__ __init__
 """
@@ -57,7 +58,8 @@ LIBRARIES = {
     "pymilvus": "retrieval",
     "bm25s": "retrieval",
     "pyarrow": "retrieval",
-    "httpx": "retrieval",
+    "httpx": "retrieval hub",
+    "huggingface_hub": "models retrieval datamodules hub model_card",
     "torchmetrics": "evaluation",
     "rich": "report retrieval",
 }
