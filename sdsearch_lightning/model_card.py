@@ -150,7 +150,8 @@ def _settings(training: Training) -> str:
     """The main settings; all of them are in sdsearch_config.yaml."""
     data = str(training.get("data.class_path") or "").rpartition(".")[2]
     sources = ", ".join(str(without_machine_paths(entry)) for entry in _sources(training))
-    lora, optimizer = training.get("model.lora"), training.get("model.optimizer")
+    lora, several = training.get("model.lora"), training.get("model.optimizers") or [{}]
+    optimizer = training.get("model.optimizer") or several[0].get("optimizer")
     scratch = training.get("model.scratch.model_type")
     model = without_machine_paths(training.get("model.model_name_or_path")) or f"{scratch}, random weights"
     rows = {
@@ -230,16 +231,16 @@ def _number(value: float | None) -> str:
 
 
 def _use(training: Training, is_adapter: bool) -> str:
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     load = 'model = AutoModelForCausalLM.from_pretrained("PATH_OR_NAME")'
     if is_adapter:
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
         load = 'model = AutoPeftModelForCausalLM.from_pretrained("PATH_OR_NAME")  # with the base that it names'
-    library, kind = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     lines = [
         "## Use",
         "",
         "```python",
-        f"from {library} import {kind}",
-        "from transformers import AutoTokenizer",
+        imports,
         "",
         load,
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")',

@@ -96,6 +96,43 @@ def test_no_process_group_is_needed_and_optimizer_states_are_not_read(sharded: P
     assert not torch.distributed.is_initialized()
 
 
+# The card, and the hub
+
+
+def test_the_card_of_an_export_is_that_of_the_run_and_its_command_runs(workplace: Any, tmp_path: Path) -> None:
+    assert export(workplace, "runs/rl/checkpoints/last.ckpt", tmp_path / "model").returncode == 0
+    for name in ("README.md", "sdsearch_config.yaml"):
+        assert (tmp_path / "model" / name).read_text() == (workplace.run("rl") / "model" / name).read_text()
+    text = (tmp_path / "model/README.md").read_text()
+    command = next(line for line in text.splitlines() if line.startswith("sdsearch predict"))
+    told = command.replace("PATH_OR_NAME", str(tmp_path / "model"))
+    told = told.replace("sdsearch_config.yaml", str(tmp_path / "model/sdsearch_config.yaml"))
+    done = workplace.sdsearch(*told.split()[1:], "--run.name", "from_card")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (workplace.run("from_card") / "predict/trajectories.jsonl").stat().st_size > 0
+
+
+def test_a_checkpoint_before_the_end_has_no_scores(workplace: Any, tmp_path: Path) -> None:
+    assert export(workplace, "runs/rl/checkpoints/step_00000006.ckpt", tmp_path / "model").returncode == 0
+    text = (tmp_path / "model/README.md").read_text()
+    assert "evaluated after step 8, these weights are of step 6" in text and "| exact match |" not in text
+
+
+def test_a_push_that_fails_leaves_the_folder_and_one_that_does_not_tells_where(
+    workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = export(workplace, "runs/rl/checkpoints/last.ckpt", tmp_path / "a", "--push_to_hub", "owner/model")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 2
+    assert "push_to_hub: owner/model could not be written" in done.stderr
+    assert torch.equal(logits(tmp_path / "a"), logits(workplace.run("rl") / "model"))
+    monkeypatch.setattr("sdsearch_lightning.export_command.push", lambda folder, name: f"https://hub/{name}")
+    done = export(workplace, "runs/rl/checkpoints/last.ckpt", tmp_path / "b", "--push_to_hub", "owner/model")
+    assert done.returncode == 0 and "pushed to https://hub/owner/model" in done.stdout
+    done = export(workplace, "runs/rl/checkpoints/last.ckpt", tmp_path / "c", "--push_to_hub", "model")
+    assert done.returncode == 2 and not (tmp_path / "c").exists()
+
+
 # What cannot work
 
 

@@ -62,7 +62,7 @@ def weights(module: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "options",
     [
-        lambda: {},
+        dict,
         lambda: {"num_updates": 2, "teacher": EMATeacher(0.2), "compute": Compute(gradient_checkpointing=True)},
         lambda: {"lora": LoRA(r=2, target_modules=["q_proj", "lm_head"])},
     ],
