@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,3 +258,12 @@ def test_two_processes_train_one_adapter_with_the_reference_in_it(workplace: Any
     assert done.returncode == 0, done.stderr
     rows = [row for row in workplace.metrics("lora_ddp") if row["train/kl"]]
     assert float(rows[-1]["train/kl"]) > 0 and float(rows[-1]["train/grad_norm"]) > 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sharded_policy_has_the_same_reference_gradients_and_merged_weights(dtype: str) -> None:
+    script = Path(__file__).with_name("sharded_adapter.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, str(script), dtype], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
