@@ -25,9 +25,10 @@ from sdsearch_lightning.retrieval import check_retriever
 from sdsearch_lightning.rewards import AutoRefineReward, F1LabelRule, LabelRule, Reward
 from sdsearch_lightning.rollout import Engine, SearchPool, SlotEngine
 from sdsearch_lightning.rollout.engine import run_awake
-from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics
+from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics, window_totals
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.sampling import derive_seed
+from sdsearch_lightning.strategies import gathered
 from sdsearch_lightning.types import (
     Limits,
     RolloutGroup,
@@ -148,8 +149,8 @@ class RolloutGrouping(pl.Callback):
         filled = list(groups)
         for attempt in range(1, self.refill_attempts + 1):
             empty = [i for i, group in enumerate(filled) if not group.has_signal]
-            if not empty:
-                break
+            if not int(module.sum_over_ranks(torch.tensor(len(empty)))):
+                break  # on all ranks: rollouts are where they meet
             pool = trainer.datamodule.training_questions  # type: ignore[attr-defined]
             seed = derive_seed(self.seed, "refill", trainer.global_step, attempt, trainer.global_rank)
             drawn = random.Random(seed).sample(range(len(pool)), min(len(empty), len(pool)))
@@ -214,16 +215,22 @@ class RolloutGrouping(pl.Callback):
             self._searches,
             progress.report,
         )
-        with _rollout_window(module), trainer.precision_plugin.forward_context(), closing(progress):
+        with (
+            _rollout_window(module),
+            gathered(module.policy),
+            trainer.precision_plugin.forward_context(),
+            closing(progress),
+        ):
             trajectories = self._run_on_every_rank(module, requests)
         counts = self._searches.take_counts()
         if counts.errors:
             self._last_error = counts.last_error
             rank_zero_info(f"{counts.errors} of {counts.queries} searches failed; the last one: {counts.last_error}")
         if log:
-            module.log_dict(
-                window_metrics(progress, counts), batch_size=len(requests), sync_dist=trainer.world_size > 1
-            )
+            several, size = trainer.world_size > 1, len(requests)
+            module.log_dict(window_metrics(progress, counts), batch_size=size, sync_dist=several)
+            totals = window_totals(progress, counts)
+            module.log_dict(totals, batch_size=size, sync_dist=several, reduce_fx="sum" if several else "mean")
         return trajectories
 
     def _run_on_every_rank(self, module: SDSearchModule, requests: Sequence[RolloutRequest]) -> list[Trajectory]:

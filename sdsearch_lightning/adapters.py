@@ -90,7 +90,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int, origin: Mapping[s
     for name, weight in model.named_parameters():
         if is_learned(name):
             weight.data = weight.data.to(wide)
-    if lora.adapter is not None:
+    if lora.adapter is not None and model.device.type != "meta":  # without values, it will get another rank's
         folder = Path(lora.adapter).expanduser()
         if doubt := check_base(folder, origin):
             warnings.warn(doubt, stacklevel=2)

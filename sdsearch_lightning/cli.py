@@ -7,15 +7,16 @@ this library to work is told here, once. Next: run_folder.py and run_record.py.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,6 +28,7 @@ from sdsearch_lightning.callbacks import (
     RolloutGrouping,
     TrajectoryLog,
 )
+from sdsearch_lightning.cli_common import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
@@ -38,6 +40,8 @@ from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.summary import build_summary, read_summary, write_summary
 from sdsearch_lightning.run_folder import RunFolder, RunOptions, remove
 from sdsearch_lightning.run_record import MetricsLogger, RunCheckpoint, StepBoundary
+from sdsearch_lightning.sharded_checkpoints import AnyCheckpointIO
+from sdsearch_lightning.strategies import check_strategy
 from sdsearch_lightning.supervised import SupervisedModule
 
 TRAINER_DEFAULTS = {
@@ -177,6 +181,9 @@ class RunCLI(LightningCLI):
         replaced = {type(callback) for callback in listed}
         kwargs["callbacks"] = [*(callback for callback in own if type(callback) not in replaced), *listed]
         kwargs["default_root_dir"] = self.metrics.save_dir
+        plugins = _as_list(config.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AnyCheckpointIO()]
         if False not in loggers:
             kwargs["logger"] = [self.metrics, *(logger for logger in loggers if logger is not True)]
         try:
@@ -191,6 +198,14 @@ class RunCLI(LightningCLI):
         self.trainer.fit(**kwargs)
         if self.stop.is_stopping:
             self.stop.leave(self.trainer.global_step)
+
+    def save_model(self) -> None:
+        """Writes the trained model into the run folder; all ranks call it."""
+        self.model.to(self.trainer.strategy.root_device)  # where shards can meet; the end of a fit moves them away
+        weights = self.model.whole_weights()
+        if self.trainer.is_global_zero:
+            save = partial(self.model.save_pretrained, weights=weights)
+            write_model(self.folder, save, self.trainer.global_step, self.facts)
 
     def report(self) -> None:
         """Tells the result of a finished run."""
@@ -219,6 +234,10 @@ class SearchCLI(RunCLI):
     def own_callbacks(self) -> list[pl.Callback]:
         return [*super().own_callbacks(), TrajectoryLog()]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        return super().facts | {"max_searches": self.options.rollout.max_searches}
+
     def fit(self, **kwargs: Any) -> None:
         """Evaluates, trains, evaluates, saves the model and reports."""
         if not self.is_training_run:
@@ -230,10 +249,9 @@ class SearchCLI(RunCLI):
         is_validated = self.metrics.has("val/", self.trainer.global_step)
         if not self.trainer.strategy.broadcast(is_validated):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+        self.save_model()
         if self.trainer.is_global_zero:
-            facts = self.facts | {"max_searches": self.options.rollout.max_searches}
-            write_model(self.folder, self.model.save_pretrained, self.trainer.global_step, facts)
-            finish_run(self.folder.path, facts)
+            finish_run(self.folder.path, self.facts)
 
 
 class SuperviseCLI(RunCLI):
@@ -250,8 +268,9 @@ class SuperviseCLI(RunCLI):
     def supervise(self, **kwargs: Any) -> None:
         """Trains, saves the model and writes a summary."""
         self.train(**kwargs)
+        if self.is_training_run:
+            self.save_model()
         if self.is_training_run and self.trainer.is_global_zero:
-            write_model(self.folder, self.model.save_pretrained, self.trainer.global_step, self.facts)
             # A run shorter than trainer.log_every_n_steps logs nothing.
             metrics = read_metrics(self.folder.path) if self.folder.metrics.is_file() else {}
             losses = [point.value for point in metrics.get("train/loss", [])]
@@ -268,30 +287,5 @@ class SuperviseCLI(RunCLI):
         say(f"the model is in {self.folder.model}")
 
 
-def link_seed(parser: LightningArgumentParser, module_class: type) -> None:
-    """One seed for everything: `seed_everything` reaches each class that takes a seed."""
-    parser.link_arguments("seed_everything", "data.init_args.seed", int)
-    if "seed" in inspect.signature(module_class).parameters:
-        parser.link_arguments("seed_everything", "model.seed", int)
-
-
-def check_strategy(strategy: Any) -> None:
-    """Refuses the sharding strategies that cannot train this module, or cannot yet."""
-    name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
-    if name.lower().startswith("fsdp2"):
-        raise ConfigError("trainer.strategy fsdp2 is not part of this version yet. Use ddp.")
-    if name.lower().startswith("fsdp") or name.endswith("FSDPStrategy"):
-        raise ConfigError(
-            f"trainer.strategy {name}: in Lightning, FSDP1 cannot train with manual optimisation. Its successor fsdp2 "
-            "can, but is not part of this version yet. Use ddp."
-        )
-
-
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Prints one line of progress."""
-    print(line, flush=True)

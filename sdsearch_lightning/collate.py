@@ -249,3 +249,13 @@ def filler(dtype: torch.dtype = torch.float32) -> SearchBatch:
     kinds = torch.zeros(2, dtype=torch.long)
     packed = PackedSequences.pack([[0, 0]])
     return SearchBatch(packed, nothing, nothing, nothing, none, torch.zeros(0, dtype=dtype), kinds)
+
+
+def with_idle_teacher(batch: SearchBatch) -> SearchBatch:
+    """The same batch; where it has no teacher's side, one that reads two tokens and judges none.
+
+    For passes that are collectives: every micro-batch needs as many, whatever it holds.
+    """
+    if batch.teacher is not None:
+        return batch
+    return replace(batch, teacher=PackedSequences.pack([[0, 0]]), teacher_query_row=batch.query_row)

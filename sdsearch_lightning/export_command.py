@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from sdsearch_lightning.cli import link_seed, say
+from sdsearch_lightning.cli_common import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
@@ -85,8 +85,12 @@ def build_module(config: dict[str, Any]) -> Any:
     if module_class is SDSearchModule:
         rest = {key: value for key, value in config["model"].items() if key != "teacher"}
         groups["model"] = rest | {"kl_coef": 0.0}
+    trainer = config.get("trainer") or {}
+    if trainer.get("precision") == "bf16-true" and "fsdp2" not in str(trainer.get("strategy")).lower():
+        groups["model"] = groups["model"] | {"dtype": "bfloat16"}  # what it was trained in; shards stay float32
     built = parser.instantiate_classes(parser.parse_object(groups))
-    built.model.trainer = SimpleNamespace(datamodule=built.data)  # a from-scratch model asks it for the vocabulary
+    # A from-scratch model asks the trainer for the vocabulary.
+    built.model.trainer = SimpleNamespace(datamodule=built.data, precision_plugin=None)
     built.model.configure_model()
     return built.model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,26 @@ def load(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     Raises:
         ConfigError: no such folder, not a model folder, or a hub name that cannot be reached.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    # transformers would load bfloat16 checkpoints as bfloat16, in which small updates are lost.
+    return _load(name_or_path, lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+
+
+def load_skeleton(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The same without weights: its parameters are on the meta device, and cost no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(folder: str) -> PreTrainedModel:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+
+    return _load(name_or_path, make)
+
+
+def _load(name_or_path: str, make: Callable[[str], PreTrainedModel]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoTokenizer
 
     looks_local = name_or_path.startswith((".", "/", "~", "runs/")) or name_or_path.count("/") > 1
     folder = str(Path(name_or_path).expanduser()) if looks_local else name_or_path
@@ -34,13 +53,10 @@ def load(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
             "`python -m sdsearch_lightning supervise` first."
         )
     try:
-        # transformers would load bfloat16 checkpoints as bfloat16, in which small updates are lost.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return make(folder), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.model_name_or_path: cannot load {name_or_path!r}: {reason}") from error
-    return model, tokenizer
 
 
 @dataclass

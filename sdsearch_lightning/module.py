@@ -21,7 +21,15 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from sdsearch_lightning.adapters import LoRA, Reference
-from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
+from sdsearch_lightning.collate import (
+    SearchBatch,
+    WeightedRollout,
+    collate,
+    filler,
+    split_groups,
+    weigh,
+    with_idle_teacher,
+)
 from sdsearch_lightning.credit import Credits, credit_rollouts, credit_table
 from sdsearch_lightning.distillation import TeacherRows, summarize_teacher
 from sdsearch_lightning.divergences import Divergence, JensenShannon
@@ -202,11 +210,12 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             self.positions,
             dtype,
         )
-        micro_batches = [
-            _MicroBatch(rollouts, replace(self.collate(rollouts), on_policy=on_policy).to(self.device))
-            for rollouts in split_groups(weighed, self.max_micro_batch_tokens, self.policy.layout.size)
-        ]
-        return self.equalize(micro_batches, _MicroBatch((), filler(dtype).to(self.device)))
+        parts = split_groups(weighed, self.max_micro_batch_tokens, self.policy.layout.size)
+        batches = [_MicroBatch(part, replace(self.collate(part), on_policy=on_policy)) for part in parts]
+        batches = self.equalize(batches, _MicroBatch((), filler(dtype)))
+        if self.policy.is_sharded and self.jsd_weight > 0:
+            batches = [_MicroBatch(micro.rollouts, with_idle_teacher(micro.batch)) for micro in batches]
+        return [_MicroBatch(micro.rollouts, micro.batch.to(self.device)) for micro in batches]
 
     def collate(self, rollouts: Sequence[WeightedRollout]) -> SearchBatch:
         """One micro-batch; the teacher's side is left out while the JSD weighs nothing."""
@@ -278,6 +287,6 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             "distill/groups": float(sum(block is not None for block in blocks)),
             "distill/effective_weight": self.jsd_weight * sum(b.weight for b in blocks if b) / len(blocks),
         }
-        if tally.jsd:
+        if not math.isnan(tally.jsd_p95):
             means["distill/jsd_p95"] = tally.jsd_p95
         self.log_dict(means, batch_size=len(blocks))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from sdsearch_lightning.attention import (
     AttentionLayout,
@@ -41,6 +42,9 @@ class Policy(nn.Module):
         layout: how the body runs over sequences, see packing.py; a model that cannot pack is padded.
     """
 
+    ENTRANCES = ("advance", "decode", "project", "check", "find_obstacle")
+    """What else runs the model, beside `forward`: where weights are sharded, they are gathered for these too."""
+
     def __init__(self, model: PreTrainedModel, layout: LayoutName = "shared_prefix") -> None:
         super().__init__()
         self.model = model
@@ -50,6 +54,11 @@ class Policy(nn.Module):
     def dtype(self) -> torch.dtype:
         """What weights, log-probs and advantages of a batch are kept in: float32, or float64 where the weights are."""
         return torch.float64 if self.model.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every forward pass is a collective (FSDP2)."""
+        return isinstance(self, FSDPModule)
 
     @property
     def layout(self) -> Padded | Packed:
@@ -110,8 +119,14 @@ class Policy(nn.Module):
         return logits
 
     def project(self, hidden: Tensor) -> Tensor:
-        """[Q, V] logits of hidden rows [Q, H] of an earlier call; for copies that nobody wraps."""
+        """[Q, V] logits of hidden rows [Q, H] of an earlier call; for copies, which nobody trains."""
         return self._head(hidden)
+
+    def reshard(self) -> None:
+        """Give up gathered weights, where they are sharded; a copy would keep those of its head from call to call."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     # Rollouts, outside of any wrapper
 
@@ -167,12 +182,13 @@ class Policy(nn.Module):
             )
 
     @cached_property
-    @torch.no_grad()
     def unpackable(self) -> str | None:
-        """Why the model's sequences cannot lie back to back; None where they can.
+        """Why the model's sequences cannot lie back to back; None where they can."""
+        return self.find_obstacle()
 
-        Found out by trying: two sequences packed have to give what each gives alone.
-        """
+    @torch.no_grad()
+    def find_obstacle(self) -> str | None:
+        """What `unpackable` remembers, by trying: two sequences packed have to give what each gives alone."""
         name, tokens = self.model.config.model_type, self._any_tokens(8)
         witness = _Witness([Segment(5), Segment(3)])
         positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=tokens.device)

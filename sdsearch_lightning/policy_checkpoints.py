@@ -21,6 +21,7 @@ from sdsearch_lightning.adapters import LoRA, is_learned, plain_weights, without
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.strategies import whole_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +38,23 @@ class PolicyCheckpoints(pl.LightningModule):
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder; what adapters have learned is merged into the weights."""
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's weights for `save_pretrained`; a collective under fsdp2."""
+        return whole_weights(self.policy.model)
+
+    def save_pretrained(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write model and tokenizer as a Hugging Face folder; what adapters have learned is merged into the weights.
+
+        Args:
+            path: the folder.
+            weights: from `whole_weights`, where they are sharded.
+        """
         model = self.policy.model
-        weights = dict(plain_weights(model, model.state_dict()))
+        state = weights or model.state_dict()
+        # What is merged is new: it need not lie beside the weights on the device.
+        plain = {name: w if w is state.get(name) else w.cpu() for name, w in plain_weights(model, state)}
         with without_layers(model):
-            model.save_pretrained(path, state_dict=weights)
+            model.save_pretrained(path, state_dict=plain)
         self.tokenizer.save_pretrained(path)
 
     def save_adapter(self, path: str | Path) -> None:
@@ -73,11 +85,19 @@ class PolicyCheckpoints(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model; keep what checkpoints do not hold as it was made."""
-        if "state_dict" not in checkpoint:  # shards, which the strategy reads by itself
+        if "state_dict" not in checkpoint:  # under fsdp2, whose strategy has taken the weights already
+            self.check_base(checkpoint)
             return
         mine = self.state_dict()
         self.check_checkpoint(checkpoint, {k: v.shape for k, v in checkpoint["state_dict"].items()}, mine)
         checkpoint["state_dict"] |= {k: v for k, v in mine.items() if not self.is_saved(k)}
+
+    def check_base(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Origin of a checkpoint's weights; raises ConfigError where they are an adapter of another base."""
+        theirs: Mapping[str, Any] = facts.get("origin", {"name": "an unnamed model"})
+        if self.lora is not None and theirs.get("base", self.base_fingerprint) != self.base_fingerprint:
+            raise ConfigError(f"ckpt_path: this adapter {other_base(theirs, self.origin)}")
+        return theirs
 
     def check_checkpoint(
         self, facts: Mapping[str, Any], found: Mapping[str, torch.Size], wanted: Mapping[str, Tensor]
@@ -89,10 +109,7 @@ class PolicyCheckpoints(pl.LightningModule):
             found: shapes of its weights, by name.
             wanted: weights of this module that are asked of it; those that are not saved do not count.
         """
-        theirs = facts.get("origin", {"name": "an unnamed model"})
-        if self.lora is not None and theirs.get("base", self.base_fingerprint) != self.base_fingerprint:
-            raise ConfigError(f"ckpt_path: this adapter {other_base(theirs, self.origin)}")
-        mine = self.origin["name"]
+        theirs, mine = self.check_base(facts), self.origin["name"]
         difference = models.first_difference(found, {k: v.shape for k, v in wanted.items() if self.is_saved(k)})
         if difference is not None:
             raise ConfigError(

@@ -8,36 +8,36 @@ Next: module.py and supervised.py.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdsearch_lightning import models
 from sdsearch_lightning.adapter_folder import fingerprint
 from sdsearch_lightning.adapters import LoRA, add_adapter
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.manual_step import ManualStep
+from sdsearch_lightning.master_weights import BFloat16Weights, MasterWeights
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.packing import LayoutName
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.policy_checkpoints import PolicyCheckpoints
 from sdsearch_lightning.protocol import PROTOCOLS, Protocol
 from sdsearch_lightning.schedules import Schedule
+from sdsearch_lightning.strategies import shard
 from sdsearch_lightning.tokenization import TokenCodec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MicroBatch = TypeVar("MicroBatch")
 ProtocolName = Literal["search_r1", "autorefine"]
 
 
@@ -61,7 +61,7 @@ class Compute:
     """Keep the layers' inputs only and compute the rest again: a third more time for much less memory."""
 
 
-class PolicyModule(PolicyCheckpoints):
+class PolicyModule(PolicyCheckpoints, ManualStep):
     """Base of both modules; `__init__` is light, the model is built in `configure_model`.
 
     Args:
@@ -119,33 +119,92 @@ class PolicyModule(PolicyCheckpoints):
         self.codec: TokenCodec = None  # type: ignore[assignment]
 
     def configure_model(self) -> None:
-        """Load or make model and tokenizer, once."""
-        if self.policy is not None:
-            return
-        dtype = getattr(torch, self._dtype_name)
-        if self.model_name_or_path is not None:
-            model, self.tokenizer = models.load(self.model_name_or_path, dtype)
+        """Load or make model and tokenizer, once; shard them where the strategy is fsdp2."""
+        dtype = self._weights_dtype()
+        if self.policy is not None:  # attached by hand; buffers stay, rotary frequencies would lose what they need
+            for name, weight in self.named_parameters():
+                is_narrowed = dtype == torch.bfloat16 and "lora_" not in name
+                weight.data = weight.data.to(dtype if is_narrowed else weight.dtype)
+        elif self.model_name_or_path is not None:
+            self.attach(*self._load(self.model_name_or_path, dtype))
         else:
             assert self.scratch is not None
-            self.tokenizer = models.word_level_tokenizer(self._vocabulary(), self.protocol.tags)
-            model = models.from_scratch(self.scratch, self.tokenizer, dtype, self._seed)
-        self.attach(model, self.tokenizer)
+            tokenizer = models.word_level_tokenizer(self._vocabulary(), self.protocol.tags)
+            self.attach(models.from_scratch(self.scratch, tokenizer, dtype, self._seed), tokenizer)
+        if self.device_mesh is not None and not self.policy.is_sharded:
+            compute_dtype = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else None
+            for policy in [module for module in self.modules() if isinstance(module, Policy)]:
+                shard(policy, self.device_mesh["data_parallel"], compute_dtype)
+            self._examine()
+
+    def _weights_dtype(self) -> torch.dtype:
+        """In which weights are loaded: `bf16-true` is taken care of here.
+
+        Lightning would convert everything, rotary frequencies included, and make bfloat16 the default of every tensor.
+        Under fsdp2 shards stay float32 and are gathered as bfloat16; elsewhere the optimizer keeps float32 masters.
+        """
+        trainer, dtype = self._trainer, getattr(torch, self._dtype_name)
+        is_sharded = self.device_mesh is not None
+        if is_sharded and dtype == torch.bfloat16:
+            raise ConfigError(
+                "model.dtype bfloat16: under fsdp2 float32 shards are the master weights. Leave it float32, and set "
+                "trainer.precision bf16-true to compute in bfloat16."
+            )
+        if trainer is None or not isinstance(trainer.precision_plugin, HalfPrecision):
+            return dtype
+        if trainer.precision != "bf16-true":
+            raise ConfigError(f"trainer.precision: expected bf16-true or bf16-mixed, found {trainer.precision}.")
+        trainer.strategy.precision_plugin = BFloat16Weights()
+        torch.set_default_dtype(torch.float32)  # Lightning's context, in which this runs, puts back what was before it
+        return dtype if is_sharded else torch.bfloat16
+
+    def _load(self, name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Model and tokenizer; where weights will be sharded, rank 0 alone reads them."""
+        if self.device_mesh is None:
+            return models.load(name_or_path, dtype)
+        strategy, loaded, failure = self.trainer.strategy, None, ""
+        try:
+            loaded = (models.load if self.global_rank == 0 else models.load_skeleton)(name_or_path, dtype)
+        except ConfigError as error:
+            failure = str(error)
+        if told := strategy.broadcast(failure) or failure:
+            raise ConfigError(told)
+        assert loaded is not None
+        return loaded
 
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take a ready model and tokenizer; what `configure_model` does last, and all a use without a Trainer needs."""
         self.tokenizer, self.codec = tokenizer, TokenCodec(tokenizer, self.protocol.tags)
         if self.lora is not None:
-            self.base_fingerprint = fingerprint(model)
-            add_adapter(model, self.lora, self._seed, self.origin)
+            self._adapt(model, self.lora)
         # In training mode, as Lightning expects it; there is no dropout to tell the modes apart.
         self.policy = Policy(model, self.compute.layout).train()
+        if self.compute.gradient_checkpointing:
+            self.policy.checkpoint_gradients()
+        if self.device_mesh is None:  # else once all ranks have weights
+            self._examine()
+
+    def _adapt(self, model: PreTrainedModel, lora: LoRA) -> None:
+        """Put the adapter on; rank 0 alone knows the model where it will be sharded, and tells what it found."""
+        failure = ""
+        try:
+            self.base_fingerprint = "" if model.device.type == "meta" else fingerprint(model)
+            add_adapter(model, lora, self._seed, self.origin)
+        except ConfigError as error:
+            failure = str(error)
+        if self.device_mesh is not None:
+            self.base_fingerprint, told = self.trainer.strategy.broadcast((self.base_fingerprint, failure))
+            failure = told or failure
+        if failure:
+            raise ConfigError(failure)
+
+    def _examine(self) -> None:
+        """Find out what the model can do, by running it."""
         self.policy.check()
         if self.policy.unpackable and self.compute.layout != "padded":
             rank_zero_warn(
                 f"model.compute.layout is {self.compute.layout!r}, but {self.policy.unpackable}. Sequences are padded."
             )
-        if self.compute.gradient_checkpointing:
-            self.policy.checkpoint_gradients()
 
     def _vocabulary(self) -> Sequence[str]:
         datamodule = getattr(self._trainer, "datamodule", None)
@@ -169,94 +228,7 @@ class PolicyModule(PolicyCheckpoints):
                     f"model.optimizers: no entry takes the parameter {name!r}. Add one with parameters '.*' at the end."
                 )
             shares[takers[0]].append(parameter)
-        optimizers = [spec.optimizer(share) for spec, share in zip(self._optimizer_specs, shares, strict=True) if share]
+        pairs = [(spec, MasterWeights(s)) for spec, s in zip(self._optimizer_specs, shares, strict=True) if s]
+        self.master_weights = [masters for _, masters in pairs]
+        optimizers = [masters.optimizer(spec.optimizer) for spec, masters in pairs]
         return optimizers, [LambdaLR(optimizer, self._lr_schedule.factor) for optimizer in optimizers]
-
-    def equalize(self, micro_batches: Sequence[MicroBatch], filler: MicroBatch) -> list[MicroBatch]:
-        """`micro_batches` and as many `filler` as it takes to have at least one and the same number on every rank."""
-        most = len(micro_batches)
-        if self.trainer.world_size > 1:
-            count = torch.tensor(most, device=self.device)
-            most = int(self.trainer.strategy.reduce(count, reduce_op="max"))  # type: ignore[arg-type]
-        return [*micro_batches, *[filler] * (max(most, 1) - len(micro_batches))]
-
-    def backward_all(self, micro_batches: Sequence[MicroBatch], loss: Callable[[MicroBatch], Tensor]) -> None:
-        """Backward through every micro-batch, one graph at a time; gradients are exchanged at the last one only.
-
-        Args:
-            micro_batches: as many as on every other rank.
-            loss: the micro-batch's share of the loss over all ranks.
-        """
-        for position, micro_batch in enumerate(micro_batches):
-            with self._no_sync(enabled=position < len(micro_batches) - 1):
-                # DDP averages gradients over ranks, while our token weights already are those of the joint batch.
-                self.manual_backward(loss(micro_batch) * self.trainer.world_size)
-
-    def apply_gradients(self, last: bool = True) -> float:
-        """Clip, step every optimizer, zero the gradients.
-
-        Where the gradient is not finite the update is skipped: no weight and no optimizer state changes. The norm is
-        that of the exchanged gradient, so all ranks skip together; a step still counts as a step.
-
-        Args:
-            last: whether this is the batch's last update: it alone advances `global_step` and the schedules.
-
-        Returns:
-            The gradient norm before clipping.
-        """
-        optimizers = self._optimizers()
-        norm = nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
-        if not torch.isfinite(norm):
-            for optimizer in optimizers:
-                optimizer.zero_grad()  # parameters without a gradient are passed over, weight decay included
-        elif self.gradient_clip_val is not None:
-            nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.gradient_clip_val, norm)
-        for position, optimizer in enumerate(optimizers):
-            counts = last and position == len(optimizers) - 1
-            with contextlib.nullcontext() if counts else _uncounted(optimizer):
-                optimizer.step()
-            optimizer.zero_grad()
-        if last:
-            for schedule in self._schedules():
-                schedule.step()
-        return float(norm)
-
-    @property
-    def learning_rate(self) -> float:
-        """That of the first optimizer, as its next step will use it."""
-        rate: float = self._optimizers()[0].param_groups[0]["lr"]
-        return rate
-
-    def _optimizers(self) -> list[LightningOptimizer]:
-        optimizers = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]  # type: ignore[list-item,return-value]
-
-    def _schedules(self) -> list[LambdaLR]:
-        schedules: Any = self.lr_schedulers()
-        return schedules if isinstance(schedules, list) else [schedules]
-
-    @contextlib.contextmanager
-    def _no_sync(self, enabled: bool) -> Iterator[None]:
-        """Keep DDP from exchanging gradients in the backward passes inside."""
-        strategy = self.trainer.strategy
-        if enabled and isinstance(strategy, DDPStrategy):
-            with strategy.block_backward_sync():
-                yield
-        else:
-            yield
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all ranks; a collective: every rank calls it."""
-        total: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
-        return total.to(values.device)
-
-
-@contextlib.contextmanager
-def _uncounted(optimizer: LightningOptimizer) -> Iterator[None]:
-    """Steps of `optimizer` inside do not advance `trainer.global_step`, which counts batches here."""
-    hooks = optimizer._on_before_step, optimizer._on_after_step
-    optimizer._on_before_step = optimizer._on_after_step = lambda: None
-    try:
-        yield
-    finally:
-        optimizer._on_before_step, optimizer._on_after_step = hooks

@@ -48,7 +48,8 @@ class StepTally:
     @property
     def jsd_p95(self) -> float:
         """95th percentile of the divergence over this rank's tokens; NaN without any."""
-        return float(torch.cat(self.jsd).float().quantile(0.95)) if self.jsd else math.nan
+        found = torch.cat(self.jsd) if self.jsd else torch.zeros(0)
+        return float(found.float().quantile(0.95)) if len(found) else math.nan
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def policy_sums(
     ratio = (chosen - old).exp()
     entropies = entropy(logprobs)
     return {
-        "policy_tokens": torch.tensor(float(len(chosen))),
+        "policy_tokens": torch.tensor(len(chosen)),
         "entropy": entropies.sum(),
         "searched_tokens": is_query.sum(),
         "query_entropy": entropies[is_query].sum(),
@@ -98,7 +99,7 @@ def distillation_sums(
         environment_ids: [E] tokens that only the environment writes.
     """
     return {
-        "query_tokens": torch.tensor(float(len(jsd))),
+        "query_tokens": torch.tensor(len(jsd)),
         "jsd": jsd.sum(),
         "student_logprob": chosen.sum(),
         "teacher_logprob": teacher.logprob.sum(),

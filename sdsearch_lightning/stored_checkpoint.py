@@ -11,7 +11,6 @@ Invariant: what was not wholly written is refused, not read in part. Next: expor
 from __future__ import annotations
 
 import pickle
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.sharded_checkpoints import META, read_into, read_metadata
 
-FACTS, INDEX = "meta.pt", ".metadata"
-"""Of a folder: what is no tensor, and which shard holds what. The index is the last thing that a save writes."""
+INDEX = ".metadata"
+"""Of a folder: which shard holds what."""
 WEIGHTS = "state_dict"
 _UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
 
@@ -66,38 +67,29 @@ class CheckpointFolder(StoredCheckpoint):
     """Shards, as torch.distributed.checkpoint writes them."""
 
     def __init__(self, path: Path) -> None:
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-        if missing := [name for name in (INDEX, FACTS) if not (path / name).is_file()]:
+        if missing := [name for name in (INDEX, META) if not (path / name).is_file()]:
             raise ConfigError(
-                f"ckpt_path: expected a sharded checkpoint with {INDEX} and {FACTS}, found no "
+                f"ckpt_path: expected a sharded checkpoint with {INDEX} and {META}, found no "
                 f"{' and no '.join(missing)} in {path}: not a checkpoint, or its save was cut off. Take another step."
             )
         self._path = path
         with _readable(path, "Take another step."):
-            self.facts = torch.load(path / FACTS, map_location="cpu", weights_only=True)
-            index = FileSystemReader(path).read_metadata()
+            self.facts = torch.load(path / META, map_location="cpu", weights_only=True)
+            index = read_metadata(path)
         shards = {place.relative_path for place in (index.storage_data or {}).values()}
         if torn := sorted(name for name in shards if not (path / name).is_file()):
             raise ConfigError(f"ckpt_path: {path} lacks {torn[0]}, one of its shards: it is torn. Take another step.")
         prefix = f"{WEIGHTS}."
-        entries = {
-            name.removeprefix(prefix): e for name, e in index.state_dict_metadata.items() if name.startswith(prefix)
+        self.shapes = {
+            name.removeprefix(prefix): entry.size
+            for name, entry in index.state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
-        self.shapes = {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
     def read(self, into: Mapping[str, Tensor]) -> None:
         """See `StoredCheckpoint.read`."""
-        from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.state_dict_loader import load
-
-        with _readable(self._path, "Take another step."), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
-            try:
-                load({WEIGHTS: dict(into)}, checkpoint_id=self._path, no_dist=True)
-            except CheckpointException as error:
-                raise next(iter(error.failures.values()))[0] from error
+        with _readable(self._path, "Take another step."):
+            read_into({WEIGHTS: dict(into)}, self._path, alone=True)
 
 
 def open_checkpoint(path: Path) -> StoredCheckpoint:

@@ -111,6 +111,7 @@ class EMATeacher(CopiedTeacher):
     @torch.no_grad()
     def after_update(self, policy: Policy) -> None:
         """Move each weight by `rate` of its way to the policy's; buffers are taken over."""
+        self.copy.reshard()
         # parameters() names a tied weight once, so it moves once; state_dict() would move it twice.
         for mine, current in zip(self.copy.parameters(), policy.parameters(), strict=True):
             mine.lerp_(current, self.rate)

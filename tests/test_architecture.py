@@ -17,14 +17,14 @@ PACKAGE = "sdsearch_lightning"
 LAYERS = """
 errors pluggable kinds
 types
-tokenization rewards advantages losses schedules lessons attention head
+tokenization rewards advantages losses schedules lessons attention head master_weights sharded_checkpoints
 packing
 policy adapter_folder
-adapters block_templates divergences evaluation retrieval teachers
+adapters block_templates divergences evaluation retrieval teachers strategies
 templates
 protocol hindsight collate distillation models
 rollout credit step_metrics evaluation_steps
-objective
+objective manual_step
 student policy_checkpoints
 policy_module
 module supervised
@@ -45,8 +45,8 @@ NEIGHBOURS = {
 """The top floor has an order of its own, too short for lines."""
 
 LIBRARIES = {
-    "lightning": "evaluation_steps policy_checkpoints policy_module module callbacks datamodules run_folder run_record "
-    "cli* export_command commands",
+    "lightning": "master_weights sharded_checkpoints strategies manual_step evaluation_steps policy_checkpoints "
+    "policy_module module callbacks datamodules run_folder run_record cli* export_command commands",
     "transformers": "attention models rollout commands",
     "tokenizers": "models retrieval datamodules",
     "sentence_transformers": "retrieval datamodules",

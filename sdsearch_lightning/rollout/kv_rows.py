@@ -55,7 +55,8 @@ class _Shapes(CausalSegments):
         self.keys: list[tuple[int, int, torch.dtype, torch.device]] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        self.keys.append((key.shape[1], key.shape[3], key.dtype, key.device))
+        # Under autocast, rotary positions leave keys in float32; attention takes them as the values are.
+        self.keys.append((key.shape[1], key.shape[3], value.dtype, key.device))
         return super().attend(layer, query, key, value, scale)
 
 
@@ -129,7 +130,8 @@ class RowsAttention(AttentionLayout):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """See `AttentionLayout.attend`."""
-        queries, keys, values = (x.split([*self._lengths, len(self._row)], dim=2) for x in (query, key, value))
+        parts = (x.to(self._all.dtype).split([*self._lengths, len(self._row)], dim=2) for x in (query, key, value))
+        queries, keys, values = parts
         outputs = []
         for feed, mask, own, k, v in zip(self._feeds, self._masks, queries, keys, values, strict=False):
             held = self._all[layer, :, feed.row : feed.row + 1, :, : feed.start + feed.length]

@@ -62,12 +62,15 @@ def _share(rollouts: Sequence[Trajectory], is_counted: Callable[[Trajectory], bo
 
 
 def window_metrics(progress: RolloutProgress, counts: SearchCounts) -> dict[str, float]:
-    """`rollout/seconds` and speed, `search/*`."""
+    """What a rank's window cost, a mean over ranks: `rollout/seconds` and `search/seconds`."""
+    return {"rollout/seconds": progress.seconds, "search/seconds": counts.seconds}
+
+
+def window_totals(progress: RolloutProgress, counts: SearchCounts) -> dict[str, float]:
+    """What a rank's window did, a sum over ranks: speed and `search/*`."""
     return {
-        "rollout/seconds": progress.seconds,
         "rollout/tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
         "search/queries": float(counts.queries),
         "search/unique": float(counts.unique),
         "search/errors": float(counts.errors),
-        "search/seconds": counts.seconds,
     }

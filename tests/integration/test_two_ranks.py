@@ -12,19 +12,40 @@ import pytest
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
-def run(devices: int, folder: Path) -> dict[str, list]:
-    output = folder / f"{devices}.json"
-    command = [sys.executable, str(SCRIPT), str(devices), str(output)]
+def run(strategy: str, variant: str, folder: Path, name: str = "", *checkpoint: Path) -> dict[str, list]:
+    output = folder / f"{name or strategy}.json"
+    command = [sys.executable, str(SCRIPT), strategy, variant, str(output), *map(str, checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(output.read_text())
 
 
+def assert_equal(mine: dict[str, list], theirs: dict[str, list]) -> None:
+    for ours, other in zip(mine["steps"], theirs["steps"], strict=True):
+        assert other == pytest.approx(ours, rel=1e-10, abs=1e-12)
+        assert other != pytest.approx([value * 1.000001 for value in ours], rel=1e-10, abs=1e-12)
+    assert theirs["weights"] == pytest.approx(mine["weights"], rel=0, abs=1e-9)
+    assert theirs["weights"] != pytest.approx([w + 1e-8 for w in mine["weights"]], rel=0, abs=1e-9)
+
+
 @pytest.mark.distributed
-def test_two_processes_equal_one_with_a_rank_that_never_searches(tmp_path: Path) -> None:
-    one, two = run(1, tmp_path), run(2, tmp_path)
+@pytest.mark.parametrize(
+    ("variant", "strategies"), [("plain", ("ddp", "fsdp2")), ("batch_start", ("fsdp2",))], ids=["plain", "batch_start"]
+)
+def test_two_processes_equal_one_with_a_rank_that_never_searches(
+    variant: str, strategies: tuple[str, ...], tmp_path: Path
+) -> None:
+    one = run("one", variant, tmp_path)
     assert all(step[-1] > 0 for step in one["steps"]), "somebody is taught in every step"
-    for mine, theirs in zip(one["steps"], two["steps"], strict=True):
-        assert theirs == pytest.approx(mine, rel=1e-10, abs=1e-12)
-        assert theirs != pytest.approx([value * 1.000001 for value in mine], rel=1e-10, abs=1e-12)
-    assert two["weights"] == pytest.approx(one["weights"], rel=0, abs=1e-9)
+    for strategy in strategies:
+        assert_equal(one, run(strategy, variant, tmp_path))
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_goes_on_under_another_strategy(tmp_path: Path) -> None:
+    one, two = run("one", "all", tmp_path), run("fsdp2", "all", tmp_path)
+    assert_equal(one, two)
+    assert (tmp_path / "one.ckpt").is_file() and (tmp_path / "fsdp2.ckpt").is_dir()
+    second = {**one, "steps": one["steps"][1:]}
+    assert_equal(second, run("one", "all", tmp_path, "one_from_fsdp2", tmp_path / "fsdp2.ckpt"))
+    assert_equal(second, run("fsdp2", "all", tmp_path, "fsdp2_from_one", tmp_path / "one.ckpt"))

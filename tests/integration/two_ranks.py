@@ -1,6 +1,9 @@
 """One short fit on the CPU with SD on, on as many processes as asked for; rank 0 writes losses and weights.
 
-    python two_ranks.py DEVICES OUTPUT
+    python two_ranks.py STRATEGY VARIANT OUTPUT [CHECKPOINT]
+
+STRATEGY is one (a single process), ddp or fsdp2 (two); VARIANT a key of VARIANTS. A checkpoint of step 1 is saved next
+to the output; with CHECKPOINT the run goes on from there.
 
 Questions at odd positions are answered without a search. With two processes they are all on rank 1, whose share of a
 step then has not one query token.
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,14 +24,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
+import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
-from training_data import DIRECT, PROTOCOL, TOKENIZER, tiny_model, weights_of  # noqa: E402
+from training_data import DIRECT, PROTOCOL, TOKENIZER, tiny_model  # noqa: E402
 from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
 
-from sdsearch_lightning import SDSearchModule  # noqa: E402
+from sdsearch_lightning import SDSearchModule, models  # noqa: E402
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping  # noqa: E402
-from sdsearch_lightning.models import ScratchModel  # noqa: E402
+from sdsearch_lightning.policy_module import Compute  # noqa: E402
 from sdsearch_lightning.rewards import ExactMatchReward  # noqa: E402
+from sdsearch_lightning.sharded_checkpoints import AnyCheckpointIO  # noqa: E402
+from sdsearch_lightning.teachers import BatchStartTeacher, EMATeacher  # noqa: E402
 from sdsearch_lightning.types import RolloutRequest, Trajectory  # noqa: E402
 
 KEYS = ("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd", "distill/teacher_rows")
@@ -46,30 +53,68 @@ class SilentAtOddPositions(ScriptedEngine):
         return done
 
 
-def main(devices: int, output: str) -> None:
+VARIANTS: dict[str, dict] = {
+    "plain": {},
+    "all": {
+        "tie_word_embeddings": True,
+        "teacher": EMATeacher(0.3),
+        "num_updates": 3,
+        "compute": Compute(gradient_checkpointing=True),
+    },
+    "batch_start": {"teacher": BatchStartTeacher(), "num_updates": 3, "compute": Compute("padded")},
+}
+
+
+class SaveFirstStep(pl.Callback):
+    """Saves the first step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == 1:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+
+def main(strategy: str, variant: str, output: str, checkpoint: str | None = None) -> None:
     torch.set_num_threads(1)
+    options = dict(VARIANTS[variant])
+    tied = options.pop("tie_word_embeddings", False)
+    folder = Path(output).with_suffix(".model")
+    if "LOCAL_RANK" not in os.environ:
+        tiny_model(tie_word_embeddings=tied).save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+    elif strategy == "fsdp2":
+        models.load = None  # rank 0 alone reads weights
     module = SDSearchModule(
-        scratch=ScratchModel(),
+        model_name_or_path=str(folder),
+        dtype="float64",
         protocol=PROTOCOL,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
         kl_coef=0.1,
         max_micro_batch_tokens=200,  # several micro-batches, and not equally many on both ranks
+        **options,
     )
-    module.attach(tiny_model(), TOKENIZER)
     record = Record()
     grouping = RolloutGrouping(
         group_size=3, top_k=2, max_tokens=160, reward=ExactMatchReward(), engine=SilentAtOddPositions()
     )
     method = HindsightConstruction(), JSDWeightScheduler(0.3, 0)
-    distributed = {"strategy": "ddp", "devices": 2} if devices == 2 else {}
+    devices = 1 if strategy == "one" else 2
+    distributed = {"strategy": strategy, "devices": 2} if devices == 2 else {}
+    if strategy != "fsdp2":
+        distributed["plugins"] = [AnyCheckpointIO()]
     data = ToyData(batch_size=6 // devices)
-    trainer = fit(module, grouping, *method, record, data=data, max_steps=2, **distributed)
+    callbacks = (grouping, *method, record, SaveFirstStep(Path(output).with_suffix(".ckpt")))
+    trainer = fit(module, *callbacks, data=data, max_steps=2, ckpt_path=checkpoint, **distributed)
     searches = sum(len(t.queries) for batch in record.batches for g in batch.groups for t in g.trajectories)
     assert trainer.global_rank == 0 or searches == 0, "rank 1 has no query token"
+    weights = module.whole_weights()
     if trainer.is_global_zero:
         steps = [[metrics[key] for key in KEYS] for metrics in record.metrics]
-        Path(output).write_text(json.dumps({"steps": steps, "weights": weights_of(module).tolist()}))
+        flat = torch.cat([weights[name].flatten() for name in sorted(weights)])
+        Path(output).write_text(json.dumps({"steps": steps, "weights": flat.tolist()}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(*sys.argv[1:])
