@@ -7,6 +7,7 @@ It runs after the step, on the step's groups, and changes neither weights nor ra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,13 +16,34 @@ import torch
 from sdsearch_lightning.callbacks.rollout_grouping import RolloutGrouping
 from sdsearch_lightning.collate import collate, split_groups, weigh
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.evaluation import RolloutScores
 from sdsearch_lightning.hindsight import LeaveOneOut, QueriesAndLabels
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.objective import log_softmax
 from sdsearch_lightning.packing import PackedSequences
+from sdsearch_lightning.rewards import exact_match
 from sdsearch_lightning.rollout.sampling import derive_seed
-from sdsearch_lightning.types import HindsightBlock, Label, RolloutGroup, RolloutRequest, SpanKind, StepBatch
+from sdsearch_lightning.strategies import gathered
+from sdsearch_lightning.types import (
+    HindsightBlock,
+    Label,
+    RolloutGroup,
+    RolloutRequest,
+    SpanKind,
+    StepBatch,
+)
+
+METRICS = (
+    "teacher/student_em_mixed",
+    "teacher/teacher_em_mixed",
+    "teacher/student_em_no_correct",
+    "teacher/teacher_em_no_correct",
+    "teacher/logprob_with_own",
+    "teacher/logprob_without_own",
+    "teacher/best_query_student",
+    "teacher/best_query_teacher",
+    "teacher/grad_norm_policy",
+    "teacher/grad_norm_jsd",
+)
 
 
 class TeacherDiagnostics(pl.Callback):
@@ -76,7 +98,9 @@ class TeacherDiagnostics(pl.Callback):
         metrics: dict[str, float] = {}
         for measure in self._measures:
             metrics |= measure(trainer, pl_module, batch, blocks)
-        pl_module.log_dict(metrics, batch_size=len(batch), sync_dist=trainer.world_size > 1)
+        if trainer.world_size > 1:
+            metrics = _means_over_ranks(metrics, pl_module)
+        pl_module.log_dict(metrics, batch_size=len(batch))
 
     def _sampled(
         self, trainer: pl.Trainer, module: SDSearchModule, batch: StepBatch, blocks: Sequence[HindsightBlock | None]
@@ -100,10 +124,10 @@ class TeacherDiagnostics(pl.Callback):
         for name, chosen in (("mixed", _is_mixed), ("no_correct", _has_no_correct)):
             index = [i for i, (group, _) in enumerate(pairs) if chosen(group)]
             for who, offset in (("student", 0), ("teacher", 1)):
-                scores = RolloutScores()
-                scores.update([rollouts[2 * i + offset] for i in index])
                 if index:
-                    metrics[f"teacher/{who}_em_{name}"] = float(scores.compute()["exact_match"])
+                    metrics[f"teacher/{who}_em_{name}"] = fmean(
+                        exact_match(t.answer, t.question.answers) for t in (rollouts[2 * i + offset] for i in index)
+                    )
         return metrics
 
     def _own_rollout(
@@ -111,10 +135,11 @@ class TeacherDiagnostics(pl.Callback):
     ) -> Mapping[str, float]:
         assert batch.groups is not None
         without = LeaveOneOut().build(batch.groups, "all", module.protocol, module.codec)
-        found = {
-            "teacher/logprob_with_own": _teacher_logprob(module, batch.groups, blocks),
-            "teacher/logprob_without_own": _teacher_logprob(module, batch.groups, without),
-        }
+        with gathered(module.policy):
+            found = {
+                "teacher/logprob_with_own": _teacher_logprob(module, batch.groups, blocks),
+                "teacher/logprob_without_own": _teacher_logprob(module, batch.groups, without),
+            }
         return {name: value for name, value in found.items() if value is not None}
 
     def _best_query(
@@ -124,10 +149,11 @@ class TeacherDiagnostics(pl.Callback):
         if best_query is None:
             return {}
         masses: dict[str, list[float]] = {"teacher/best_query_student": [], "teacher/best_query_teacher": []}
-        for group, block in zip(batch.groups or (), blocks, strict=True):
-            if block is not None and (query := best_query(group.question)) is not None:
-                for mass, text in zip(masses.values(), ("", block.text), strict=True):
-                    mass.append(first_query_probability(module, group, text, query))
+        with gathered(module.policy):
+            for group, block in zip(batch.groups or (), blocks, strict=True):
+                if block is not None and (query := best_query(group.question)) is not None:
+                    for mass, text in zip(masses.values(), ("", block.text), strict=True):
+                        mass.append(first_query_probability(module, group, text, query))
         return {name: sum(mass) / len(mass) for name, mass in masses.items() if mass}
 
     def _gradient_norms(
@@ -135,8 +161,20 @@ class TeacherDiagnostics(pl.Callback):
     ) -> Mapping[str, float]:
         taught = batch.hindsight if batch.hindsight is not None and module.jsd_weight > 0 else [None] * len(batch)
         assert batch.groups is not None
+        if module.policy.is_sharded:
+            raise ConfigError(
+                "TeacherDiagnostics.gradient_norms: under fsdp2 gradients exist as shards of their sum only. Set it "
+                "false, or measure with ddp."
+            )
         norms = gradient_norms(module, batch.groups, taught)
         return {"teacher/grad_norm_policy": norms["policy"], "teacher/grad_norm_jsd": norms["jsd"]}
+
+
+def _means_over_ranks(metrics: Mapping[str, float], module: SDSearchModule) -> dict[str, float]:
+    """Means over the ranks that measured something; all ranks call it, whatever they have."""
+    rows = torch.tensor([[metrics.get(name, 0.0), float(name in metrics)] for name in METRICS], dtype=torch.float64)
+    totals = module.sum_over_ranks(rows).tolist()
+    return {name: total / count for name, (total, count) in zip(METRICS, totals, strict=True) if count}
 
 
 def _is_mixed(group: RolloutGroup) -> bool:

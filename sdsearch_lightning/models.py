@@ -55,8 +55,9 @@ def _load(name_or_path: str, make: Callable[[str], PreTrainedModel]) -> tuple[Pr
     try:
         return make(folder), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.model_name_or_path: cannot load {name_or_path!r}: {reason}") from error
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        advice = "" if looks_local else " There is no such folder, and no such name at hand: name a folder."
+        raise ConfigError(f"model.model_name_or_path: cannot load {name_or_path!r}: {reason}.{advice}") from error
 
 
 @dataclass

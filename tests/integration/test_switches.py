@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,21 @@ def test_groups_without_signal_are_refilled_from_other_questions():
     again = Record()
     fit(module(), grouping(DIRECT, DIRECT, DIRECT, ONE, refill_attempts=8), again, max_steps=2)
     assert [b.groups for b in again.batches] == [b.groups for b in refilled.batches]
+
+
+def test_a_rank_without_empty_groups_meets_the_others_in_their_refills(monkeypatch):
+    record = Record()
+    fit(module(), grouping(DIRECT, ONE, refill_attempts=8), record)
+    (batch,) = record.batches
+    full = tuple(group for group in batch.groups if group.has_signal)
+    calls = []
+    monkeypatch.setattr(RolloutGrouping, "run", lambda self, trainer, module, requests: calls.append(requests) or [])
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(training_questions=[1]), global_step=0, global_rank=1)
+    for empty_elsewhere, expected in ((1, [[]] * 3), (0, [])):
+        others = SimpleNamespace(sum_over_ranks=lambda mine, more=empty_elsewhere: mine + more)
+        calls.clear()
+        assert grouping(refill_attempts=3)._refill(trainer, others, batch, full) == full
+        assert calls == expected
 
 
 def test_refill_gives_up():
