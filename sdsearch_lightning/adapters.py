@@ -189,7 +189,9 @@ def _keep_initial(model: PreTrainedModel) -> None:
     for name, weight in weights.items():
         if "lora_" in name and INITIAL in name.split("."):
             weight.requires_grad_(False)
-            weight.data = weights[name.replace(f".{INITIAL}", f".{LEARNED}")].detach().clone()
+            learned = weights[name.replace(f".{INITIAL}", f".{LEARNED}")].detach()
+            # Without values it will get another rank's.
+            weight.data = weight.data.to(learned.dtype) if learned.is_meta else learned.clone()
 
 
 @contextmanager

@@ -267,3 +267,21 @@ def test_a_sharded_policy_has_the_same_reference_gradients_and_merged_weights(dt
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launch, str(script), dtype], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lora", [(), ("--model.lora.r", "4")], ids=["all weights", "lora"])
+def test_the_checkpoint_of_a_sharded_run_is_exported_as_the_run_saved_its_model(
+    workplace: Any, tmp_path: Path, lora: tuple[str, ...]
+) -> None:
+    name = "sharded_lora" if lora else "sharded_all"
+    both = ("--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--data.batch_size", "2")
+    more = ("--trainer.max_steps", "2", "--run.name", name, *lora)
+    done = workplace.start("-m", "sdsearch_lightning", "fit", "--config", "fit.yaml", *both, *more)
+    assert done.returncode == 0, done.stderr
+    assert (workplace.run(name) / "checkpoints/last.ckpt/.metadata").is_file()
+    done = export(workplace, workplace.run(name) / "checkpoints/last.ckpt", tmp_path / "model")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert torch.equal(logits(tmp_path / "model"), logits(workplace.run(name) / "model"))
+    assert not torch.equal(logits(tmp_path / "model"), logits(workplace.run("cold") / "model"))
+    assert (tmp_path / "model/README.md").read_text() == (workplace.run(name) / "model/README.md").read_text()
