@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from sdsearch_lightning.adapters import LoRA, is_learned
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy_module import Compute
 from sdsearch_lightning.supervised import SupervisedModule
 from sdsearch_lightning.teachers import EMATeacher
@@ -92,6 +93,24 @@ def test_training_moves_the_adapter_and_nothing_else_and_begins_without_a_kl(tmp
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if is_learned(name)}
     assert record.metrics[0]["train/kl"] == 0.0 and record.metrics[1]["train/kl"] > 0
+
+
+def test_a_base_in_bfloat16_has_an_adapter_in_float32(tmp_path: Path) -> None:
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    kind = {"model_name_or_path": str(tmp_path / "base"), "protocol": make_module().protocol, "lora": LoRA(r=4)}
+    module = SDSearchModule(**kind, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6), kl_coef=0.1)
+    module.configure_model()
+    start = {name: weight for name, weight in weights(module).items() if is_learned(name)}
+    module = SDSearchModule(**kind, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6), kl_coef=0.1)
+    record = Record()
+    fit(module, *taught(), record, precision="bf16-true")
+    dtypes = {is_learned(name): weight.dtype for name, weight in module.policy.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    after = weights(module)
+    moved = [name for name, weight in start.items() if "lora_A" in name and not torch.equal(after[name], weight)]
+    assert record.metrics[0]["train/kl"] == 0.0 and record.metrics[0]["train/grad_norm"] > 0
+    assert moved, "not even the decay of a first step is lost, in which B is 0 and A has no gradient"
 
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
@@ -173,6 +192,11 @@ def test_a_run_leaves_a_plain_model_and_small_checkpoints(workplace: Any, run: P
     assert not (run / "model/adapter_config.json").exists()
     assert not torch.allclose(logits(run / "model"), logits(workplace.run("cold") / "model"), atol=1e-3)
     assert json.loads((run / "summary.json").read_text())["exact_match"]["after"] is not None
+    name = ("--run.name", "lora", "--model.lora.r", "4", "--model.lora.lora_alpha", "64")
+    assert workplace.sdsearch("validate", "--config", "fit.yaml", *name, "--ckpt_path", "last").returncode == 0
+    (row,) = workplace.metrics("lora/validate")
+    last = workplace.metrics("lora")[-1]
+    assert {k: v for k, v in row.items() if k.startswith("val/")} == {k: last[k] for k in row if k.startswith("val/")}
 
 
 @pytest.mark.parametrize("kind", ["file", "shards"])

@@ -284,6 +284,29 @@ def test_layers_are_back_after_a_save_and_after_one_that_failed() -> None:
     assert [name for name, _ in module.policy.named_modules()] == names
 
 
+def test_vllm_is_given_merged_weights_by_plain_names() -> None:
+    from sdsearch_lightning.rollout.vllm import _load_weights
+
+    module, given = learn(adapted()), {}
+
+    class LLM:
+        def apply_model(self, function: Any) -> list[Any]:
+            return [function(self)]
+
+        def named_parameters(self) -> Any:
+            return tiny_model().named_parameters()
+
+        def load_weights(self, weights: Any) -> list[str]:
+            given.update(weights)
+            return list(given)
+
+    _load_weights(LLM(), module.policy)
+    plain = tiny_model()
+    plain.load_state_dict(given)
+    torch.testing.assert_close(logits(Policy(plain)), logits(module.policy), rtol=0, atol=1e-12)
+    assert not any(weight.requires_grad for weight in given.values())
+
+
 # What is refused
 
 
