@@ -4,7 +4,7 @@ NAME ?= quickstart
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
-TESTED_EXTRAS := serve,bm25,data,milvus
+TESTED_EXTRAS := serve,bm25,data,milvus,lora
 STAMP := $(VENV)/.installed
 RUN := $(PYTHON) -m sdsearch_lightning
 

@@ -59,7 +59,7 @@ setup(
         # The client alone talks to a cluster; milvus-lite is the embedded form, and brings faiss-cpu along.
         "milvus": ["pymilvus>=3,<4", "milvus-lite>=3.2,<4"],
         "qdrant": [],  # Milvus was chosen: its embedded form is real code (docs/retrieval.md); the name is kept
-        "lora": ["peft"],
+        "lora": ["peft>=0.20,<0.22"],
         "vllm": ["vllm"],
         # Other implementations: tests/parity compares numbers with them, `make bench` times.
         "parity": ["trl", "liger-kernel", "psutil", "scipy"],

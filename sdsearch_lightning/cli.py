@@ -7,9 +7,9 @@ this library to work is told here, once. Next: run_folder.py and run_record.py.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from sdsearch_lightning.callbacks import (
     RolloutGrouping,
     TrajectoryLog,
 )
+from sdsearch_lightning.cli_common import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.model_card import write_model
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.console import duration
@@ -201,7 +203,8 @@ class RunCLI(LightningCLI):
         """Writes the trained model into the run folder; all ranks call it."""
         weights = self.model.whole_weights()
         if self.trainer.is_global_zero:
-            self.folder.replace_model(lambda folder: self.model.save_pretrained(folder, weights))
+            save = partial(self.model.save_pretrained, weights=weights)
+            write_model(self.folder, save, self.trainer.global_step, self.facts)
 
     def report(self) -> None:
         """Tells the result of a finished run."""
@@ -230,6 +233,10 @@ class SearchCLI(RunCLI):
     def own_callbacks(self) -> list[pl.Callback]:
         return [*super().own_callbacks(), TrajectoryLog()]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        return super().facts | {"max_searches": self.options.rollout.max_searches}
+
     def fit(self, **kwargs: Any) -> None:
         """Evaluates, trains, evaluates, saves the model and reports."""
         if not self.is_training_run:
@@ -243,7 +250,7 @@ class SearchCLI(RunCLI):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         self.save_model()
         if self.trainer.is_global_zero:
-            finish_run(self.folder.path, self.facts | {"max_searches": self.options.rollout.max_searches})
+            finish_run(self.folder.path, self.facts)
 
 
 class SuperviseCLI(RunCLI):
@@ -279,18 +286,5 @@ class SuperviseCLI(RunCLI):
         say(f"the model is in {self.folder.model}")
 
 
-def link_seed(parser: LightningArgumentParser, module_class: type) -> None:
-    """One seed for everything: `seed_everything` reaches each class that takes a seed."""
-    parser.link_arguments("seed_everything", "data.init_args.seed", int)
-    if "seed" in inspect.signature(module_class).parameters:
-        parser.link_arguments("seed_everything", "model.seed", int)
-
-
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Prints one line of progress."""
-    print(line, flush=True)

@@ -1,6 +1,6 @@
-"""From a command's name to its code, and from an error to a line and an exit code; `export` and `report` stand here.
+"""From a command's name to its code, and from an error to a line and an exit code; `report` stands here.
 
-Next: cli.py, the commands with a trainer; retrieval_commands.py, `index` and `serve`.
+Next: cli.py, the commands with a trainer; retrieval_commands.py, `index` and `serve`; export_command.py.
 """
 
 from __future__ import annotations
@@ -12,24 +12,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 import transformers
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser
 
-from sdsearch_lightning import retrieval_commands
-from sdsearch_lightning.cli import SearchCLI, SuperviseCLI, link_seed, say
+from sdsearch_lightning import export_command, retrieval_commands
+from sdsearch_lightning.cli import SearchCLI, SuperviseCLI
 from sdsearch_lightning.cli_errors import ShortErrorParser, fail
-from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError, SDSearchError
-from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import print_report
-from sdsearch_lightning.run_folder import RunFolder
-from sdsearch_lightning.supervised import SupervisedModule
 
 NOISE = re.compile(r"(\[rank: \d+\] )?(💡 Tip|[GTH]PU available|Seed set to|`Trainer.fit` stopped|Restor|Loaded model)")
 """Openings of log lines that tell a user nothing."""
@@ -47,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     """Runs a command of `__main__.COMMANDS`; returns its exit code."""
     quieten()
     handlers: dict[str, Callable[[], Any]] = {
-        "export": partial(export, argv[1:]),
+        "export": partial(export_command.export, argv[1:]),
         "report": partial(report, argv[1:]),
         "index": partial(retrieval_commands.index, argv[1:]),
         "serve": partial(retrieval_commands.serve, argv[1:]),
@@ -90,40 +82,3 @@ def report(argv: Sequence[str]) -> None:
     parser = ShortErrorParser(prog="sdsearch report", description=str(report.__doc__))
     parser.add_argument("run", type=str, help="the run folder, such as runs/quickstart")
     print_report(Path(parser.parse_args(list(argv)).run))
-
-
-def export(argv: Sequence[str]) -> None:
-    """Writes the weights of a checkpoint as a Hugging Face folder; the run's config.yaml tells what they belong to."""
-    parser = ShortErrorParser(prog="sdsearch export", description=str(export.__doc__))
-    parser.add_argument("--ckpt_path", type=str, required=True, help="runs/<name>/checkpoints/<file>.ckpt")
-    parser.add_argument("--output", type=str, required=True, help="folder to write")
-    options = parser.parse_args(list(argv))
-    path = Path(options.ckpt_path)
-    if not path.is_file():
-        raise ConfigError(f"ckpt_path: expected a single-file checkpoint, found none at {path}.")
-    if Path(options.output).exists():
-        raise ConfigError(f"output: {options.output} exists already; name a new folder.")
-    config_path = RunFolder(path.absolute().parent.parent).config
-    if not config_path.is_file():
-        raise ConfigError(f"ckpt_path: expected the run's configuration at {config_path}, found none.")
-    module = build_module(yaml.safe_load(config_path.read_text(encoding="utf-8")))
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
-    module.save_pretrained(options.output)
-    say(f"step {checkpoint['global_step']} of {path} is now a Hugging Face folder: {options.output}")
-
-
-def build_module(config: dict[str, Any]) -> Any:
-    """The module that a saved configuration describes, with its model, without a trainer."""
-    module_class = SDSearchModule if "rollout" in config else SupervisedModule
-    parser = LightningArgumentParser()
-    parser.add_argument("--seed_everything", type=int)
-    parser.add_lightning_class_args(module_class, "model")
-    parser.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
-    link_seed(parser, module_class)
-    groups = {key: config[key] for key in ("seed_everything", "model", "data")}
-    built = parser.instantiate_classes(parser.parse_object(groups))
-    built.model.trainer = SimpleNamespace(datamodule=built.data)  # a from-scratch model asks it for the vocabulary
-    built.model.configure_model()
-    return built.model

@@ -5,6 +5,7 @@
     +-- DataError(ValueError)        a file or a row that cannot be used
     +-- RetrievalError(RuntimeError) a search that failed; one rollout ends with it, the run goes on
     |   +-- RetrieverUnavailableError    no search can succeed now, whatever is asked: the server is gone or overloaded
+    +-- HubError(RuntimeError)       a folder that is whole on disk and could not be pushed to the hub
     +-- RolloutError(RuntimeError)   a batch of rollouts that must not be trained on; the run stops on every rank
 
 A bad rollout is data (a stop reason and a count). A bad run is an exception. All are picklable: no custom `__init__`.
@@ -29,6 +30,10 @@ class RetrievalError(SDSearchError, RuntimeError):
 
 class RetrieverUnavailableError(RetrievalError):
     """No search can succeed now, whatever is asked. Smaller batches would fail as well, and each wait as long."""
+
+
+class HubError(SDSearchError, RuntimeError):
+    """A folder that is whole on disk and could not be pushed to the hub."""
 
 
 class RolloutError(SDSearchError, RuntimeError):

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdsearch_lightning.master_weights import MasterWeights
+from sdsearch_lightning.policy import Policy
 
 MicroBatch = TypeVar("MicroBatch")
 
@@ -29,7 +30,7 @@ class ManualStep(pl.LightningModule):
 
     master_weights: Sequence[MasterWeights] = ()
     """What each optimizer trains; set where optimizers are made."""
-    policy: nn.Module
+    policy: Policy
     gradient_clip_val: float | None
 
     def equalize(self, micro_batches: Sequence[MicroBatch], filler: MicroBatch) -> list[MicroBatch]:

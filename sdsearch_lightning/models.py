@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -154,3 +154,18 @@ def word_level_tokenizer(words: Sequence[str], tags: Sequence[str]) -> PreTraine
     # Whitespace, but not at every punctuation mark: a tag is one word.
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
+
+
+def first_difference(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> str | None:
+    """The first weight in which a checkpoint differs from a model by name or shape, in words; None where none does.
+
+    Args:
+        found: shapes of the checkpoint's weights, by name.
+        wanted: of the model's.
+    """
+    for name, shape in wanted.items():
+        if name not in found:
+            return f"it has no {name}"
+        if tuple(found[name]) != tuple(shape):
+            return f"{name} is {list(found[name])} there and {list(shape)} here"
+    return next((f"{name} is in it and not in the model" for name in found if name not in wanted), None)

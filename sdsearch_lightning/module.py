@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from sdsearch_lightning.adapters import LoRA, Reference
 from sdsearch_lightning.collate import (
     SearchBatch,
     WeightedRollout,
@@ -79,7 +80,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         tis_cap: cap of truncated importance sampling against the engine's log-probs; null leaves it out.
         clip_low: the ratio is clipped below 1 - clip_low.
         clip_high: and above 1 + clip_high.
-        kl_coef: weight of the k3 estimate of the KL to the initial policy; above 0 a frozen copy is kept.
+        kl_coef: weight of the k3 estimate of the KL to the initial policy; above 0 a copy is kept, with lora none.
         aggregation: of the policy loss over tokens, see `losses.token_weights`.
         aggregation_norm: for seq-mean-token-sum-norm.
         temperature: of the rollouts; log-probs in the loss are taken at it. Linked to rollout.temperature.
@@ -89,6 +90,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         compute: see `PolicyModule`.
         dtype: see `PolicyModule`.
         seed: see `PolicyModule`.
+        lora: see `PolicyModule`.
     """
 
     environment_ids: Tensor
@@ -118,6 +120,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         compute: Compute = Compute(),  # noqa: B008  (never changed)
         dtype: Literal["float32", "float64", "bfloat16"] = "float32",
         seed: int = 0,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(
             model_name_or_path,
@@ -130,6 +133,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             compute,
             dtype,
             seed,
+            lora,
         )
         if num_updates < 1:
             raise ConfigError(f"model.num_updates: expected at least 1, found {num_updates}.")
@@ -140,9 +144,13 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         self.aggregation, self.aggregation_norm, self.num_updates = aggregation, aggregation_norm, num_updates
         self.jsd_weight = 0.0
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
-        self.reference: Policy | None = None  # both copies are made in `attach`
+        self.reference: Policy | Reference | None = None  # both copies are made in `attach`
         self.teacher_policy: Policy | None = None
-        self.unsaved = ("reference.",) if getattr(teacher, "in_checkpoint", True) else ("reference.", "teacher_policy.")
+        self._remade = ("reference.",) if getattr(teacher, "in_checkpoint", True) else ("reference.", "teacher_policy.")
+
+    def is_saved(self, name: str) -> bool:
+        """See `PolicyModule.is_saved`; copies of the initial model are made again."""
+        return super().is_saved(name) and not name.startswith(self._remade)
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""
@@ -152,7 +160,10 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         whole = [ids[0] for ids in tags if len(ids) == 1]
         self.register_buffer("environment_ids", torch.tensor(whole, dtype=torch.long), persistent=False)
         if self.objective.kl_coef > 0:
-            self.reference = deepcopy(self.policy).requires_grad_(False)
+            # Adapters switched off are the initial policy: it takes no copy.
+            self.reference = (
+                Reference(self.policy, self.lora) if self.lora else deepcopy(self.policy).requires_grad_(False)
+            )
         self.teacher_policy = self.teacher.attach(self.policy)
         if (check := getattr(self.divergence, "check", None)) is not None:
             check(len(tokenizer))

@@ -9,28 +9,30 @@ Next: module.py and supervised.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdsearch_lightning import models
+from sdsearch_lightning.adapter_folder import fingerprint
+from sdsearch_lightning.adapters import LoRA, add_adapter
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.manual_step import ManualStep
 from sdsearch_lightning.master_weights import BFloat16Weights, MasterWeights
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.packing import LayoutName
 from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy_checkpoints import PolicyCheckpoints
 from sdsearch_lightning.protocol import PROTOCOLS, Protocol
 from sdsearch_lightning.schedules import Schedule
-from sdsearch_lightning.strategies import shard, whole_weights
+from sdsearch_lightning.strategies import shard
 from sdsearch_lightning.tokenization import TokenCodec
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class Compute:
     """Keep the layers' inputs only and compute the rest again: a third more time for much less memory."""
 
 
-class PolicyModule(ManualStep):
+class PolicyModule(PolicyCheckpoints, ManualStep):
     """Base of both modules; `__init__` is light, the model is built in `configure_model`.
 
     Args:
@@ -74,11 +76,10 @@ class PolicyModule(ManualStep):
         compute: how a pass is run.
         dtype: weights are loaded in it. float32 unless you know better: an update of 1e-6 is lost in bfloat16 weights.
         seed: of the random weights.
+        lora: learn through low-rank adapters and leave the model as it is; needs the extra `lora`.
     """
 
     learns_from = "questions"
-    unsaved: tuple[str, ...] = ()
-    """Prefixes of weights that stay out of checkpoints: copies made from the initial model."""
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class PolicyModule(ManualStep):
         compute: Compute,
         dtype: Literal["float32", "float64", "bfloat16"],
         seed: int,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -112,17 +114,17 @@ class PolicyModule(ManualStep):
         self._optimizer_specs, self._lr_schedule = list(optimizers), lr_schedule
         self.gradient_clip_val = gradient_clip_val
         self.max_micro_batch_tokens, self.compute = max_micro_batch_tokens, compute
-        self._dtype_name, self._seed = dtype, seed
-        self.policy: Policy = None  # type: ignore[assignment]
-        self.tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
+        self._dtype_name, self._seed, self.lora = dtype, seed, lora
+        self.policy = self.tokenizer = None  # type: ignore[assignment]
         self.codec: TokenCodec = None  # type: ignore[assignment]
 
     def configure_model(self) -> None:
         """Load or make model and tokenizer, once; shard them where the strategy is fsdp2."""
         dtype = self._weights_dtype()
         if self.policy is not None:  # attached by hand; buffers stay, rotary frequencies would lose what they need
-            for weight in self.parameters():
-                weight.data = weight.data.to(dtype if dtype == torch.bfloat16 else weight.dtype)
+            for name, weight in self.named_parameters():
+                is_narrowed = dtype == torch.bfloat16 and "lora_" not in name
+                weight.data = weight.data.to(dtype if is_narrowed else weight.dtype)
         elif self.model_name_or_path is not None:
             self.attach(*self._load(self.model_name_or_path, dtype))
         else:
@@ -173,12 +175,28 @@ class PolicyModule(ManualStep):
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take a ready model and tokenizer; what `configure_model` does last, and all a use without a Trainer needs."""
         self.tokenizer, self.codec = tokenizer, TokenCodec(tokenizer, self.protocol.tags)
+        if self.lora is not None:
+            self._adapt(model, self.lora)
         # In training mode, as Lightning expects it; there is no dropout to tell the modes apart.
         self.policy = Policy(model, self.compute.layout).train()
         if self.compute.gradient_checkpointing:
             self.policy.checkpoint_gradients()
         if self.device_mesh is None:  # else once all ranks have weights
             self._examine()
+
+    def _adapt(self, model: PreTrainedModel, lora: LoRA) -> None:
+        """Put the adapter on; rank 0 alone knows the model where it will be sharded, and tells what it found."""
+        failure = ""
+        try:
+            self.base_fingerprint = "" if model.device.type == "meta" else fingerprint(model)
+            add_adapter(model, lora, self._seed, self.origin)
+        except ConfigError as error:
+            failure = str(error)
+        if self.device_mesh is not None:
+            self.base_fingerprint, told = self.trainer.strategy.broadcast((self.base_fingerprint, failure))
+            failure = told or failure
+        if failure:
+            raise ConfigError(failure)
 
     def _examine(self) -> None:
         """Find out what the model can do, by running it."""
@@ -197,31 +215,6 @@ class PolicyModule(ManualStep):
                 "Use model.model_name_or_path with ordinary data."
             )
         return tuple(words)
-
-    def whole_weights(self) -> dict[str, Tensor]:
-        """The model's weights for `save_pretrained`; a collective under fsdp2."""
-        return whole_weights(self.policy.model)
-
-    def save_pretrained(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write model and tokenizer as a Hugging Face folder.
-
-        Args:
-            path: the folder.
-            weights: from `whole_weights`, where they are sharded.
-        """
-        self.policy.model.save_pretrained(path, state_dict=weights)
-        self.tokenizer.save_pretrained(path)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what a resumed run makes again."""
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith(self.unsaved)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep it as it was made; under fsdp2 the strategy has taken the weights already."""
-        checkpoint["state_dict"] = checkpoint.get("state_dict", {}) | {
-            k: v for k, v in self.state_dict().items() if k.startswith(self.unsaved)
-        }
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
         """One optimizer per spec that any parameter matches, each with the same learning-rate schedule."""

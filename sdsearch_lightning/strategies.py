@@ -10,7 +10,7 @@ Every forward pass is a collective, so all ranks make equally many. Next: policy
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         return get_model_state_dict(self._module)
 
     def _is_saved(self, name: str) -> bool:
-        return not name.startswith(getattr(self.lightning_module, "unsaved", ()))
+        is_saved: Callable[[str], bool] | None = getattr(self.lightning_module, "is_saved", None)
+        return is_saved is None or is_saved(name)
 
     def _take(self, weights: Mapping[str, Any]) -> None:
         self._module.load_state_dict(weights, strict=False)

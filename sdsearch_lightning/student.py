@@ -17,6 +17,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from sdsearch_lightning.adapters import Reference
 from sdsearch_lightning.collate import SearchBatch
 from sdsearch_lightning.credit import CreditRows
 from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher
@@ -74,7 +75,7 @@ class Student:
         self,
         policy: Policy,
         jsd_weight: float,
-        reference: Policy | None = None,
+        reference: Policy | Reference | None = None,
         project: Callable[[Tensor], Tensor] | None = None,
     ) -> StepSums:
         """All terms from one forward pass.
@@ -82,7 +83,7 @@ class Student:
         Args:
             policy: who learns.
             jsd_weight: of the JSD in the loss that will be trained on; see `head.read_rows`.
-            reference: frozen copy for the KL; None without one.
+            reference: the initial policy, for the KL; None without one.
             project: head of a teacher that is a copy; None for the policy itself, whose rows share its pass.
         """
         known = [None, None] if reference is None else self._reference_logprobs(reference)
@@ -99,7 +100,7 @@ class Student:
         return self._sums(policy(self._batch.sequences, readings, mixture))
 
     @torch.no_grad()
-    def _reference_logprobs(self, reference: Policy) -> list[Tensor]:
+    def _reference_logprobs(self, reference: Policy | Reference) -> list[Tensor]:
         """[R] log-probs of the policy's tokens, for each reading."""
 
         def read(targets: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:

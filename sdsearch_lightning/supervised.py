@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdsearch_lightning.adapters import LoRA
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.head import Chunk, Outcome, Reading
 from sdsearch_lightning.models import ScratchModel
@@ -67,6 +68,7 @@ class SupervisedModule(PolicyModule):
         compute: see `PolicyModule`.
         dtype: see `PolicyModule`.
         seed: see `PolicyModule`.
+        lora: see `PolicyModule`.
     """
 
     learns_from = "demonstrations"
@@ -84,6 +86,7 @@ class SupervisedModule(PolicyModule):
         compute: Compute = Compute(),  # noqa: B008  (never changed)
         dtype: Literal["float32", "float64", "bfloat16"] = "float32",
         seed: int = 0,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(
             model_name_or_path,
@@ -96,6 +99,7 @@ class SupervisedModule(PolicyModule):
             compute,
             dtype,
             seed,
+            lora,
         )
         self._weights = loss_weights.by_kind()
 

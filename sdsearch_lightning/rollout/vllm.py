@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from sdsearch_lightning.adapters import plain_weights
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.protocol import Continue, Conversation, Search
@@ -248,18 +248,14 @@ class VLLMEngine(Engine):
 def _load_weights(llm: Any, policy: Policy) -> None:
     """Copy every weight into vLLM's model, one at a time: the only lines that know how weights get there.
 
-    vLLM's loaders take the names and shapes of a checkpoint, which are those of the Hugging Face model, and cast.
+    vLLM's loaders take the names and shapes of a checkpoint, which are those of the Hugging Face model without
+    adapters, and cast.
     """
-
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in policy.model.named_parameters():
-            weight = parameter.detach()
-            # A sharded weight knows how to become whole, on all ranks together.
-            yield name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    weights = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
 
     def load(model: Any) -> list[str]:
         wanted = {name for name, _ in model.named_parameters()}
-        loaded = model.load_weights(weights())
+        loaded = model.load_weights(plain_weights(policy.model, weights))
         return [] if loaded is None else sorted(wanted - set(loaded))
 
     (missing,) = llm.apply_model(load)

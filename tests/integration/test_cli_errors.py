@@ -92,7 +92,7 @@ def test_in_yaml(capfd, tmp_path, monkeypatch, text, told):
         (["fit"], "'data' is required"),
         (
             ["export", "--ckpt_path", "x", "--output", "y"],
-            "expected a single-file checkpoint, found none at x.",
+            "expected a checkpoint (a file, or a folder of shards), found none at x.",
         ),
         (["export", "--ckpt_pth", "x"], "unknown key 'ckpt_pth'. Did you mean 'ckpt_path'?"),
         (["report"], "'run' is required"),

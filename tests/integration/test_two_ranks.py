@@ -30,7 +30,9 @@ def assert_equal(mine: dict[str, list], theirs: dict[str, list]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("variant", "strategies"), [("plain", ("ddp", "fsdp2")), ("batch_start", ("fsdp2",))], ids=["plain", "batch_start"]
+    ("variant", "strategies"),
+    [("plain", ("ddp", "fsdp2")), ("batch_start", ("fsdp2",)), ("going_on", ("ddp", "fsdp2"))],
+    ids=["plain", "batch_start", "going_on"],
 )
 def test_two_processes_equal_one_with_a_rank_that_never_searches(
     variant: str, strategies: tuple[str, ...], tmp_path: Path
@@ -42,10 +44,11 @@ def test_two_processes_equal_one_with_a_rank_that_never_searches(
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_goes_on_under_another_strategy(tmp_path: Path) -> None:
-    one, two = run("one", "all", tmp_path), run("fsdp2", "all", tmp_path)
+@pytest.mark.parametrize("variant", ["all", "lora"])
+def test_a_checkpoint_goes_on_under_another_strategy(variant: str, tmp_path: Path) -> None:
+    one, two = run("one", variant, tmp_path), run("fsdp2", variant, tmp_path)
     assert_equal(one, two)
     assert (tmp_path / "one.ckpt").is_file() and (tmp_path / "fsdp2.ckpt").is_dir()
     second = {**one, "steps": one["steps"][1:]}
-    assert_equal(second, run("one", "all", tmp_path, "one_from_fsdp2", tmp_path / "fsdp2.ckpt"))
-    assert_equal(second, run("fsdp2", "all", tmp_path, "fsdp2_from_one", tmp_path / "one.ckpt"))
+    assert_equal(second, run("one", variant, tmp_path, "one_from_fsdp2", tmp_path / "fsdp2.ckpt"))
+    assert_equal(second, run("fsdp2", variant, tmp_path, "fsdp2_from_one", tmp_path / "one.ckpt"))

@@ -26,11 +26,17 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
-from training_data import DIRECT, PROTOCOL, TOKENIZER, tiny_model  # noqa: E402
+from training_data import DIRECT, PROTOCOL, TOKENIZER, make_module, tiny_model  # noqa: E402
 from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
 
 from sdsearch_lightning import SDSearchModule, models  # noqa: E402
-from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping, TeacherDiagnostics  # noqa: E402
+from sdsearch_lightning.adapters import LoRA  # noqa: E402
+from sdsearch_lightning.callbacks import (  # noqa: E402
+    HindsightConstruction,
+    JSDWeightScheduler,
+    RolloutGrouping,
+    TeacherDiagnostics,
+)
 from sdsearch_lightning.policy_module import Compute  # noqa: E402
 from sdsearch_lightning.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.sharded_checkpoints import AnyCheckpointIO  # noqa: E402
@@ -61,6 +67,8 @@ VARIANTS: dict[str, dict] = {
         "num_updates": 3,
         "compute": Compute(gradient_checkpointing=True),
     },
+    "lora": {"lora": LoRA(r=4), "teacher": EMATeacher(0.3), "num_updates": 3},
+    "going_on": {"lora": LoRA(adapter="adapter"), "compute": Compute(gradient_checkpointing=True)},
     "batch_start": {
         "teacher": BatchStartTeacher(),
         "num_updates": 3,
@@ -81,6 +89,16 @@ class SaveFirstStep(pl.Callback):
             trainer.save_checkpoint(self.path, weights_only=False)
 
 
+def make_learned_adapter(model: torch.nn.Module) -> SDSearchModule:
+    """A module with an adapter that says something."""
+    module = make_module(model, lora=LoRA(r=3))
+    with torch.no_grad():
+        for name, weight in module.policy.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(0.1 * torch.sin(torch.arange(weight.numel()).view_as(weight)))
+    return module
+
+
 def main(strategy: str, variant: str, output: str, checkpoint: str | None = None) -> None:
     torch.set_num_threads(1)
     options = dict(VARIANTS[variant])
@@ -90,6 +108,8 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     if "LOCAL_RANK" not in os.environ:
         tiny_model(tie_word_embeddings=tied).save_pretrained(folder)
         TOKENIZER.save_pretrained(folder)
+        if variant == "going_on":
+            make_learned_adapter(tiny_model()).save_adapter("adapter")
     elif strategy == "fsdp2":
         models.load = None  # rank 0 alone reads weights
     module = SDSearchModule(

@@ -1,0 +1,117 @@
+"""`export`: a checkpoint becomes a Hugging Face folder that other programs load.
+
+The run's config.yaml tells what the weights belong to: the module is built from it, without a trainer, and takes the
+weights of its policy. Copies that only training needs are not made.
+
+Invariant: under the name that was asked for there is a whole folder or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from sdsearch_lightning.cli_common import link_seed, say
+from sdsearch_lightning.cli_errors import ShortErrorParser
+from sdsearch_lightning.datamodules import SearchDataModule
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.hub import check_name, push
+from sdsearch_lightning.model_card import Training, write_card
+from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.policy_module import PolicyModule
+from sdsearch_lightning.report.summary import read_summary
+from sdsearch_lightning.run_folder import RunFolder, remove
+from sdsearch_lightning.stored_checkpoint import StoredCheckpoint, open_checkpoint
+from sdsearch_lightning.supervised import SupervisedModule
+
+
+def export(argv: Sequence[str]) -> None:
+    """Writes the weights of a checkpoint as a Hugging Face folder; the run's config.yaml tells what they belong to."""
+    parser = ShortErrorParser(prog="sdsearch export", description=str(export.__doc__))
+    parser.add_argument("--ckpt_path", type=str, required=True, help="in runs/<name>/checkpoints: a file, or a folder")
+    parser.add_argument("--output", type=str, required=True, help="folder to write")
+    parser.add_argument("--adapter", type=bool, default=False, help="write the LoRA adapter alone, as peft loads it")
+    parser.add_argument(
+        "--push_to_hub", type=str | None, help="OWNER/NAME: upload the folder, privately where it is new"
+    )
+    options = parser.parse_args(list(argv))
+    path, output = Path(options.ckpt_path), Path(options.output)
+    if options.push_to_hub is not None:
+        check_name(options.push_to_hub)
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"output: {output} exists already; name a new folder.")
+    checkpoint, run = open_checkpoint(path), _run_of(path)
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    module = build_module(config)
+    restore(module, checkpoint)
+
+    def write(folder: Path) -> None:
+        (module.save_adapter if options.adapter else module.save_pretrained)(folder)
+        write_card(folder, Training(config, checkpoint.facts["global_step"], read_summary(run.path)))
+
+    write_whole(output, write)
+    what = "an adapter of peft" if options.adapter else "a Hugging Face folder"
+    say(f"step {checkpoint.facts['global_step']} of {path} is now {what}: {output}")
+    if options.push_to_hub is not None:
+        say(f"pushed to {push(output, options.push_to_hub)}")
+
+
+def _run_of(path: Path) -> RunFolder:
+    """The run that a checkpoint belongs to: that of its place, or of the place that it is a link to."""
+    runs = [RunFolder(place.parent.parent) for place in (path.absolute(), path.resolve())]
+    found = next((run for run in runs if run.config.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"ckpt_path: expected the run's configuration at {runs[0].config}, found none.\n"
+            "Leave checkpoints in their run folder: config.yaml tells what they belong to."
+        )
+    return found
+
+
+def build_module(config: dict[str, Any]) -> Any:
+    """The module that a saved configuration describes, with its model, without a trainer, reference and teacher."""
+    module_class: type[PolicyModule] = SDSearchModule if "rollout" in config else SupervisedModule
+    parser = LightningArgumentParser()
+    parser.add_argument("--seed_everything", type=int)
+    parser.add_lightning_class_args(module_class, "model")
+    parser.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
+    link_seed(parser, module_class)
+    groups = {key: config[key] for key in ("seed_everything", "model", "data")}
+    if module_class is SDSearchModule:
+        rest = {key: value for key, value in config["model"].items() if key != "teacher"}
+        groups["model"] = rest | {"kl_coef": 0.0}
+    trainer = config.get("trainer") or {}
+    if trainer.get("precision") == "bf16-true" and "fsdp2" not in str(trainer.get("strategy")).lower():
+        groups["model"] = groups["model"] | {"dtype": "bfloat16"}  # what it was trained in; shards stay float32
+    built = parser.instantiate_classes(parser.parse_object(groups))
+    # A from-scratch model asks the trainer for the vocabulary.
+    built.model.trainer = SimpleNamespace(datamodule=built.data, precision_plugin=None)
+    built.model.configure_model()
+    return built.model
+
+
+def restore(module: PolicyModule, checkpoint: StoredCheckpoint) -> None:
+    """Give `module` the policy's weights.
+
+    Raises:
+        ConfigError: they are another model's, or cannot be read.
+    """
+    policy = "policy."
+    weights = {name: weight for name, weight in module.state_dict().items() if name.startswith(policy)}
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(policy)}
+    module.check_checkpoint(checkpoint.facts, shapes, weights)
+    checkpoint.read({name: weight for name, weight in weights.items() if module.is_saved(name)})
+
+
+def write_whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` make the folder `output`, under another name until it is whole."""
+    draft = output.absolute().with_name(f".{output.absolute().name}.draft")
+    remove(draft)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    write(draft)
+    draft.rename(output)
