@@ -27,6 +27,7 @@ from sdsearch_lightning.cli_errors import ShortErrorParser, fail
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.plan.command import plan
 from sdsearch_lightning.report import print_report
 from sdsearch_lightning.run_folder import RunFolder
 from sdsearch_lightning.supervised import SupervisedModule
@@ -51,6 +52,7 @@ def run(argv: Sequence[str]) -> int:
         "report": partial(report, argv[1:]),
         "index": partial(retrieval_commands.index, argv[1:]),
         "serve": partial(retrieval_commands.serve, argv[1:]),
+        "plan": partial(plan, argv[1:]),
         "supervise": partial(SuperviseCLI, argv),
     }
     try:
