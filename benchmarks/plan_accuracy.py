@@ -1,9 +1,10 @@
 """How far `sdsearch plan` is from the tensors of a real training step, whose bytes are added up one by one.
 
-The step is the library's own: `SDSearchModule.attach`, `teacher_step`, `student_step`, backward, the optimizer, twice,
-on the largest micro-batch that the settings allow. The model's tensors are fake: they have the sizes of the run, but no
-memory and no values; token ids and masks are real. `LiveTensors` here shares nothing with the plan's own counting: it
-asks, operation by operation, which storages are alive. Not counted on either side: CUDA's context and the allocator.
+The step is the library's own: `SDSearchModule.attach`, `teacher_step`, `student_step`, backward and the optimizer, on
+the largest micro-batch that the settings allow. The model's tensors are fake: they have the sizes of the run, but no
+memory and no values; token ids and masks are real. The bytes are added up by torch's MemTracker, which shares nothing
+with the plan's own counting. LoRA is the plan's stand-in for peft's layers. Counted on neither side: CUDA's context,
+the allocator, and what a kernel makes and drops within itself; operations are those of torch's CPU.
 
     python -m benchmarks.plan_accuracy --config FILE [--config FILE ...] [--key value]     (the keys of fit; one GPU)
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -77,9 +78,8 @@ QUESTION = Question("q", "a question", ("an answer",))
 def largest_batch(module: Any, group_size: int, max_tokens: int) -> SearchBatch:
     """The largest micro-batch that the settings allow, both sides."""
     number = max(1, module.max_micro_batch_tokens // (group_size * max_tokens))
-    groups = [
-        RolloutGroup(QUESTION, (0, g), tuple(rollout(g, i, max_tokens) for i in range(group_size))) for g in range(number)
-    ]
+    rollouts = [[rollout(g, i, max_tokens) for i in range(group_size)] for g in range(number)]
+    groups = [RolloutGroup(QUESTION, (0, g), tuple(members)) for g, members in enumerate(rollouts)]
     blocks = [HindsightBlock(g.instance_id, (), "block") for g in groups]
     weighed = weigh(groups, blocks, module.aggregation, module.aggregation_norm)
     (share,) = split_groups(weighed, max(module.max_micro_batch_tokens, group_size * max_tokens))
@@ -129,37 +129,41 @@ class Tracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
 
-def measure(cli: PlanCLI, make: MakeModel) -> dict[str, dict[str, int]]:
-    """Bytes by kind of tensor at the fullest point of each moment."""
+def measure(cli: PlanCLI, make: MakeModel, where: AbstractContextManager[Any]) -> dict[str, dict[str, int]]:
+    """Bytes by kind of tensor at the fullest point of each moment.
+
+    Args:
+        cli: the settings.
+        make: the model.
+        where: FakeTensorMode, or nullcontext for real tensors.
+    """
     module, options = cli.made.model, cli.options
     half, is_mixed = precision_of(options.trainer.precision)
     in_half = half is not None and not is_mixed
     adapters = adapters_of(options.model.get("lora"), half if half and in_half else torch.float32)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with without_values((*module.objective.mixture, 1e-3)):
-        with mode:
-            model = adapt(make(half if half and in_half else getattr(torch, options.model.dtype)), adapters)
-        if adapters is not None:  # the frozen model is the reference
-            module.objective = replace(module.objective, kl_coef=0.0)
-        module.attach(model, word_level_tokenizer([f"w{i}" for i in range(100)], module.protocol.tags))
-        trained = [weight for weight in module.policy.parameters() if weight.requires_grad]
-        optimizer = as_on_gpu(module._optimizer_specs[0].optimizer(trained))
-        with mode:  # gradients, as in any micro-batch but the first
-            for weight in trained:
-                weight.grad = torch.zeros_like(weight)
-        batch = largest_batch(module, cli.made.rollout.group_size, cli.made.rollout.limits.max_tokens)
-        module.jsd_weight = 1e-3
-        optimizer.step()  # makes its state
-        tracker = Tracker()
-        tracker.track_external(module, optimizer)
-        with tracker:
-            optimizer.step()
-            step = tracker.fullest()
-            with torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=is_mixed, cache_enabled=False):
-                sums = module.student_step(batch, module.teacher_step(batch))
-                loss = module.objective.total(sums.policy_loss, sums.kl, sums.entropy_loss) + 1e-3 * sums.jsd_loss
-            loss.backward()
-            backward = tracker.fullest()
+    with where:
+        model = adapt(make(half if half and in_half else getattr(torch, options.model.dtype)), adapters)
+    if adapters is not None:  # the frozen model is the reference
+        module.objective = replace(module.objective, kl_coef=0.0)
+    module.attach(model, word_level_tokenizer([f"w{i}" for i in range(100)], module.protocol.tags))
+    trained = [weight for weight in module.policy.parameters() if weight.requires_grad]
+    optimizer = as_on_gpu(module._optimizer_specs[0].optimizer(trained))
+    with where:  # gradients, as in any micro-batch but the first
+        for weight in trained:
+            weight.grad = torch.zeros_like(weight)
+    batch = largest_batch(module, cli.made.rollout.group_size, cli.made.rollout.limits.max_tokens)
+    module.jsd_weight = 1e-3
+    optimizer.step()  # makes its state
+    tracker = Tracker()
+    tracker.track_external(module, optimizer)
+    with tracker:
+        optimizer.step()
+        step = tracker.fullest()
+        with torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=is_mixed, cache_enabled=False):
+            sums = module.student_step(batch, module.teacher_step(batch))
+            loss = module.objective.total(sums.policy_loss, sums.kl, sums.entropy_loss) + 1e-3 * sums.jsd_loss
+        loss.backward()
+        backward = tracker.fullest()
     return {"step": step, "backward": backward}
 
 
@@ -169,18 +173,16 @@ def planned(parts: Sequence[Part], moment: str) -> dict[str, float]:
     return {row: sum(by_name.get(name, 0) for name in names) for row, names in PARTS.items()}
 
 
-def compare(argv: Sequence[str]) -> dict[str, tuple[dict[str, float], dict[str, int]]]:
-    """The plan's rows and the tensors' kinds, for backward and step."""
+def main(argv: Sequence[str]) -> int:
+    """Prints both sides, and their ratio; 1 where the plan is further than 15 % from the sum of tensors."""
     cli = PlanCLI(["fit", *argv])
     make, _ = find_architecture(cli.options.model.model_name_or_path, None)
     parts = plan_parts(settings_of(cli.options, cli.made, make, 80 * GIB))
-    return {moment: (planned(parts, moment), found) for moment, found in measure(cli, make).items()}
-
-
-def main(argv: Sequence[str]) -> int:
-    """Prints both sides, and their ratio; 1 where the plan is further than 15 % from the sum of tensors."""
+    with without_values((*cli.made.model.objective.mixture, 1e-3)):
+        measured = measure(cli, make, FakeTensorMode(allow_non_fake_inputs=True))
     ratios = []
-    for moment, (ours, found) in compare(argv).items():
+    for moment, found in measured.items():
+        ours = planned(parts, moment)
         print(f"{moment}, GiB of tensors")
         print("  plan:      " + ", ".join(f"{row} {size / GIB:.2f}" for row, size in ours.items()))
         kinds = {kind: size for kind, size in found.items() if kind != "Total" and size > 2**20}

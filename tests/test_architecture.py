@@ -30,21 +30,22 @@ policy_module
 module supervised
 report run_folder
 callbacks datamodules
-run_record cli* retrieval_commands commands __main__ __init__
+run_record cli* retrieval_commands plan commands __main__ __init__
 """
 """From the bottom up: a room may import the rooms above its own line here, and itself, never its neighbours."""
 
 NEIGHBOURS = {
     "cli*": ["run_record"],
     "retrieval_commands": ["cli*"],
-    "commands": ["cli*", "retrieval_commands"],
+    "plan": ["cli*"],
+    "commands": ["cli*", "retrieval_commands", "plan"],
     "__main__": ["commands"],
 }
 """The top floor has an order of its own, too short for lines."""
 
 LIBRARIES = {
     "lightning": "evaluation_steps policy_module module callbacks datamodules run_folder run_record cli* commands",
-    "transformers": "attention models rollout commands",
+    "transformers": "attention models rollout plan commands",
     "tokenizers": "models retrieval datamodules",
     "sentence_transformers": "retrieval datamodules",
     "faiss": "retrieval",
@@ -56,7 +57,7 @@ LIBRARIES = {
     "pyarrow": "retrieval",
     "httpx": "retrieval",
     "torchmetrics": "evaluation",
-    "rich": "report retrieval",
+    "rich": "report retrieval plan",
 }
 """The only rooms that may import a heavy library; type annotations do not count."""
 

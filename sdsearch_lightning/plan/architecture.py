@@ -1,12 +1,13 @@
 """The architecture that a run's model has, from its configuration alone: no weights are read.
 
-Looked for in this order: `--model_config`; a local folder; the files of configs/experiment/recipe/architectures/, by the
-last part of the model's name, less -Instruct; and the Hugging Face hub or its cache.
+Looked for in this order: `--model_config`; a local folder; the files of configs/experiment/recipe/architectures/, by
+the last part of the model's name, less -Instruct; and the Hugging Face hub or its cache.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def _find(name: str, given: str | None) -> tuple[Any, str]:
     known = KNOWN / f"{name.rpartition('/')[2].removesuffix('-Instruct')}.json"
     if known.is_file():
         return _read(known, "model.model_name_or_path"), f"architectures/{known.name}"
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, where there is no network
     try:
         return AutoConfig.from_pretrained(name), name
     except (OSError, ValueError) as error:

@@ -21,22 +21,18 @@ from sdsearch_lightning.plan.settings import settings_of
 
 MOMENTS = {"rollout": "rollout", "backward": "backward", "step": "optimizer step"}
 DEFAULT_GPU_GIB = 80.0
-WAYS: dict[str, str] = {
-    "weights": "model.lora (frozen weights in bfloat16), or trainer.strategy fsdp2 over more GPUs",
-    "optimizer state": "model.lora, or trainer.strategy fsdp2 over more GPUs (both shrink it)",
-    "gradients": "model.lora, or trainer.strategy fsdp2 over more GPUs",
-    "reference copy": "model.kl_coef 0 or model.lora (no reference copy)",
-    "teacher copy": "model.teacher LiveTeacher (no copy)",
+STATES = ("weights", "optimizer state", "gradients", "gathered weights", "gathered layers")
+WAYS = {
+    "teacher copy": "model.teacher LiveTeacher, which needs no copy",
+    "reference copy": "model.kl_coef 0, which needs no reference copy",
     "DDP buckets": "DDPStrategy with gradient_as_bucket_view true",
-    "optimizer's work": "a fused optimizer (init_args: {fused: true})",
-    "activations": "model.compute.gradient_checkpointing true",
-    "passes": "lower model.max_micro_batch_tokens and rollout.max_tokens (a group is never split)",
-    "keys and values": "lower rollout.engine.kv_cache_gib",
-    "rollout passes": "lower rollout.engine.max_prefill_tokens or max_slots",
+    "optimizer's work": "an optimizer with fused: true",
+    "keys and values": "fewer slots (rollout.engine.kv_cache_gib)",
+    "rollout passes": "lower rollout.engine.max_prefill_tokens",
     "rollout engine": "lower gpu_memory_utilization",
-    "gathered weights": "model.lora on single GPUs",
+    "passes": "lower model.max_micro_batch_tokens and rollout.max_tokens (a group is never split)",
 }
-"""What makes a part smaller."""
+"""What makes a part smaller, whatever else is set."""
 
 
 class PlanCLI(SearchCLI):
@@ -75,7 +71,7 @@ def plan(argv: Sequence[str]) -> None:
     settings = settings_of(cli.options, cli.made, make_model, capacity)
     parts = plan_parts(settings)
     print_plan(settings, parts, f"{cli.options.trainer.precision or '32-true'}, shape from {source}", capacity)
-    check_fit(parts, capacity, settings.checkpoints)
+    check_fit(settings, parts, capacity)
 
 
 def print_plan(settings: Settings, parts: Sequence[Part], origin: str, capacity: float) -> None:
@@ -92,12 +88,12 @@ def print_plan(settings: Settings, parts: Sequence[Part], origin: str, capacity:
     for part in parts:
         table.add_row(part.name, *(_gib(getattr(part, moment)) for moment in MOMENTS), part.why)
     sums = sums_of(parts)
-    table.add_row("sum", *(_gib(sums[moment]) for moment in MOMENTS), f"peak {max(sums.values()) / GIB:.1f}", style="bold")
+    table.add_row("sum", *(_gib(size) for size in sums.values()), f"peak {_gib(max(sums.values()))}", style="bold")
     console.print(table)
     console.print(f"\none GPU: {capacity / GIB:.1f} GiB. A retriever or encoder on the same GPU comes on top.")
 
 
-def check_fit(parts: Sequence[Part], capacity: float, checkpoints: bool) -> None:
+def check_fit(settings: Settings, parts: Sequence[Part], capacity: float) -> None:
     """Refuses a peak above the capacity.
 
     Raises:
@@ -107,13 +103,24 @@ def check_fit(parts: Sequence[Part], capacity: float, checkpoints: bool) -> None
     moment = max(sums, key=lambda name: sums[name])
     if sums[moment] <= capacity:
         return
-    largest = sorted((part for part in parts if part.name in WAYS), key=lambda p: -getattr(p, moment))[:4]
-    told = ", ".join(f"{part.name} {_gib(getattr(part, moment))}" for part in largest)
-    ways = [WAYS["passes"] if p.name == "activations" and checkpoints else WAYS[p.name] for p in largest]
+    sizes = {part.name: getattr(part, moment) for part in parts if not part.name.endswith("assumed")}
+    ordered = sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name])
+    told = ", ".join(f"{name} {_gib(sizes[name])}" for name in ordered[:4])
+    ways = dict.fromkeys(_way(settings, name) for name in ordered)
     raise ConfigError(
         f"plan: expected at most {capacity / GIB:.1f} GiB per GPU, found {sums[moment] / GIB:.1f} at the peak "
-        f"({MOMENTS[moment]}).\nLargest parts: {told} GiB.\nWhat helps: {'; '.join(dict.fromkeys(ways))}."
+        f"({MOMENTS[moment]}).\nLargest parts: {told} GiB.\nWhat helps: {'; '.join(list(ways)[:4])}."
     )
+
+
+def _way(settings: Settings, name: str) -> str:
+    """What makes a part smaller."""
+    if name == "activations":
+        return WAYS["passes"] if settings.checkpoints else "model.compute.gradient_checkpointing true"
+    if name not in STATES:
+        return WAYS[name]
+    more = "more GPUs" if settings.parallel == "fsdp2" else "trainer.strategy fsdp2 over several GPUs"
+    return more if settings.model.num_trained < settings.model.num_parameters else f"model.lora, or {more}"
 
 
 def sums_of(parts: Sequence[Part]) -> dict[str, float]:

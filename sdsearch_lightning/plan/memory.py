@@ -155,7 +155,7 @@ def _states(s: Settings) -> Iterator[Part]:
     for name in s.copies:
         yield Part(f"{name} copy", kept, kept, kept, f"frozen, no gradients{of}")
     state = s.optimizer.state * model.trained_bytes / s.shards
-    told = f"{s.optimizer.state:.3g} bytes per byte of trained weights{of}"
+    told = f"{s.optimizer.state * model.trained_bytes / model.num_trained:.3g} bytes per trained parameter{of}"
     yield Part("optimizer state", state, state, state, told)
     gradients = model.trained_bytes / s.shards
     yield Part("gradients", 0, gradients, gradients, f"{model.num_trained / 1e9:.3g} B trained{of}")
@@ -184,14 +184,14 @@ def _training(s: Settings) -> Iterator[Part]:
         gathered = (s.model.root + PREFETCHED * s.model.layer) * s.compute_bytes
         unreduced = (s.model.root_trained + PREFETCHED * s.model.layer_trained) * s.compute_bytes
         told = f"{PREFETCHED} layers, embeddings and output layer, and their gradients"
-        yield Part("gathered weights", 0, gathered + unreduced, 0, told)
+        yield Part("gathered layers", 0, gathered + unreduced, 0, told)
     each = passes.layer_input if s.checkpoints else passes.layer_kept
     kept = layers * each + passes.around
     how = "inputs" if s.checkpoints else "all"
     yield Part("activations", 0, kept, 0, f"{passes.num_tokens} tokens, {how} of {layers} layers")
-    again = passes.layer_kept if s.checkpoints else 0
+    again = passes.layer_kept - passes.layer_input if s.checkpoints else 0  # its input is among those kept
     gradient = s.model.head_trained * _gradient_bytes(s)  # found going forward, it waits for the backward pass
-    work = max(head_work(s), gradient + again + passes.layer_work) + 2 * passes.head_rows
+    work = max(head_work(s) + 2 * passes.head_rows, gradient + again + passes.layer_work)
     yield Part("passes", 0, work, 0, "the output layer's logits and gradients, or one layer's backward pass")
     temporary = s.optimizer.work * s.model.trained_bytes / s.shards
     yield Part("optimizer's work", 0, 0, temporary, "temporaries; none where the optimizer is fused")
