@@ -78,8 +78,8 @@ def print_plan(settings: Settings, parts: Sequence[Part], origin: str, capacity:
     """The table, in GiB per GPU."""
     model, console = settings.model, Console(width=110, highlight=False)
     gpus = "1 GPU" if settings.num_gpus == 1 else f"{settings.num_gpus} GPUs, {settings.parallel}"
-    numbers = f"{model.num_parameters / 1e9:.2f} B parameters, {model.num_trained / 1e9:.3g} B trained"
-    console.print(f"{numbers}; {gpus}, {origin}\n", markup=False)
+    numbers = f"{model.num_parameters / 1e9:.3g} B parameters, {model.num_trained / 1e9:.3g} B trained"
+    console.print(f"{numbers}; {gpus}, {origin}\n", markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("GiB per GPU", no_wrap=True)
     for title in MOMENTS.values():

@@ -111,6 +111,8 @@ class Settings:
     num_slots: int
     engine: int
     """Bytes of a rollout engine with memory of its own; 0 for the slot engine."""
+    engine_asleep: int = 0
+    """What of it stays while the policy trains."""
 
     @property
     def shards(self) -> int:
@@ -158,7 +160,8 @@ def _states(s: Settings) -> Iterator[Part]:
     told = f"{s.optimizer.state * model.trained_bytes / model.num_trained:.3g} bytes per trained parameter{of}"
     yield Part("optimizer state", state, state, state, told)
     gradients = model.trained_bytes / s.shards
-    yield Part("gradients", 0, gradients, gradients, f"{model.num_trained / 1e9:.3g} B trained{of}")
+    between = gradients if s.parallel == "ddp_views" else 0  # DDP's buckets, which they are then, stay
+    yield Part("gradients", between, gradients, gradients, f"{model.num_trained / 1e9:.3g} B trained{of}")
     if s.parallel == "ddp":
         copies = model.trained_bytes
         yield Part("DDP buckets", copies, copies, copies, "gradients once more; none with gradient_as_bucket_view")
@@ -169,7 +172,8 @@ def _rollout(s: Settings) -> Iterator[Part]:
         whole = s.model.num_parameters * s.compute_bytes
         yield Part("gathered weights", whole, 0, 0, f"all, {s.compute_bytes} bytes each, while rollouts run")
     if s.engine:
-        yield Part("rollout engine", s.engine, 0, 0, "its own weights, keys and values")
+        asleep = s.engine_asleep
+        yield Part("rollout engine", s.engine, asleep, asleep, "its own weights, keys and values")
         return
     rows = s.num_slots * s.passes.kv_row
     yield Part("keys and values", rows, 0, 0, f"{s.num_slots} slots x {s.passes.kv_row / 2**20:.0f} MiB")

@@ -59,6 +59,7 @@ def settings_of(options: Any, made: Any, make_model: MakeModel, capacity: float)
     passes = probe_passes(make_model, passing, precision, shape)
     num_rollouts = options.data.get("init_args", {}).get("batch_size", 256) * rollout.group_size
     num_slots, engine = engine_of(options.rollout, rollout.engine, passes.kv_row, num_rollouts, capacity)
+    sleeps = getattr(rollout.engine, "sleep_level", 1) > 0
     has_reference = model.objective.kl_coef > 0 and adapters is None  # else the frozen model is the reference
     copies = ["reference"] * has_reference + ["teacher"] * isinstance(model.teacher, CopiedTeacher)
     return Settings(
@@ -73,6 +74,7 @@ def settings_of(options: Any, made: Any, make_model: MakeModel, capacity: float)
         checkpoints=model.compute.gradient_checkpointing,
         num_slots=num_slots,
         engine=engine,
+        engine_asleep=0 if sleeps else engine,
     )
 
 

@@ -94,7 +94,8 @@ def test_fsdp2_divides_all_states_and_gathers_weights() -> None:
 def test_ddp_keeps_gradients_twice_unless_buckets_are_views() -> None:
     ddp = rows(replace(SETTINGS, parallel="ddp", num_gpus=8))
     assert ddp["DDP buckets"].rollout == ddp["DDP buckets"].backward == 4 * BILLION
-    assert "DDP buckets" not in rows(replace(SETTINGS, parallel="ddp_views", num_gpus=8))
+    views = rows(replace(SETTINGS, parallel="ddp_views", num_gpus=8))
+    assert "DDP buckets" not in views and views["gradients"].rollout == 4 * BILLION, "buckets stay between steps"
     assert ddp["weights"].backward == 4 * BILLION
     assert ddp["CUDA, assumed"].step == CONTEXT + GIB and rows(SETTINGS)["CUDA, assumed"].step == CONTEXT
 
@@ -132,6 +133,8 @@ def test_rollouts() -> None:
     assert found["rollout passes"].rollout == max(sampling, 200_000_000) == sampling
     engine = rows(replace(SETTINGS, engine=5 * BILLION, num_slots=0))
     assert engine["rollout engine"].rollout == 5 * BILLION and "keys and values" not in engine
+    awake = rows(replace(SETTINGS, engine=5 * BILLION, engine_asleep=5 * BILLION))
+    assert (engine["rollout engine"].step, awake["rollout engine"].step) == (0, 5 * BILLION)
 
 
 def test_the_peak_is_the_fullest_moment_with_what_is_assumed() -> None:
