@@ -1,4 +1,4 @@
-"""Every recipe is read by the parser of `fit`, keeps the paper's batch, and fits the GPUs that docs/recipes.md names."""
+"""Every recipe is read by the parser of `fit`, keeps the paper's batch, and fits the GPUs of docs/recipes.md."""
 
 from __future__ import annotations
 

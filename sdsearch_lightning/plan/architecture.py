@@ -25,7 +25,7 @@ def find_architecture(name: str | None, given: str | None) -> tuple[MakeModel, s
     """What makes the model without weights, and where its shape came from.
 
     Args:
-        name: model.model_name_or_path.
+        name: model.model_name_or_path; None for a model.scratch.
         given: a config.json, or a folder with one, that stands in for the model's.
 
     Raises:
@@ -33,8 +33,8 @@ def find_architecture(name: str | None, given: str | None) -> tuple[MakeModel, s
     """
     if name is None and given is None:
         raise ConfigError(
-            "plan: expected model.model_name_or_path or --model_config, found neither. A model.scratch is planned from "
-            "a config.json of its shape."
+            "model.scratch: plan expected a shape from model.model_name_or_path or --model_config <config.json>, found "
+            "neither: a scratch model's vocabulary comes from its data, which plan does not read."
         )
     config, source = _find(name or "", given)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from sdsearch_lightning.cli import SearchCLI
+from sdsearch_lightning.cli_errors import fail
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.plan.architecture import find_architecture
 from sdsearch_lightning.plan.memory import GIB, Part, Settings, plan_parts
@@ -40,6 +41,11 @@ class PlanCLI(SearchCLI):
 
     made: Any
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` alone: a parser of its own for each command would take seconds."""
+        return {"fit": SearchCLI.subcommands()["fit"]}
+
     def before_instantiate_classes(self) -> None:
         """No run folder is touched."""
 
@@ -56,12 +62,20 @@ class PlanCLI(SearchCLI):
         """Nothing."""
 
 
+class _OwnOptions(argparse.ArgumentParser):
+    """Options that `fit` does not have."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as for the keys of `fit`."""
+        fail(message)
+
+
 def plan(argv: Sequence[str]) -> None:
     """Prints memory per GPU by part, for the settings that `fit` would use; exit code 2 where it cannot fit.
 
     Takes every key of fit: --config FILE (several, later ones win) and --key value; see `sdsearch fit --help`.
     """
-    parser = argparse.ArgumentParser("sdsearch plan", description=plan.__doc__, allow_abbrev=False)
+    parser = _OwnOptions("sdsearch plan", description=plan.__doc__, allow_abbrev=False)
     parser.add_argument("--gpu_memory_gib", type=float, help="of one GPU; default: that of the GPU here, else 80")
     parser.add_argument("--model_config", help="a config.json, or its folder, in place of the model's own")
     own, rest = parser.parse_known_args(list(argv))

@@ -68,7 +68,7 @@ class PassBytes:
     layer_kept: int
     """What one layer keeps for its backward pass."""
     layer_work: int
-    """And what that pass makes beyond it, at its worst moment."""
+    """And what either pass makes beyond it, at its worst moment."""
     layer_input: int
     """What is kept of a layer that is computed again."""
     around: int

@@ -92,7 +92,9 @@ class _Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)
-        return (result + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * 1.0).to(result.dtype)
+        dtype, x = result.dtype, x.to(self.lora_A.weight.dtype)
+        result = result + self.lora_B(self.lora_A(x)) * 1.0
+        return result.to(dtype)
 
 
 def adapt(model: Any, adapters: Adapters | None) -> Any:
@@ -212,7 +214,7 @@ class _Pass(NamedTuple):
     kept: int
     """From forward to backward, the result and the input included."""
     work: int
-    """What the backward pass has beyond them, at most."""
+    """What either pass has beyond them, at most: a layer that is computed again goes through both."""
 
 
 def _there_and_back(policy: Policy, arranged: Arrangement) -> _Pass:
@@ -223,9 +225,7 @@ def _there_and_back(policy: Policy, arranged: Arrangement) -> _Pass:
                 inputs_embeds=embedded, position_ids=arranged.position_ids, use_cache=False, **options
             ).last_hidden_state
         kept, width = live.now, states.nbytes
-        gradient = torch.ones_like(states)
-        live.peak = live.now
-        torch.autograd.backward([states], [gradient])
+        torch.autograd.backward([states], [torch.ones_like(states)])
     return _Pass(width, kept + embedded.nbytes, live.peak - kept)
 
 

@@ -60,9 +60,10 @@ def test_another_shape_stands_in_for_the_model(small: Path, capsys: pytest.Captu
     for given in (small, small / "config.json"):
         plan("--model.model_name_or_path", "no/such-model", "--model_config", given)
         assert f"shape from {given}" in capsys.readouterr().out
-    assert "found none at" in refusal(capsys, "--model_config", small / "nothing")[0]
+    name = ("--model.model_name_or_path", "no/such-model")
+    assert "found none at" in refusal(capsys, *name, "--model_config", small / "nothing")[0]
     (small / "config.json").write_text("{}")
-    assert "with a model_type" in refusal(capsys, "--model_config", small)[0]
+    assert "with a model_type" in refusal(capsys, *name, "--model_config", small)[0]
 
 
 def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +74,7 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     (line,) = refusal(capsys, "--model.model_name_or_path", "no/such-model")
     assert "'no/such-model'" in line and "--model_config" in line
     (line,) = refusal(capsys, "--model.scratch.model_type", "llama")
-    assert "expected model.model_name_or_path or --model_config" in line
+    assert line.startswith("error: model.scratch") and "--model_config" in line
 
 
 def test_keys_are_those_of_fit(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,3 +82,5 @@ def test_keys_are_those_of_fit(small: Path, capsys: pytest.CaptureFixture[str]) 
     assert "model.kl_coef" in line
     (line,) = refusal(capsys, "--model.model_name_or_path", small, "--trainer.strategy", "deepspeed")
     assert "ddp and fsdp2" in line
+    (line,) = refusal(capsys, "--gpu_memory_gib", "much")
+    assert "--gpu_memory_gib" in line and "'much'" in line

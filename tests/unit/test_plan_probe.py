@@ -21,7 +21,7 @@ from sdsearch_lightning.plan.architecture import find_architecture
 from sdsearch_lightning.plan.command import PlanCLI
 from sdsearch_lightning.plan.live_bytes import LiveBytes
 from sdsearch_lightning.plan.memory import GIB, Settings, plan_parts
-from sdsearch_lightning.plan.probe import Adapters, Shape, adapt, count_model, probe_optimizer
+from sdsearch_lightning.plan.probe import Adapters, Precision, Shape, adapt, count_model, probe_optimizer
 from sdsearch_lightning.plan.settings import adapters_of, num_devices, precision_of, settings_of
 
 SMALL = {
@@ -141,6 +141,23 @@ def test_adapters_stand_beside_every_linear_layer(small: str) -> None:
     assert two.num_trained == 6 * 8 * (256 + 192)
     with pytest.raises(ConfigError, match="names of linear layers"):
         adapt(make(torch.float32), Adapters(8, ["nothing"]))
+
+
+def test_adapters_take_what_those_of_peft_take(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapt_by_peft(model: Any, adapters: Adapters) -> Any:
+        config = peft.LoraConfig(r=adapters.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config).base_model.model
+
+    make, _ = find_architecture(small, None)
+    shape, half = Shape("shared_prefix", 384, 4, 1536, 512), torch.bfloat16
+    monkeypatch.setattr(probe, "FakeTensorMode", lambda **_: nullcontext())  # peft moves weights, which fakes cannot
+    found = []
+    for rank, way in ((8, adapt), (8, adapt_by_peft), (64, adapt_by_peft)):
+        monkeypatch.setattr(probe, "adapt", way)
+        found.append(probe.probe_passes(make, Adapters(rank, None), Precision(half, half), shape))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(
