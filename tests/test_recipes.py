@@ -113,6 +113,11 @@ def test_the_table_is_complete() -> None:
     assert "none" in {row.fits for row in ROWS}, "one that no GPU holds"
 
 
+def test_every_file_that_the_page_names_is_there() -> None:
+    named = set(re.findall(r"configs/[\w./]+\.yaml", PAGE))
+    assert len(named) >= 7 and all((ROOT / name).is_file() for name in named)
+
+
 def test_a_smaller_gpu_would_be_seen() -> None:
     _, settings, parts = planned("qwen2.5_3b_full", "fsdp2_8")
     with pytest.raises(ConfigError, match=r"found 27\.9 at the peak \(rollout\)"):

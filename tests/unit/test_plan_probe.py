@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,17 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import plan_accuracy
-from sdsearch_lightning import head
-from sdsearch_lightning.commands import quieten
-from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.plan import memory, probe
-from sdsearch_lightning.plan.architecture import find_architecture
-from sdsearch_lightning.plan.command import PlanCLI
-from sdsearch_lightning.plan.live_bytes import LiveBytes
-from sdsearch_lightning.plan.memory import GIB, Settings, plan_parts
-from sdsearch_lightning.plan.probe import Adapters, Precision, Shape, adapt, count_model, probe_optimizer
-from sdsearch_lightning.plan.settings import adapters_of, num_devices, precision_of, settings_of
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import plan_accuracy  # noqa: E402
+from sdsearch_lightning import head  # noqa: E402
+from sdsearch_lightning.commands import quieten  # noqa: E402
+from sdsearch_lightning.errors import ConfigError  # noqa: E402
+from sdsearch_lightning.plan import memory, probe  # noqa: E402
+from sdsearch_lightning.plan.architecture import find_architecture  # noqa: E402
+from sdsearch_lightning.plan.command import PlanCLI  # noqa: E402
+from sdsearch_lightning.plan.live_bytes import LiveBytes  # noqa: E402
+from sdsearch_lightning.plan.memory import GIB, Settings, plan_parts  # noqa: E402
+from sdsearch_lightning.plan.probe import Adapters, Precision, Shape, adapt, count_model, probe_optimizer  # noqa: E402
+from sdsearch_lightning.plan.settings import adapters_of, num_devices, precision_of, settings_of  # noqa: E402
 
 SMALL = {
     "model_type": "qwen2",
@@ -143,6 +148,7 @@ def test_adapters_stand_beside_every_linear_layer(small: str) -> None:
         adapt(make(torch.float32), Adapters(8, ["nothing"]))
 
 
+@pytest.mark.filterwarnings("ignore")  # peft's, of transformers
 def test_adapters_take_what_those_of_peft_take(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     peft = pytest.importorskip("peft")
 
