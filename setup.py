@@ -21,6 +21,7 @@ setup(
     packages=[
         "sdsearch_lightning",
         "sdsearch_lightning.hindsight",
+        "sdsearch_lightning.plan",
         "sdsearch_lightning.report",
         "sdsearch_lightning.retrieval",
         "sdsearch_lightning.retrieval.server",

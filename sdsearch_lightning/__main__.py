@@ -18,6 +18,7 @@ COMMANDS = {
     "validate": "evaluate on the validation questions",
     "test": "evaluate on the test questions, per source",
     "predict": "write the rollouts of the test questions",
+    "plan": "memory per GPU by part, of a fit that has not begun; refuses what cannot fit",
     "index": "build a retrieval index of a corpus",
     "serve": "share a retrieval index over HTTP, as Search-R1's server does",
     "export": "turn a checkpoint into a Hugging Face folder or a LoRA adapter; push it to the hub",
@@ -40,6 +41,7 @@ examples:
   sdsearch supervise --config configs/quickstart_cold_start.yaml
   sdsearch fit --config configs/quickstart.yaml --seed_everything 1 --run.name second
   sdsearch fit --config configs/base.yaml --config mine.yaml --data.batch_size 64
+  sdsearch plan --config configs/base.yaml --config mine.yaml --gpu_memory_gib 80
   sdsearch validate --config configs/quickstart.yaml --ckpt_path last
   sdsearch index --corpus_path corpus.jsonl --index_path index --encoder intfloat/e5-base-v2
   sdsearch serve --corpus_path corpus.jsonl --index_path index --port 8000

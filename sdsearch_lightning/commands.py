@@ -21,6 +21,7 @@ from sdsearch_lightning import export_command, retrieval_commands
 from sdsearch_lightning.cli import SearchCLI, SuperviseCLI
 from sdsearch_lightning.cli_errors import ShortErrorParser, fail
 from sdsearch_lightning.errors import ConfigError, SDSearchError
+from sdsearch_lightning.plan.command import plan
 from sdsearch_lightning.report import print_report
 
 NOISE = re.compile(r"(\[rank: \d+\] )?(💡 Tip|[GTH]PU available|Seed set to|`Trainer.fit` stopped|Restor|Loaded model)")
@@ -43,6 +44,7 @@ def run(argv: Sequence[str]) -> int:
         "report": partial(report, argv[1:]),
         "index": partial(retrieval_commands.index, argv[1:]),
         "serve": partial(retrieval_commands.serve, argv[1:]),
+        "plan": partial(plan, argv[1:]),
         "supervise": partial(SuperviseCLI, argv),
     }
     try:

@@ -145,7 +145,7 @@ class PolicyModule(PolicyCheckpoints, ManualStep):
         """
         trainer, dtype = self._trainer, getattr(torch, self._dtype_name)
         is_sharded = self.device_mesh is not None
-        if is_sharded and dtype == torch.bfloat16:
+        if is_sharded and dtype == torch.bfloat16 and self.lora is None:
             raise ConfigError(
                 "model.dtype bfloat16: under fsdp2 float32 shards are the master weights. Leave it float32, and set "
                 "trainer.precision bf16-true to compute in bfloat16."

@@ -31,7 +31,7 @@ module supervised
 report run_folder stored_checkpoint hub
 model_card
 callbacks datamodules
-run_record cli* retrieval_commands export_command commands __main__ __init__
+run_record cli* retrieval_commands export_command plan commands __main__ __init__
 """
 """From the bottom up: a room may import the rooms above its own line here, and itself, never its neighbours."""
 
@@ -39,7 +39,8 @@ NEIGHBOURS = {
     "cli*": ["run_record"],
     "retrieval_commands": ["cli*"],
     "export_command": ["cli*"],
-    "commands": ["cli*", "retrieval_commands", "export_command"],
+    "plan": ["cli*"],
+    "commands": ["cli*", "retrieval_commands", "export_command", "plan"],
     "__main__": ["commands"],
 }
 """The top floor has an order of its own, too short for lines."""
@@ -47,7 +48,7 @@ NEIGHBOURS = {
 LIBRARIES = {
     "lightning": "master_weights sharded_checkpoints strategies manual_step evaluation_steps policy_checkpoints "
     "policy_module module callbacks datamodules run_folder run_record cli* export_command commands",
-    "transformers": "attention models rollout commands",
+    "transformers": "attention models rollout plan commands",
     "tokenizers": "models retrieval datamodules",
     "sentence_transformers": "retrieval datamodules",
     "faiss": "retrieval",
@@ -61,7 +62,7 @@ LIBRARIES = {
     "httpx": "retrieval hub",
     "huggingface_hub": "models retrieval datamodules hub model_card",
     "torchmetrics": "evaluation",
-    "rich": "report retrieval",
+    "rich": "report retrieval plan",
 }
 """The only rooms that may import a heavy library; type annotations do not count."""
 

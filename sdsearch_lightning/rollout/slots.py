@@ -49,7 +49,7 @@ class SlotEngine(Engine):
         if overlap_steps is not None and overlap_steps < 0:
             raise ConfigError(f"rollout.engine.overlap_steps: expected 0 or more, or null, found {overlap_steps}.")
         self.kv_cache_gib, self.max_slots = kv_cache_gib, max_slots
-        self._schedule = Schedule(overlap_steps, max_prefill_tokens)
+        self.schedule = Schedule(overlap_steps, max_prefill_tokens)
         self._reference: GenerateEngine | None = None
 
     def attach(
@@ -96,7 +96,7 @@ class SlotEngine(Engine):
         num_rows = min(self._num_rows(shape, capacity), len(slots))
         try:
             rows = KVRows(shape, num_rows, capacity)
-            Window(self.policy, slots, rows, self.searches, self._schedule, done, self.counts, self.report).run()
+            Window(self.policy, slots, rows, self.searches, self.schedule, done, self.counts, self.report).run()
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise

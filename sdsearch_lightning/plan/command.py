@@ -1,0 +1,152 @@
+"""`sdsearch plan`: prints memory per GPU by part for the settings of `fit`, and refuses what cannot fit.
+
+The same parser as `fit` reads the same files and keys, so what is planned is what would run. Next: settings.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sdsearch_lightning.cli import SearchCLI
+from sdsearch_lightning.cli_errors import fail
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.plan.architecture import find_architecture
+from sdsearch_lightning.plan.memory import GIB, Part, Settings, plan_parts
+from sdsearch_lightning.plan.settings import settings_of
+
+MOMENTS = {"rollout": "rollout", "backward": "backward", "step": "optimizer step"}
+DEFAULT_GPU_GIB = 80.0
+STATES = ("weights", "optimizer state", "gradients", "gathered weights", "gathered layers")
+WAYS = {
+    "teacher copy": "model.teacher LiveTeacher, which needs no copy",
+    "reference copy": "model.kl_coef 0, which needs no reference copy",
+    "DDP buckets": "DDPStrategy with gradient_as_bucket_view true",
+    "optimizer's work": "an optimizer with fused: true",
+    "keys and values": "fewer slots (rollout.engine.kv_cache_gib)",
+    "rollout passes": "lower rollout.engine.max_prefill_tokens",
+    "rollout engine": "lower gpu_memory_utilization",
+    "passes": "lower model.max_micro_batch_tokens and rollout.max_tokens (a group is never split)",
+}
+"""What makes a part smaller, whatever else is set."""
+
+
+class PlanCLI(SearchCLI):
+    """Reads the keys of `fit` and makes the module and the rollouts of them; runs nothing, writes nothing."""
+
+    made: Any
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` alone: a parser of its own for each command would take seconds."""
+        return {"fit": SearchCLI.subcommands()["fit"]}
+
+    def before_instantiate_classes(self) -> None:
+        """No run folder is touched."""
+
+    def instantiate_classes(self) -> None:
+        """`model` and `rollout` alone: neither files nor a retriever are needed to plan."""
+        options = self.options.clone()
+        options.data = options.trainer = None
+        self.made = self._parser("fit").instantiate_classes(options)
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+class _OwnOptions(argparse.ArgumentParser):
+    """Options that `fit` does not have."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as for the keys of `fit`."""
+        fail(message)
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Prints memory per GPU by part, for the settings that `fit` would use; exit code 2 where it cannot fit.
+
+    Takes every key of fit: --config FILE (several, later ones win) and --key value; see `sdsearch fit --help`.
+    """
+    parser = _OwnOptions("sdsearch plan", description=plan.__doc__, allow_abbrev=False)
+    parser.add_argument("--gpu_memory_gib", type=float, help="of one GPU; default: that of the GPU here, else 80")
+    parser.add_argument("--model_config", help="a config.json, or its folder, in place of the model's own")
+    own, rest = parser.parse_known_args(list(argv))
+    capacity = (own.gpu_memory_gib or _detected_gib()) * GIB
+    cli = PlanCLI(["fit", *rest])
+    make_model, source = find_architecture(cli.options.model.model_name_or_path, own.model_config)
+    settings = settings_of(cli.options, cli.made, make_model, capacity)
+    parts = plan_parts(settings)
+    print_plan(settings, parts, f"{cli.options.trainer.precision or '32-true'}, shape from {source}", capacity)
+    check_fit(settings, parts, capacity)
+
+
+def print_plan(settings: Settings, parts: Sequence[Part], origin: str, capacity: float) -> None:
+    """The table, in GiB per GPU."""
+    model, console = settings.model, Console(width=110, highlight=False)
+    gpus = "1 GPU" if settings.num_gpus == 1 else f"{settings.num_gpus} GPUs, {settings.parallel}"
+    numbers = f"{model.num_parameters / 1e9:.3g} B parameters, {model.num_trained / 1e9:.3g} B trained"
+    console.print(f"{numbers}; {gpus}, {origin}\n", markup=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("GiB per GPU", no_wrap=True)
+    for title in MOMENTS.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("what")
+    for part in parts:
+        table.add_row(part.name, *(_gib(getattr(part, moment)) for moment in MOMENTS), part.why)
+    sums = sums_of(parts)
+    table.add_row("sum", *(_gib(size) for size in sums.values()), f"peak {_gib(max(sums.values()))}", style="bold")
+    console.print(table)
+    console.print(f"\none GPU: {capacity / GIB:.1f} GiB. A retriever or encoder on the same GPU comes on top.")
+
+
+def check_fit(settings: Settings, parts: Sequence[Part], capacity: float) -> None:
+    """Refuses a peak above the capacity.
+
+    Raises:
+        ConfigError: names the largest parts and what would make them smaller.
+    """
+    sums = sums_of(parts)
+    moment = max(sums, key=lambda name: sums[name])
+    if sums[moment] <= capacity:
+        return
+    sizes = {part.name: getattr(part, moment) for part in parts if not part.name.endswith("assumed")}
+    ordered = sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name])
+    told = ", ".join(f"{name} {_gib(sizes[name])}" for name in ordered[:4])
+    ways = dict.fromkeys(_way(settings, name) for name in ordered)
+    raise ConfigError(
+        f"plan: expected at most {capacity / GIB:.1f} GiB per GPU, found {sums[moment] / GIB:.1f} at the peak "
+        f"({MOMENTS[moment]}).\nLargest parts: {told} GiB.\nWhat helps: {'; '.join(list(ways)[:4])}."
+    )
+
+
+def _way(settings: Settings, name: str) -> str:
+    """What makes a part smaller."""
+    if name == "activations":
+        return WAYS["passes"] if settings.checkpoints else "model.compute.gradient_checkpointing true"
+    if name not in STATES:
+        return WAYS[name]
+    more = "more GPUs" if settings.parallel == "fsdp2" else "trainer.strategy fsdp2 over several GPUs"
+    return more if settings.model.num_trained < settings.model.num_parameters else f"model.lora, or {more}"
+
+
+def sums_of(parts: Sequence[Part]) -> dict[str, float]:
+    """Bytes at each moment."""
+    return {moment: sum(getattr(part, moment) for part in parts) for moment in MOMENTS}
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size else "-"
+
+
+def _detected_gib() -> float:
+    if not torch.cuda.is_available():
+        return DEFAULT_GPU_GIB
+    return torch.cuda.get_device_properties(0).total_memory / GIB
