@@ -135,7 +135,7 @@ class TeacherDiagnostics(pl.Callback):
     ) -> Mapping[str, float]:
         assert batch.groups is not None
         without = LeaveOneOut().build(batch.groups, "all", module.protocol, module.codec)
-        with gathered(module.policy):
+        with gathered(module.teacher.policy(module.policy)):
             found = {
                 "teacher/logprob_with_own": _teacher_logprob(module, batch.groups, blocks),
                 "teacher/logprob_without_own": _teacher_logprob(module, batch.groups, without),

@@ -201,7 +201,6 @@ class RunCLI(LightningCLI):
 
     def save_model(self) -> None:
         """Writes the trained model into the run folder; all ranks call it."""
-        self.model.to(self.trainer.strategy.root_device)  # where shards can meet; the end of a fit moves them away
         weights = self.model.whole_weights()
         if self.trainer.is_global_zero:
             save = partial(self.model.save_pretrained, weights=weights)

@@ -31,7 +31,7 @@ from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
 
 from sdsearch_lightning import SDSearchModule, models  # noqa: E402
 from sdsearch_lightning.adapters import LoRA  # noqa: E402
-from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping  # noqa: E402
+from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping, TeacherDiagnostics  # noqa: E402
 from sdsearch_lightning.policy_module import Compute  # noqa: E402
 from sdsearch_lightning.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.sharded_checkpoints import AnyCheckpointIO  # noqa: E402
@@ -64,7 +64,12 @@ VARIANTS: dict[str, dict] = {
     },
     "lora": {"lora": LoRA(r=4), "teacher": EMATeacher(0.3), "num_updates": 3},
     "going_on": {"lora": LoRA(adapter="adapter"), "compute": Compute(gradient_checkpointing=True)},
-    "batch_start": {"teacher": BatchStartTeacher(), "num_updates": 3, "compute": Compute("padded")},
+    "batch_start": {
+        "teacher": BatchStartTeacher(),
+        "num_updates": 3,
+        "compute": Compute("padded"),
+        "diagnostics": True,
+    },
 }
 
 
@@ -93,6 +98,7 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     torch.set_num_threads(1)
     options = dict(VARIANTS[variant])
     tied = options.pop("tie_word_embeddings", False)
+    diagnostics = options.pop("diagnostics", False)
     folder = Path(output).with_suffix(".model")
     if "LOCAL_RANK" not in os.environ:
         tiny_model(tie_word_embeddings=tied).save_pretrained(folder)
@@ -120,6 +126,8 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     if strategy != "fsdp2":
         distributed["plugins"] = [AnyCheckpointIO()]
     data = ToyData(batch_size=6 // devices)
+    if diagnostics:
+        method = *method, TeacherDiagnostics(1, gradient_norms=False)
     callbacks = (grouping, *method, record, SaveFirstStep(Path(output).with_suffix(".ckpt")))
     trainer = fit(module, *callbacks, data=data, max_steps=2, ckpt_path=checkpoint, **distributed)
     searches = sum(len(t.queries) for batch in record.batches for g in batch.groups for t in g.trajectories)
