@@ -31,7 +31,12 @@ from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
 
 from sdsearch_lightning import SDSearchModule, models  # noqa: E402
 from sdsearch_lightning.adapters import LoRA  # noqa: E402
-from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping, TeacherDiagnostics  # noqa: E402
+from sdsearch_lightning.callbacks import (  # noqa: E402
+    HindsightConstruction,
+    JSDWeightScheduler,
+    RolloutGrouping,
+    TeacherDiagnostics,
+)
 from sdsearch_lightning.policy_module import Compute  # noqa: E402
 from sdsearch_lightning.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.sharded_checkpoints import AnyCheckpointIO  # noqa: E402
