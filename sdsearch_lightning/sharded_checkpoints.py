@@ -99,7 +99,8 @@ def read_into(state: dict[str, Any], path: Path, alone: bool = False) -> None:
             load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=alone)
         except CheckpointException as error:  # no Exception, by torch's choice
             cause = next(iter(error.failures.values()))[0]
-            raise DataError(f"{path}: {str(cause).strip().splitlines()[0]}") from cause
+            reason = str(cause).strip() or type(cause).__name__  # a file that ends too early has no message
+            raise DataError(f"{path}: {reason.splitlines()[0]}") from cause
 
 
 def read_whole(path: Path) -> dict[str, Any]:

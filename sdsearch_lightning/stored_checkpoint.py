@@ -109,5 +109,5 @@ def _readable(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except _UNREADABLE as error:
-        reason = str(error).strip().partition("\n")[0][:100] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise ConfigError(f"ckpt_path: {path} cannot be read as a checkpoint: {reason}\n{remedy}") from error

@@ -158,6 +158,19 @@ def test_a_torn_folder_is_refused(workplace: Any, sharded: Path, tmp_path: Path,
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("size", [0, 900])
+def test_a_folder_with_a_file_that_was_cut_off_is_refused(
+    workplace: Any, sharded: Path, tmp_path: Path, name: str, size: int
+) -> None:
+    shutil.copytree(sharded.parent.parent, tmp_path / "run", symlinks=True)
+    folder = tmp_path / "run/checkpoints" / sharded.name
+    (folder / name).write_bytes((folder / name).read_bytes()[:size])
+    done = export(workplace, folder, tmp_path / "model")
+    assert done.returncode == 2 and "cannot be read as a checkpoint" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) <= 3 and not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("size", [0, 200, 20_000])
 def test_a_file_that_was_cut_off_is_refused(workplace: Any, tmp_path: Path, size: int) -> None:
     whole = workplace.run("rl") / "checkpoints/last.ckpt"
