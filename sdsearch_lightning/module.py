@@ -192,6 +192,9 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
                 self.teacher.after_update(self.policy)
             else:
                 tally.skipped += 1
+        for copy in (self.reference, self.teacher_policy):
+            if isinstance(copy, Policy):
+                copy.reshard()
         batch.skipped_updates = tally.skipped
         batch.credit = credit_table(groups, credits)
         self._log_step(tally, blocks, learning_rate)

@@ -53,14 +53,14 @@ class CheckpointFile(StoredCheckpoint):
         if not isinstance(stored, dict) or WEIGHTS not in stored or "global_step" not in stored:
             found = ", ".join(map(str, list(stored)[:4])) if isinstance(stored, dict) else type(stored).__name__
             raise ConfigError(f"ckpt_path: expected a checkpoint with state_dict and global_step at {path}: {found}.")
-        self._weights = stored.pop(WEIGHTS)
+        self.weights = stored.pop(WEIGHTS)
         self.facts = stored
-        self.shapes = {name: weight.shape for name, weight in self._weights.items()}
+        self.shapes = {name: weight.shape for name, weight in self.weights.items()}
 
     def read(self, into: Mapping[str, Tensor]) -> None:
         """See `StoredCheckpoint.read`."""
         for name, tensor in into.items():
-            tensor.copy_(self._weights[name])
+            tensor.copy_(self.weights[name])
 
 
 class CheckpointFolder(StoredCheckpoint):
@@ -72,7 +72,7 @@ class CheckpointFolder(StoredCheckpoint):
                 f"ckpt_path: expected a sharded checkpoint with {INDEX} and {META}, found no "
                 f"{' and no '.join(missing)} in {path}: not a checkpoint, or its save was cut off. Take another step."
             )
-        self._path = path
+        self.path = path
         with _readable(path, "Take another step."):
             self.facts = torch.load(path / META, map_location="cpu", weights_only=True)
             index = read_metadata(path)
@@ -88,8 +88,8 @@ class CheckpointFolder(StoredCheckpoint):
 
     def read(self, into: Mapping[str, Tensor]) -> None:
         """See `StoredCheckpoint.read`."""
-        with _readable(self._path, "Take another step."):
-            read_into({WEIGHTS: dict(into)}, self._path, alone=True)
+        with _readable(self.path, "Take another step."):
+            read_into({WEIGHTS: dict(into)}, self.path, alone=True)
 
 
 def open_checkpoint(path: Path) -> StoredCheckpoint:

@@ -10,7 +10,7 @@ Every forward pass is a collective, so all ranks make equally many. Next: policy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ from torch.distributed.tensor import DTensor
 
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.sharded_checkpoints import META, read_into
+from sdsearch_lightning.sharded_checkpoints import read_into
+from sdsearch_lightning.stored_checkpoint import CheckpointFile, CheckpointFolder, open_checkpoint
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """`trainer.strategy: fsdp2`: FSDP2 over all processes of all nodes; `PolicyModule.configure_model` shards.
+    """`trainer.strategy: fsdp2`: FSDP2 over all processes of all nodes; for a `PolicyModule`, which shards itself.
 
     Args:
         save_distributed_checkpoint: a checkpoint is a folder with a file per rank; else one file that rank 0 writes.
@@ -60,53 +61,46 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             ConfigError: it belongs to another model or to other optimizers.
         """
-        path = Path(self.broadcast(checkpoint_path))
-        if not path.is_dir():
-            return self._load_file(path)
+        stored = open_checkpoint(Path(self.broadcast(checkpoint_path)))
+        module: Any = self.lightning_module
+        weights = {name: value for name, value in get_model_state_dict(self._module).items() if module.is_saved(name)}
+        module.check_checkpoint(stored.facts, stored.shapes, weights)
         try:
-            weights = {name: value for name, value in self._weights().items() if self._is_saved(name)}
-            read_into({"state_dict": weights}, path)
-            self._take(weights)
-            for index, optimizer in enumerate(self.optimizers):
-                state = {f"optimizer_{index}": get_optimizer_state_dict(self._module, optimizer)}
-                read_into(state, path)
-                set_optimizer_state_dict(self._module, optimizer, state[f"optimizer_{index}"])
+            if isinstance(stored, CheckpointFolder):
+                self._read_shards(stored.path, weights)
+            elif isinstance(stored, CheckpointFile):
+                self._take_file(stored)
         except (RuntimeError, ValueError, DataError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ConfigError(f"ckpt_path: expected a checkpoint of this model and its optimizers: {reason}") from error
-        meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
-        return meta
+        return dict(stored.facts)
 
-    def _load_file(self, path: Path) -> dict[str, Any]:
-        """A checkpoint of one process or of DDP; rank by rank it is mapped, not read."""
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    def _read_shards(self, path: Path, weights: dict[str, Any]) -> None:
+        """Each rank reads what it needs, whoever wrote it."""
+        read_into({"state_dict": weights}, path)
+        self._module.load_state_dict(weights, strict=False)
+        for index, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{index}": get_optimizer_state_dict(self._module, optimizer)}
+            read_into(state, path)
+            set_optimizer_state_dict(self._module, optimizer, state[f"optimizer_{index}"])
+
+    def _take_file(self, stored: CheckpointFile) -> None:
+        """Each rank cuts its shards out of a checkpoint of one process or of DDP, which is mapped, not read."""
         options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(self._module, checkpoint.pop("state_dict"), options=options)
+        set_model_state_dict(self._module, dict(stored.weights), options=options)
         names = {parameter: name for name, parameter in self._module.named_parameters()}
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        states = stored.facts["optimizer_states"] if self.optimizers else []  # none to evaluate
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             order = [names[weight] for group in optimizer.param_groups for weight in group["params"]]
             groups = [group | {"params": [order[i] for i in group["params"]]} for group in state["param_groups"]]
-            named: dict[str, Any] = {
-                "state": {order[i]: value for i, value in state["state"].items()},
-                "param_groups": groups,
-            }
+            values = {order[i]: value for i, value in state["state"].items()}
+            named: dict[str, Any] = {"state": values, "param_groups": groups}
             set_optimizer_state_dict(self._module, optimizer, named, options=options)
-        return checkpoint
 
     @property
     def _module(self) -> nn.Module:
         assert self.model is not None
         return self.model
-
-    def _weights(self) -> dict[str, Any]:
-        return get_model_state_dict(self._module)
-
-    def _is_saved(self, name: str) -> bool:
-        is_saved: Callable[[str], bool] | None = getattr(self.lightning_module, "is_saved", None)
-        return is_saved is None or is_saved(name)
-
-    def _take(self, weights: Mapping[str, Any]) -> None:
-        self._module.load_state_dict(weights, strict=False)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: fully sharded data parallel")

@@ -18,7 +18,7 @@ LAYERS = """
 errors pluggable kinds
 types
 tokenization rewards advantages losses schedules lessons attention head master_weights sharded_checkpoints
-packing
+packing stored_checkpoint
 policy adapter_folder
 adapters block_templates divergences evaluation retrieval teachers strategies
 templates
@@ -28,7 +28,7 @@ objective manual_step
 student policy_checkpoints
 policy_module
 module supervised
-report run_folder stored_checkpoint hub
+report run_folder hub
 model_card
 callbacks datamodules
 run_record cli* retrieval_commands export_command plan commands __main__ __init__

@@ -7,7 +7,7 @@ layers and one. A frozen model with adapters is probed as such.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from sdsearch_lightning.rollout.kv_rows import KVShape
 SHARED_PROMPT = 256
 """Assumed: tokens of the prompt that siblings share; it decides little."""
 
-MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeModel = Callable[[torch.dtype], Any]
 """Makes the causal LM of its configuration, with weights of that type, on whatever device is the default."""
 
