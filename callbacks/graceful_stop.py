@@ -2,7 +2,7 @@
 
 Lightning's own SIGTERM handler can deadlock when several ranks get the signal at once, and ends with exit code 0; its
 Ctrl-C saves nothing. Here a signal only sets a flag; all ranks agree on it at the end of a batch, save, and leave
-together before the next batch begins.
+together before the next batch begins. Several signals at once, on any ranks, are one.
 """
 
 from __future__ import annotations
@@ -10,23 +10,29 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+"""SIGUSR1 is what batch systems are often asked to send ahead of the time limit."""
+ECHO = 2.0
+"""Seconds in which another signal is the first one told again: torchrun and srun pass on what reached all processes."""
 
 
 class GracefulStop(Callback):
     """Finishes the step in flight (a validation that is due included), saves a checkpoint and exits.
 
-    The exit code is 143 after SIGTERM and 130 after Ctrl-C. A second signal ends at once, and so does the first one
-    outside training, where there is nothing to save. Put it before callbacks that do long work at the start of a batch.
+    The exit code is 143 after SIGTERM, 130 after Ctrl-C and 138 after SIGUSR1. A second signal ends at once, and so
+    does the first one outside training, where there is nothing to save. Put it before callbacks that do long work at
+    the start of a batch.
 
     Args:
         save: called on all ranks at the end of the batch that is the last; None: a checkpoint is saved as
@@ -39,15 +45,22 @@ class GracefulStop(Callback):
         self.advice = advice
         self.signal: int | None = None
         """The signal that came, on this rank."""
+        self.agreed: int | None = None
+        """The signal that all ranks stop for. Not the same: one sent to all may reach this rank after they agreed."""
         self.is_stopping = False
         """Whether the ranks agreed to stop."""
+        self._signal_time = 0.0
         self._trainer: Trainer | None = None
         self._old_handlers: dict[int, Any] = {}
 
     @property
     def exit_code(self) -> int:
-        """128 + signal, as shells have it; of SIGTERM where only another rank got a signal."""
-        return 128 + (self.signal or signal.SIGTERM)
+        """128 + signal, as shells have it."""
+        return 128 + (self.agreed or self.signal or signal.SIGTERM)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning would set its handlers now and then, and a signal between that and the hooks below would meet them.
+        trainer._signal_connector.register_signal_handlers = lambda: self._install(trainer)  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install(trainer)
@@ -55,9 +68,11 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False):
+        number = torch.tensor(self.signal or 0, device=trainer.strategy.root_device)
+        number = trainer.strategy.reduce(number, reduce_op="max")  # type: ignore[assignment]
+        if not number:
             return
-        self.is_stopping = True
+        self.agreed, self.is_stopping = int(number), True
         if self.save is not None:
             self.save()
         else:
@@ -98,7 +113,7 @@ class GracefulStop(Callback):
         self._restore_outside_fit(trainer)
 
     def _install(self, trainer: Trainer) -> None:
-        """Takes over from Lightning, which set its handler just before these hooks."""
+        """Sets the handlers, in place of Lightning's."""
         self._trainer = trainer
         if self._old_handlers or threading.current_thread() is not threading.main_thread():
             return
@@ -114,14 +129,19 @@ class GracefulStop(Callback):
             self._restore()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        is_first, self.signal = self.signal is None, number
+        is_first = self.signal is None
+        if is_first:
+            self.signal, self._signal_time = number, time.monotonic()
         name = signal.Signals(number).name
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             _say(f"{name}: stopped; outside training there is nothing to save.")
         elif is_first:
             _say(f"{name}: stopping after this step, with a checkpoint. Once more: at once.")
             return
-        raise SystemExit(self.exit_code)
+        elif time.monotonic() - self._signal_time < ECHO:
+            return
+        self.signal = number
+        raise SystemExit(128 + number)
 
 
 @rank_zero_only

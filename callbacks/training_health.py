@@ -9,8 +9,6 @@ Next: health_rules.py, the rules and their sources.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sdsearch_lightning.callbacks.health_rules import Action, Watch, make_rules
 from sdsearch_lightning.callbacks.jsd_weight_scheduler import JSDWeightScheduler
+from sdsearch_lightning.checkpoints import name_again
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy_module import PolicyModule
 
@@ -205,17 +204,11 @@ class TrainingHealth(pl.Callback):
         is_better = self._best is None or score > self._best[0]
         if not (self.keep_best and self._score.seen and is_healthy and is_better):
             return
-        if not last.is_symlink() or last.readlink().name != f"step_{step:08d}.ckpt" or not last.is_file():
+        if not last.is_symlink() or last.readlink().name != f"step_{step:08d}.ckpt" or not last.exists():
             return
         self._best = score, step
         if trainer.is_global_zero:
-            draft = last.with_name(".best.ckpt.draft")
-            draft.unlink(missing_ok=True)
-            try:
-                os.link(last.resolve(), draft)  # no second copy, and it outlives the first name
-            except OSError:
-                shutil.copyfile(last, draft)  # a file system without links
-            os.replace(draft, last.with_name("best.ckpt"))
+            name_again(last, last.with_name("best.ckpt"))
 
     def _kept(self, trainer: pl.Trainer) -> str:
         """Which checkpoint is the best."""

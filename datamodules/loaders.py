@@ -113,6 +113,12 @@ class TrainingBatches(Generic[Row, Batch]):
             ConfigError: it was saved in other data or another order, which cannot be continued.
         """
         found = {name: value for name, value in self._identity.items() if state.get(name) != value}
+        if set(found) == {"rows_per_step"}:
+            raise ConfigError(
+                f"data.batch_size: the checkpoint's steps hold {state.get('rows_per_step')} questions, found "
+                f"{self._share.batch_size} x {self._share.world_size} processes = {self._share.total}. Keep the "
+                "product when the number of processes changes."
+            )
         if found:
             raise ConfigError(
                 f"The checkpoint stands in training data with { ({name: state.get(name) for name in found}) }, found "

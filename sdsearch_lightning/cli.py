@@ -28,8 +28,11 @@ from sdsearch_lightning.callbacks import (
     RolloutGrouping,
     TrajectoryLog,
 )
+from sdsearch_lightning.checkpoints import PlainFiles, remove
 from sdsearch_lightning.cli_common import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
+from sdsearch_lightning.cli_processes import ending_together, watch_processes
+from sdsearch_lightning.cli_resume import Beginning, explaining_loads, find_checkpoint
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.model_card import write_model
@@ -38,9 +41,9 @@ from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.console import duration
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.summary import build_summary, read_summary, write_summary
-from sdsearch_lightning.run_folder import RunFolder, RunOptions, remove
+from sdsearch_lightning.report.trajectories import cut_after
+from sdsearch_lightning.run_folder import RunFolder, RunOptions
 from sdsearch_lightning.run_record import MetricsLogger, RunCheckpoint, StepBoundary
-from sdsearch_lightning.sharded_checkpoints import AnyCheckpointIO
 from sdsearch_lightning.strategies import check_strategy
 from sdsearch_lightning.supervised import SupervisedModule
 
@@ -72,7 +75,6 @@ class RunCLI(LightningCLI):
         super().__init__(
             self.module_class,
             SearchDataModule,
-            save_config_kwargs={"overwrite": True},
             trainer_class=SearchTrainer,
             trainer_defaults=self.defaults,
             seed_everything_default=0,  # a fixed one, or a run could not be resumed by the same command
@@ -124,24 +126,14 @@ class RunCLI(LightningCLI):
         self.checkpoint = RunCheckpoint(self.folder.checkpoints, run.checkpoint_every)
         self.stop = GracefulStop(self.checkpoint.request, "The same command goes on from there.")
         self.resumed_step: int | None = None
+        self.save_config_callback = None  # `take_folder` saves it
         check_strategy(self.options.trainer.strategy)
-        self._find_checkpoint()
+        command = str(self.subcommand)
+        self.given = find_checkpoint(command, self.options, self.folder, is_evaluation=command != self.training)
         if self.is_training_run and not run.overwrite:
             self._look_into_folder()
-        if not self.is_training_run or self.resumed_step is not None:
-            self.save_config_callback = None  # config.yaml is that of the start
         path = self.folder.metrics if self.is_training_run else self.folder.path / str(self.subcommand) / "metrics.csv"
         self.metrics = MetricsLogger(path)
-
-    def _find_checkpoint(self) -> None:
-        path, last = self.options.ckpt_path, self.folder.last_checkpoint
-        if path == "last":
-            path = None if self.subcommand == self.training else str(last)  # training resumes anyway
-            self.options.ckpt_path = path
-        if path not in (None, "best") and not Path(path).exists():
-            raise ConfigError(f"ckpt_path: expected a checkpoint, found none at {path}.")
-        if path is None and self.subcommand != self.training and last.exists():
-            say(f"{self.subcommand} takes the initial weights of model:; --ckpt_path last takes those of this run")
 
     def _look_into_folder(self) -> None:
         """Reports a finished run, prepares to resume one that is under way, refuses another one."""
@@ -153,24 +145,33 @@ class RunCLI(LightningCLI):
             raise SystemExit(0)
         if (point := self.folder.resume_point()) is not None:
             path, self.resumed_step = point
-            self.options.ckpt_path = str(path)
+            self.options.ckpt_path, self.given = str(path), None
 
     def after_instantiate_classes(self) -> None:
-        """Takes the folder, now that nothing in the configuration can be wrong any more."""
-        if self.options.trainer.fast_dev_run:
-            return
+        if self.resumed_step is not None:
+            say(f"resuming {self.folder.path} after step {self.resumed_step}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with ending_together(self.trainer), explaining_loads(self.trainer, self.options.ckpt_path):
+            super()._run_subcommand(subcommand)
+
+    def take_folder(self) -> None:
+        """Makes room for what the command writes, now that nothing can prove wrong any more; on rank 0."""
         if not self.is_training_run:
-            rank_zero_only(remove)(self.metrics.path.parent)
+            remove(self.metrics.path.parent)
         elif self.resumed_step is None:
             self.folder.clear()
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            file = str(self.folder.config)
+            self._parser(self.subcommand).save(self.options, file, skip_none=False, overwrite=True, multifile=False)
         else:
-            say(f"resuming {self.folder.path} after step {self.resumed_step}")
             self.folder.clear_after(self.resumed_step)
             self.metrics.cut_after(self.resumed_step)
+            cut_after(self.folder.path / "trajectories.jsonl", self.resumed_step)
 
     def own_callbacks(self) -> list[pl.Callback]:
         """Callbacks that need no configuration; one of the same class in `trainer.callbacks` takes its place."""
-        return [StepBoundary(self.checkpoint), self.stop]
+        return [Beginning(self.take_folder, self.given, self.resumed_step), StepBoundary(self.checkpoint), self.stop]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand].trainer
@@ -183,7 +184,7 @@ class RunCLI(LightningCLI):
         kwargs["default_root_dir"] = self.metrics.save_dir
         plugins = _as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, AnyCheckpointIO()]
+            kwargs["plugins"] = [*plugins, PlainFiles()]
         if False not in loggers:
             kwargs["logger"] = [self.metrics, *(logger for logger in loggers if logger is not True)]
         try:
@@ -191,6 +192,7 @@ class RunCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise ConfigError(f"trainer: {error}") from error
         self.metrics.trainer = trainer
+        watch_processes(trainer, lambda: self.folder.way_on if self.is_training_run else "Run the same command again.")
         return trainer
 
     def train(self, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pkgutil
 import re
 import sys
+import time
 from argparse import ArgumentError
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -16,8 +17,11 @@ from importlib import import_module
 from typing import Any, NoReturn, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 
 MAX_LINES, MAX_COLUMNS = 3, 300
+PATIENCE = 3.0
+"""Seconds in which a rank that is not the first may be ended, before it tells an error that is its own."""
 
 MISTAKES = (
     (re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.\-]+)"), "unknown key '{0}'."),
@@ -97,7 +101,13 @@ def _told_type(message: str) -> str:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Writes `error: message`, at most three lines, and exits with `code`."""
+    """Writes `error: message`, at most three lines, and exits with `code`.
+
+    An error that all processes have is told once: rank 0 tells it and ends the others, or whoever started them does.
+    """
+    if rank := getattr(rank_zero_only, "rank", 0):
+        time.sleep(PATIENCE)
+        message = f"rank {rank}: {message}"
     lines = [line for line in f"error: {message}".splitlines() if line.strip()]
     sys.stderr.writelines(f"{line[:MAX_COLUMNS]}\n" for line in lines[:MAX_LINES])
     sys.exit(code)

@@ -24,7 +24,10 @@ from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.plan.command import plan
 from sdsearch_lightning.report import print_report
 
-NOISE = re.compile(r"(\[rank: \d+\] )?(💡 Tip|[GTH]PU available|Seed set to|`Trainer.fit` stopped|Restor|Loaded model)")
+NOISE = re.compile(
+    r"(\[rank: \d+\] )?"
+    r"(💡 Tip|[GTH]PU available|Seed set to|`Trainer.fit` stopped|Restor|Loaded model|Initializing distributed|---)"
+)
 """Openings of log lines that tell a user nothing."""
 IDLE_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning's own use of torch
@@ -71,8 +74,11 @@ def _told(error: BaseException | None) -> BaseException | None:
 
 def quieten() -> None:
     """Drops advertisements, and warnings that no user can act on."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: NOISE.match(record.getMessage()) is None)
+    for name in (
+        "pytorch.utilities.rank_zero",
+        *(f"fabric.utilities.{n}" for n in ("rank_zero", "seed", "distributed")),
+    ):
+        logging.getLogger(f"lightning.{name}").addFilter(lambda record: NOISE.match(record.getMessage()) is None)
     for message in IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what lightning's own CLI calls

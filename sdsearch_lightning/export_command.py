@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from sdsearch_lightning.checkpoints import remove
 from sdsearch_lightning.cli_common import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
@@ -25,7 +26,7 @@ from sdsearch_lightning.model_card import Training, write_card
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy_module import PolicyModule
 from sdsearch_lightning.report.summary import read_summary
-from sdsearch_lightning.run_folder import RunFolder, remove
+from sdsearch_lightning.run_folder import RunFolder
 from sdsearch_lightning.stored_checkpoint import StoredCheckpoint, open_checkpoint
 from sdsearch_lightning.supervised import SupervisedModule
 

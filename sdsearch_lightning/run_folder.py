@@ -6,22 +6,26 @@ with another run or overwritten. Next: `run_record.py`, what a run writes into i
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from sdsearch_lightning.checkpoints import read_contents, remove
 from sdsearch_lightning.errors import ConfigError, DataError
 
 IGNORED = ("run.", "config", "ckpt_path", "weights_only", "trainer.enable_progress_bar", "trainer.enable_model_summary",
-           "trainer.logger", "trainer.profiler", "trainer.log_every_n_steps")  # fmt: skip
-"""Keys that may change while a run is under way: they do not change what it computes."""
+           "trainer.logger", "trainer.profiler", "trainer.log_every_n_steps",
+           "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+           "data.init_args.batch_size", "data.init_args.eval_batch_size")  # fmt: skip
+"""Keys that may change while a run is under way: they do not change what it computes.
+
+So may the number of processes: data.batch_size times it is what a step holds, and `TrainingBatches` checks that.
+"""
 
 
 @dataclass
@@ -90,6 +94,20 @@ class RunFolder:
         return (self.path / "summary.json").is_file()
 
     @property
+    def published_step(self) -> int | None:
+        """The step that last.ckpt stands at; None where no step was published."""
+        if not self.last_checkpoint.is_symlink():
+            return None
+        return int(self.last_checkpoint.readlink().stem.removeprefix("step_"))
+
+    @property
+    def way_on(self) -> str:
+        """What a run that ends here is told to do."""
+        step = self.published_step
+        where = "starts anew: no checkpoint was saved yet" if step is None else f"goes on after step {step}"
+        return f"Run the same command again: it {where}."
+
+    @property
     def _has_checkpoint(self) -> bool:
         return self.last_checkpoint.is_symlink() or self.last_checkpoint.exists()
 
@@ -122,11 +140,9 @@ class RunFolder:
             candidates = [self.last_checkpoint, *candidates]
         for path in candidates:
             try:
-                # Mapped, not read: a cut file is found out without loading the tensors.
-                return path, int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
-            except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError) as error:
-                reason = str(error).partition("\n")[0][:80] or type(error).__name__
-                _warn(f"{path} is damaged and passed over: {reason}")
+                return path, read_contents(path).step
+            except DataError as error:
+                _warn(f"{path} is damaged and passed over: {error}")
         raise DataError(f"none of the {len(candidates)} checkpoints in {self.checkpoints} can be read.\n{_WAY_OUT}")
 
     def replace_model(self, save: Callable[[Path], None]) -> None:
@@ -151,6 +167,8 @@ class RunFolder:
         for path in self.checkpoints.glob("step_*.ckpt"):
             if int(path.stem.removeprefix("step_")) > step:
                 remove(path)
+        for draft in self.checkpoints.glob(".*.draft"):
+            remove(draft)
 
 
 _WAY_OUT = "Choose another folder with --run.name NAME, or discard that run with --run.overwrite true."
@@ -167,11 +185,3 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 @rank_zero_only
 def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder; nothing there is fine too."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

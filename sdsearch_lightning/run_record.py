@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sdsearch_lightning.run_folder import remove
+from sdsearch_lightning.checkpoints import retire, save
+from sdsearch_lightning.run_folder import RunFolder
 
 
 class MetricsLogger(Logger):
@@ -118,7 +119,7 @@ class RunCheckpoint(Checkpoint):
         self.folder = folder
         self.every_n_steps = every_n_steps
         self.is_requested = False
-        self._draft: Path | None = None
+        self._saved: Path | None = None
         self._seconds = 0.0
         self._clock = time.monotonic()
 
@@ -137,22 +138,27 @@ class RunCheckpoint(Checkpoint):
         step = trainer.global_step
         is_due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.is_last_batch
         if is_due or self.is_requested:
-            self._draft = self.folder / f"step_{step:08d}.ckpt"
-            trainer.save_checkpoint(self._draft, weights_only=False)
+            self._saved = self.folder / f"step_{step:08d}.ckpt"
+            save(trainer, self._saved, self._intact())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.publish(trainer)
 
     def publish(self, trainer: Trainer) -> None:
         """Points last.ckpt at the checkpoint saved last, now that its step is wholly written."""
-        if self._draft is not None and trainer.is_global_zero:
+        if self._saved is not None and trainer.is_global_zero:
             link = self.folder / ".last.ckpt.draft"
             link.unlink(missing_ok=True)
-            link.symlink_to(self._draft.name)
+            link.symlink_to(self._saved.name)
             os.replace(link, self.folder / "last.ckpt")
             for old in sorted(self.folder.glob("step_*.ckpt"))[:-2]:
-                remove(old)
-        self._draft, self.is_requested = None, False
+                retire(old)
+        self._saved, self.is_requested = None, False
+
+    def _intact(self) -> str:
+        step = RunFolder(self.folder.parent).published_step
+        left = "No checkpoint was saved before" if step is None else f"The checkpoint of step {step} is intact"
+        return f"{left}. Free some space (or allow writing) and run the same command again: it goes on from there."
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}

@@ -28,6 +28,7 @@ objective manual_step
 student policy_checkpoints
 policy_module
 module supervised
+checkpoints
 report run_folder hub
 model_card
 callbacks datamodules
@@ -47,7 +48,7 @@ NEIGHBOURS = {
 
 LIBRARIES = {
     "lightning": "master_weights sharded_checkpoints strategies manual_step evaluation_steps policy_checkpoints "
-    "policy_module module callbacks datamodules run_folder run_record cli* export_command commands",
+    "policy_module module callbacks datamodules checkpoints run_folder run_record cli* export_command commands",
     "transformers": "attention models rollout plan commands",
     "tokenizers": "models retrieval datamodules",
     "sentence_transformers": "retrieval datamodules",

@@ -1,15 +1,16 @@
 """trajectories.jsonl, schema 1: one JSON line per rollout, written per batch and readable after any kill.
 
-The file only grows. A line is complete exactly when it ends in a newline: what follows the last newline was cut off by
-a kill, is never yielded, and is removed before the next append. A resumed run writes some steps again; the last line
-of a (phase, step, instance_id, rollout_index) wins. Ranks write their own files beside each other. docs/metrics.md
-lists the fields. Next: `example.py`.
+The file grows, and is cut where a run goes on from an earlier step. A line is complete exactly when it ends in a
+newline: what follows the last newline was cut off by a kill, is never yielded, and is removed before the next append.
+Should a rollout stand there twice, the last line of its (phase, step, instance_id, rollout_index) wins. Ranks write
+their own files beside each other. docs/metrics.md lists the fields. Next: `example.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -122,6 +123,33 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
     with path.open("a", encoding="utf-8") as file:
         # `default`: the fields of a user's passages may hold anything.
         file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Removes, from `path` and the files of the other ranks beside it, what a run resumed after `step` writes again.
+
+    Lines stand in the order of their steps, so those are the last ones, and the file is read from its end.
+    """
+    for file_path in [path, *path.parent.glob(f"{path.stem}.rank*{path.suffix}")]:
+        if file_path.is_file() and file_path.stat().st_size:
+            cut_torn_line(file_path)
+            _cut_file(file_path, step)
+
+
+def _cut_file(path: Path, step: int) -> None:
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if not end:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+            while end > 0:
+                start = lines.rfind(b"\n", 0, end - 1) + 1
+                record = json.loads(lines[start:end])
+                # A training step is counted from 0: that of the checkpoint after n steps is n - 1.
+                if record["step"] < step + (record["phase"] not in ("train", "skipped")):
+                    break
+                end = start
+        file.truncate(end)
 
 
 def cut_torn_line(path: Path) -> None:

@@ -6,16 +6,23 @@ import contextlib
 import csv
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sdsearch_lightning.__main__ import main
 
 ROOT = Path(__file__).parent.parent.parent
+if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
+    sys.path.insert(0, str(ROOT))
+from benchmarks.kill_and_resume import contents  # noqa: E402
+
 INTERRUPTED = Path(__file__).with_name("interrupted.py")
 
 DATA = """\
@@ -81,10 +88,17 @@ class Workplace:
     def start(self, *command: str) -> Result:
         """`python COMMAND` in a process of its own, with this checkout on the path."""
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, *command], cwd=self.path, env=environment, capture_output=True, text=True, timeout=240
-        )
-        return Result(done.returncode, done.stdout, done.stderr)
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=self.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=240)
+            assert is_gone(process.pid), f"processes of {command} are left"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return Result(process.returncode, out, err)
 
     def interrupted(self, *arguments: str) -> Result:
         """`sdsearch ARGUMENTS`, with a signal at a chosen call: see interrupted.py."""
@@ -104,12 +118,28 @@ class Workplace:
         """A run folder."""
         return self.path / "runs" / name
 
+    def contents(self, name: str) -> dict[str, Any]:
+        """What two equal runs share to the bit: metrics without timings, rollouts, the model, names of files."""
+        return contents(self.run(name))
+
     def metrics(self, name: str) -> list[dict[str, str]]:
         """Rows of metrics.csv without timings, which no two runs share."""
         with (self.run(name) / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         timings = ("seconds", "tokens_per_second")
         return [{key: value for key, value in row.items() if not key.endswith(timings)} for row in rows]
+
+
+def is_gone(group: int) -> bool:
+    """Whether all processes of a group are gone, a few seconds after the first one ended."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @pytest.fixture(scope="session")

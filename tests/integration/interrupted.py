@@ -1,5 +1,10 @@
-"""The command line, sent a signal at one call of one function: `interrupted.py SIGNAL MODULE:FUNCTION NTH WHEN ...`."""
+"""The command line, with a fault at one call of a function: `interrupted.py WHAT[@RANK] MODULE:FUNCTION NTH WHEN ...`.
 
+WHAT is a signal, ENOSPC or the name of an exception; without a rank, it is on all of them. WHEN is before or after.
+"""
+
+import builtins
+import errno
 import os
 import signal
 import sys
@@ -8,8 +13,20 @@ from importlib import import_module
 
 from sdsearch_lightning.__main__ import main
 
+
+def strike(what):
+    if what in signal.Signals.__members__:
+        os.kill(os.getpid(), signal.Signals[what])
+    elif what == "ENOSPC":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    else:
+        raise getattr(builtins, what)("injected")
+
+
 if __name__ == "__main__":
-    number, target, nth, when, *argv = sys.argv[1:]
+    what, target, nth, when, *argv = sys.argv[1:]
+    what, _, rank = what.partition("@")
+    is_here = rank in ("", os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     module, _, path = target.partition(":")
     *owners, name = path.split(".")
     owner = reduce(getattr, owners, import_module(module))
@@ -19,11 +36,11 @@ if __name__ == "__main__":
     def interrupted(*args, **kwargs):
         global calls
         calls += 1
-        if calls == int(nth) and when == "before":
-            os.kill(os.getpid(), signal.Signals[number])
+        if is_here and calls == int(nth) and when == "before":
+            strike(what)
         result = original(*args, **kwargs)
-        if calls == int(nth) and when == "after":
-            os.kill(os.getpid(), signal.Signals[number])
+        if is_here and calls == int(nth) and when == "after":
+            strike(what)
         return result
 
     setattr(owner, name, interrupted)

@@ -76,9 +76,7 @@ def test_a_run_that_is_killed_and_started_again_equals_one_that_is_not(
     resumed = workplace.sdsearch(*arguments)
     assert (resumed.returncode, resumed.stderr) == (0, "")
     assert (f"resuming runs/{name} after step {step}" in resumed.stdout) == (step is not None)
-    assert workplace.metrics(name) == workplace.metrics("rl")
-    mine, whole = (load_file(workplace.run(run) / "model/model.safetensors") for run in (name, "rl"))
-    assert all(torch.equal(mine[key], whole[key]) for key in whole)
+    assert workplace.contents(name) == workplace.contents("rl")
 
 
 def test_the_comparison_above_can_fail(workplace):
@@ -177,18 +175,6 @@ def test_export_equals_the_model_folder(workplace, tmp_path, run):
 def test_report_prints_a_run_again(workplace):
     done = workplace.sdsearch("report", "runs/rl")
     assert done.returncode == 0 and "exact match, greedy" in done.stdout
-
-
-@pytest.mark.distributed
-def test_two_processes_stop_together_and_go_on_as_if_nothing_had_been(workplace):
-    both = ("--config", "fit.yaml", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "2")
-    whole = workplace.start("-m", "sdsearch_lightning", "fit", *both, "--run.name", "ddp")
-    assert whole.returncode == 0, whole.stderr
-    stopped = workplace.interrupted("SIGTERM", ROLLOUTS, "4", "before", "fit", *both, "--run.name", "ddp-killed")
-    assert stopped.returncode == 143, stopped.stderr
-    resumed = workplace.start("-m", "sdsearch_lightning", "fit", *both, "--run.name", "ddp-killed")
-    assert resumed.returncode == 0 and "after step 3" in resumed.stdout
-    assert workplace.metrics("ddp-killed") == workplace.metrics("ddp")
 
 
 def test_help_and_version_are_fast_and_import_nothing_heavy(workplace):

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from sdsearch_lightning.callbacks import graceful_stop
 from sdsearch_lightning.callbacks.graceful_stop import GracefulStop
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -56,7 +57,7 @@ def handlers_are_restored():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, capfd, number, code):
     model, stop = Model({2: [number]}), GracefulStop(advice="Go on like this.")
     trainer = trainer_of(stop, tmp_path)
@@ -79,11 +80,19 @@ def test_a_validation_that_is_due_is_finished_first(tmp_path):
     assert model.validations == 3
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(graceful_stop, "ECHO", 0.0)
     with pytest.raises(SystemExit) as ended:
         trainer_of(GracefulStop(), tmp_path).fit(Model({2: [signal.SIGTERM, signal.SIGINT]}), loader(8), loader(1))
     assert ended.value.code == 130
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_signal_that_is_told_twice_is_one(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        trainer_of(GracefulStop(), tmp_path).fit(Model({2: [signal.SIGINT, signal.SIGTERM]}), loader(8), loader(1))
+    assert ended.value.code == 130
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_outside_training_the_first_signal_ends_at_once(tmp_path, capfd):

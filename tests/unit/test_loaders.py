@@ -98,8 +98,6 @@ def test_a_cursor_that_replays_its_last_batch_would_be_noticed():
     [
         ({"count": 24}, "{'rows': 23}, found {'rows': 24}"),
         ({"seed": 6}, "{'seed': 5}, found {'seed': 6}"),
-        ({"share": Share(5)}, "{'rows_per_step': 4}, found {'rows_per_step': 5}"),
-        ({"share": Share(4, 0, 2)}, "{'rows_per_step': 4}, found {'rows_per_step': 8}"),
         ({"fingerprint": "b"}, "{'fingerprint': 'a'}, found {'fingerprint': 'b'}"),
         (
             {"sizes": (13, 10), "weights": (2, 1)},
@@ -252,3 +250,12 @@ def test_evaluation_drops_and_repeats_nothing(count, world_size):
         (i, (0, i)) for i in range(count)
     ]
     assert all(len(list(loader)) == len(loader) for loader in ranks)
+
+
+@pytest.mark.parametrize(
+    ("share", "told"), [(Share(5), "5 x 1 processes = 5"), (Share(4, 0, 2), "4 x 2 processes = 8")]
+)
+def test_a_step_holds_as_many_questions_on_any_number_of_processes(share, told):
+    with pytest.raises(ConfigError, match=f"steps hold 4 questions, found {told}. Keep the product"):
+        training(share=share).load_state_dict(training().state_dict())
+    training(share=Share(2, 1, 2)).load_state_dict(training().state_dict())

@@ -9,6 +9,7 @@ from report_data import credit, rollout, tokenizer, write_records
 from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.report.trajectories import (
     append_records,
+    cut_after,
     cut_torn_line,
     make_record,
     rank_file,
@@ -96,6 +97,30 @@ def test_a_torn_last_line_is_ignored_and_cut(tmp_path: Path, torn: bytes) -> Non
     assert len(list(read_trajectories(path))) == 2
     cut_torn_line(path)
     assert path.read_bytes() == whole
+
+
+def test_a_resumed_run_begins_where_the_checkpoint_stands(tmp_path: Path) -> None:
+    path = tmp_path / "trajectories.jsonl"
+    for rank, file in ((0, path), (1, rank_file(path, 1))):  # rank 1 may be gone in the resumed run
+        write_records(file, [rollout()], "val", 0)
+        for step in range(3):
+            write_records(file, [rollout(), rollout(index=1)], "train", step, rank=rank)
+            write_records(file, [rollout()], "val", step + 1)
+        write_records(file, [rollout()], "skipped", 3)
+        file.write_bytes(file.read_bytes() + b'{"schema": 1, "pha')
+    cut_after(path, 2)
+    for file in (path, rank_file(path, 1)):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        told = [(line["phase"], line["step"]) for line in lines]
+        assert told == [
+            ("val", 0), ("train", 0), ("train", 0), ("val", 1), ("train", 1), ("train", 1), ("val", 2),
+        ]  # fmt: skip
+        whole = file.read_bytes()
+        cut_after(path, 2)
+        assert file.read_bytes() == whole
+    cut_after(path, -1)
+    assert path.read_bytes() == b""
+    cut_after(tmp_path / "none.jsonl", 2)
 
 
 def test_a_file_of_one_torn_line_is_emptied(tmp_path: Path) -> None:

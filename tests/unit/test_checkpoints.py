@@ -1,0 +1,171 @@
+import errno
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from sdsearch_lightning import checkpoints
+from sdsearch_lightning.checkpoints import Contents, PlainFiles, name_again, read_contents, retire
+from sdsearch_lightning.errors import CheckpointError, DataError
+from sdsearch_lightning.run_folder import RunFolder
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+CONTENTS = Contents(4, 1)
+
+
+def state():
+    return {
+        "state_dict": {"policy.weight": torch.ones(300, 10), "policy.bias": torch.zeros(10)},
+        "optimizer_0": {"state": {"policy.weight": {"exp_avg": torch.zeros(300, 10)}}},
+    }
+
+
+def sharded(path, step=4):
+    """As fsdp2 leaves it."""
+    dcp.save(state(), checkpoint_id=path, no_dist=True)
+    torch.save({"global_step": step, "loops": {}}, path / "meta.pt")
+    return path
+
+
+def single(path, step=4):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": step, "optimizer_states": [{}], "state_dict": state()["state_dict"]}, path)
+    return path
+
+
+@pytest.mark.parametrize("make", [sharded, single])
+def test_contents_are_read_without_tensors(tmp_path, make):
+    assert read_contents(make(tmp_path / "step_00000004.ckpt")) == CONTENTS
+
+
+def tear_shard(path):
+    shard = path / "__0_0.distcp"
+    os.truncate(shard, shard.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (tear_shard, "__0_0.distcp has"),
+        (lambda path: (path / "__0_0.distcp").unlink(), "No such file"),
+        (lambda path: (path / ".metadata").unlink(), "No such file"),
+        (lambda path: (path / ".metadata").write_bytes(b""), "Ran out of input"),
+        (lambda path: os.truncate(path / ".metadata", 100), "truncated"),
+        (lambda path: (path / "meta.pt").unlink(), "No such file"),
+        (lambda path: os.truncate(path / "meta.pt", 100), "."),
+        (lambda path: torch.save({}, path / "meta.pt"), "global_step"),
+    ],
+)
+def test_a_folder_that_lacks_anything_is_passed_over(tmp_path, capsys, damage, told):
+    folder = RunFolder(tmp_path)
+    paths = [sharded(folder.checkpoints / f"step_{step:08d}.ckpt", step) for step in (2, 4)]
+    folder.last_checkpoint.symlink_to(paths[1].name)
+    assert folder.resume_point() == (paths[1], 4)
+    damage(paths[1])
+    with pytest.raises(DataError, match=told):
+        read_contents(paths[1])
+    assert folder.resume_point() == (paths[0], 2)
+    assert capsys.readouterr().err.startswith(f"warning: {paths[1]} is damaged and passed over: ")
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path):
+    (tmp_path / "notes").write_text("hello")
+    with pytest.raises(DataError):
+        read_contents(tmp_path / "notes")
+    with pytest.raises(DataError, match="global_step"):
+        torch.save({"state_dict": {}}, tmp_path / "weights")
+        read_contents(tmp_path / "weights")
+
+
+@pytest.mark.parametrize("make", [sharded, single])
+def test_a_second_name_takes_no_space_and_outlives_the_first(tmp_path, make):
+    last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    for step in (2, 4):
+        path = make(tmp_path / f"step_{step:08d}.ckpt", step)
+        last.unlink(missing_ok=True)
+        last.symlink_to(path.name)
+        name_again(last, best)
+        name_again(last, best)
+        assert read_contents(best).step == step
+        inner = "__0_0.distcp" if path.is_dir() else ""
+        assert (path / inner).stat().st_ino == (best / inner).resolve().stat().st_ino
+        retire(path)
+        assert not path.exists() and read_contents(best).step == step
+    assert len(list(tmp_path.glob("*best*"))) <= 2, "the best one before is gone"
+
+
+def test_a_file_system_without_links_gets_a_copy(tmp_path, monkeypatch):
+    def refuses(*args):
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr(os, "link", refuses)
+    for make, name in ((sharded, "step_00000002.ckpt"), (single, "step_00000004.ckpt")):
+        name_again(make(tmp_path / name), tmp_path / "best.ckpt")
+        assert read_contents(tmp_path / "best.ckpt") == CONTENTS
+
+
+class Ranks:
+    """A trainer of one process that writes `make(path)` and then `fails`."""
+
+    is_global_zero, global_step = True, 4
+
+    def __init__(self, make, fails=None):
+        self.make, self.fails, self.barriers = make, fails, 0
+        self.strategy = SimpleNamespace(
+            barrier=self.barrier, reduce_boolean_decision=lambda value, all: value, broadcast=lambda value: value
+        )
+
+    def barrier(self):
+        self.barriers += 1
+
+    def save_checkpoint(self, path, weights_only):
+        self.make(path)
+        if self.fails is not None:
+            raise self.fails
+        self.barrier()
+
+
+@pytest.mark.parametrize("make", [sharded, single])
+def test_a_checkpoint_has_its_name_when_it_is_whole(tmp_path, make):
+    path, trainer = tmp_path / "checkpoints" / "step_00000004.ckpt", Ranks(make)
+    for _ in range(2):  # the second replaces one of the same step that was never published
+        checkpoints.save(trainer, path, "")
+        assert read_contents(path) == CONTENTS and list(path.parent.iterdir()) == [path]
+    assert trainer.barriers == 2
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("make", [sharded, single])
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (FULL, "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (checkpoints.CheckpointException("write", {1: (FULL, None)}), "No space left on device"),
+        (checkpoints.CheckpointException("write", {1: (RuntimeError("broken\nmore"), None)}), "broken"),
+    ],
+)
+def test_a_disk_that_is_full_leaves_no_half_and_all_ranks_meet(tmp_path, make, error, told):
+    path, trainer = tmp_path / "checkpoints" / "step_00000004.ckpt", Ranks(make, error)
+    with pytest.raises(CheckpointError) as raised:
+        checkpoints.save(trainer, path, "The one of step 2 is intact.")
+    assert str(raised.value).splitlines() == [
+        f"the checkpoint of step 4 could not be saved in {path.parent}: {told}.",
+        "The one of step 2 is intact.",
+    ]
+    assert trainer.barriers == 1 and not list(path.parent.iterdir())
+
+
+def test_an_error_that_is_not_of_the_disk_is_not_hidden(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.save(Ranks(single, ZeroDivisionError()), tmp_path / "step_00000004.ckpt", "")
+
+
+def test_a_full_disk_is_an_oserror_whatever_torch_makes_of_it(tmp_path, monkeypatch):
+    """`torch.save` to a path would make a RuntimeError of it."""
+    with pytest.raises(OSError, match="No space left"):
+        PlainFiles().save_checkpoint({"weights": torch.zeros(100_000)}, "/dev/full")
