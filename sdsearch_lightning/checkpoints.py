@@ -1,21 +1,16 @@
-"""Checkpoints as things on disk: written whole or not at all, read again without trust, named a second time for free.
+"""Checkpoints are written whole or not at all, named a second time for free, and removed at once.
 
 A checkpoint is a file (one process, DDP) or a folder of shards (fsdp2). Invariant: whatever has a name that does not
-begin with a dot was once wholly written; it is a draft before that. Disks fail all the same, so `read_contents` finds
-out what was cut or lost afterwards. Next: run_folder.py, which checkpoint a run goes on from.
+begin with a dot was once wholly written; it is a draft before that. Disks fail all the same, so stored_checkpoint.py
+finds out what was cut or lost afterwards. Next: run_folder.py, which checkpoint a run goes on from.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import re
 import shutil
-import zipfile
-from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +18,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sdsearch_lightning.errors import CheckpointError, DataError
-from sdsearch_lightning.sharded_checkpoints import META, AnyCheckpointIO, read_metadata
-
-UNREADABLE = (
-    RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError,
-)  # fmt: skip
-"""What reading a damaged or foreign file may raise."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a checkpoint holds, without its tensors."""
-
-    step: int
-    num_optimizers: int
-
-
-def read_contents(path: Path) -> Contents:
-    """What lies in `path`, file or folder.
-
-    Raises:
-        DataError: it is cut, incomplete or no checkpoint; the message is the bare reason.
-    """
-    try:
-        return _read_folder(path) if path.is_dir() else _read_file(path)
-    except UNREADABLE as found:
-        error = found.__cause__ if isinstance(found, DataError) and found.__cause__ else found
-        raise DataError(str(error).partition("\n")[0][:80] or type(error).__name__) from error
-
-
-def _read_file(path: Path) -> Contents:
-    if not zipfile.is_zipfile(path):  # the table of a zip file stands at its end
-        path.open("rb").close()
-        raise ValueError("cut off, or something else")
-    # Mapped, not read: a cut file is found out without loading the tensors.
-    found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return Contents(int(found["global_step"]), len(found.get("optimizer_states", ())))
-
-
-def _read_folder(path: Path) -> Contents:
-    metadata = read_metadata(path)
-    ends: dict[str, int] = defaultdict(int)
-    for info in metadata.storage_data.values():
-        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
-    for name, end in ends.items():
-        if (size := (path / name).stat().st_size) < end:
-            raise ValueError(f"{name} has {size} of {end} bytes")
-    optimizers = {found[0] for name in metadata.state_dict_metadata if (found := re.match(r"optimizer_\d+", name))}
-    plain = torch.load(path / META, map_location="cpu", mmap=True, weights_only=True)
-    return Contents(int(plain["global_step"]), len(optimizers))
+from sdsearch_lightning.errors import CheckpointError
+from sdsearch_lightning.sharded_checkpoints import AnyCheckpointIO
 
 
 class PlainFiles(AnyCheckpointIO):

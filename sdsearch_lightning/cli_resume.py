@@ -15,10 +15,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sdsearch_lightning.checkpoints import Contents, read_contents
 from sdsearch_lightning.cli_common import say
-from sdsearch_lightning.errors import ConfigError, DataError, SDSearchError
+from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.run_folder import RunFolder
+from sdsearch_lightning.stored_checkpoint import StoredCheckpoint, named_checkpoint
 
 
 class Beginning(pl.Callback):
@@ -26,11 +26,13 @@ class Beginning(pl.Callback):
 
     Args:
         take: does so, on rank 0; all ranks wait for it before they write.
-        given: what the checkpoint holds that the user named, where one was named.
+        given: the checkpoint that the user named, where one was named.
         step: that the run goes on after, as this rank found it in the folder; None: from the start.
     """
 
-    def __init__(self, take: Callable[[], None], given: Contents | None = None, step: int | None = None) -> None:
+    def __init__(
+        self, take: Callable[[], None], given: StoredCheckpoint | None = None, step: int | None = None
+    ) -> None:
         self.take, self.given, self.step = take, given, step
         self.is_taken = False
         self._rates: list[float] = []
@@ -80,8 +82,8 @@ def _learning_rates(trainer: pl.Trainer) -> list[float]:
     ]
 
 
-def find_checkpoint(command: str, options: Any, folder: RunFolder, is_evaluation: bool) -> Contents | None:
-    """What the checkpoint of `ckpt_path` holds; `last` becomes a path, or nothing in training, which resumes anyway.
+def find_checkpoint(command: str, options: Any, folder: RunFolder, is_evaluation: bool) -> StoredCheckpoint | None:
+    """The checkpoint of `ckpt_path`; `last` becomes a path, or nothing in training, which resumes anyway.
 
     Raises:
         ConfigError: there is none, or it is damaged or something else.
@@ -93,17 +95,10 @@ def find_checkpoint(command: str, options: Any, folder: RunFolder, is_evaluation
         say(f"{command} takes the initial weights of model:; --ckpt_path last takes those of this run")
     if path in (None, "best"):
         return None
-    if not Path(path).exists():
-        raise ConfigError(f"ckpt_path: expected a checkpoint, found none at {path}.")
-    try:
-        return read_contents(Path(path))
-    except DataError as error:
-        raise ConfigError(
-            f"ckpt_path: expected a whole checkpoint of this library at {path}, found: {error}."
-        ) from None
+    return named_checkpoint(Path(path))
 
 
-def check_optimizers(saved: Contents, trainer: pl.Trainer) -> None:
+def check_optimizers(saved: StoredCheckpoint, trainer: pl.Trainer) -> None:
     """Raises ConfigError where the run has other optimizers than the checkpoint: Lightning would load what it can."""
     if saved.num_optimizers != len(trainer.optimizers):
         raise ConfigError(
@@ -125,5 +120,5 @@ def explaining_loads(trainer: pl.Trainer, path: str | None) -> Iterator[None]:
         is_loading = trainer.state.fn == TrainerFn.FITTING and trainer.optimizers and not trainer.training
         if path in (None, "best") or not is_loading or isinstance(error, SDSearchError):
             raise
-        check_optimizers(read_contents(Path(str(path))), trainer)
+        check_optimizers(named_checkpoint(Path(str(path))), trainer)
         raise ConfigError(f"ckpt_path: the optimizers in {path} are not those of model: {error}") from error

@@ -27,7 +27,7 @@ from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy_module import PolicyModule
 from sdsearch_lightning.report.summary import read_summary
 from sdsearch_lightning.run_folder import RunFolder
-from sdsearch_lightning.stored_checkpoint import StoredCheckpoint, open_checkpoint
+from sdsearch_lightning.stored_checkpoint import StoredCheckpoint, named_checkpoint
 from sdsearch_lightning.supervised import SupervisedModule
 
 
@@ -46,7 +46,7 @@ def export(argv: Sequence[str]) -> None:
         check_name(options.push_to_hub)
     if output.exists() or output.is_symlink():
         raise ConfigError(f"output: {output} exists already; name a new folder.")
-    checkpoint, run = open_checkpoint(path), _run_of(path)
+    checkpoint, run = named_checkpoint(path), _run_of(path)
     config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     module = build_module(config)
     restore(module, checkpoint)

@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from sdsearch_lightning.checkpoints import read_contents, remove
+from sdsearch_lightning.checkpoints import remove
 from sdsearch_lightning.errors import ConfigError, DataError
+from sdsearch_lightning.stored_checkpoint import open_checkpoint
 
 IGNORED = ("run.", "config", "ckpt_path", "weights_only", "trainer.enable_progress_bar", "trainer.enable_model_summary",
            "trainer.logger", "trainer.profiler", "trainer.log_every_n_steps",
@@ -140,7 +141,7 @@ class RunFolder:
             candidates = [self.last_checkpoint, *candidates]
         for path in candidates:
             try:
-                return path, read_contents(path).step
+                return path, open_checkpoint(path).step
             except DataError as error:
                 _warn(f"{path} is damaged and passed over: {error}")
         raise DataError(f"none of the {len(candidates)} checkpoints in {self.checkpoints} can be read.\n{_WAY_OUT}")

@@ -1,17 +1,20 @@
-"""Weights out of a checkpoint, without a trainer and without a process group, whichever kind it is.
+"""Checkpoints as they lie on disk, opened without a trainer and without a process group, whichever kind they are.
 
     runs/<name>/checkpoints/step_<n>.ckpt   one process, or DDP: a file
     runs/<name>/checkpoints/step_<n>.ckpt/  sharded over ranks: `.metadata`, a file per rank, and `meta.pt`
 
-Either may be reached through a link, such as last.ckpt. Optimizer states are never read.
+Either may be reached through a link, such as last.ckpt. Tensors are read when they are asked for; nothing is unpickled.
 
-Invariant: what was not wholly written is refused, not read in part. Next: export_command.py.
+Invariant: what was not wholly written is refused when it is opened. Next: strategies.py and checkpoints.py.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
+import zipfile
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,24 +22,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.sharded_checkpoints import META, read_into, read_metadata
 
-INDEX = ".metadata"
-"""Of a folder: which shard holds what."""
 WEIGHTS = "state_dict"
-_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
+_UNREADABLE = (
+    RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError,
+)  # fmt: skip
+"""What reading a damaged or foreign file may raise."""
 
 
 class StoredCheckpoint(ABC):
     """One checkpoint on disk."""
 
+    path: Path
     facts: Mapping[str, Any]
     """What it holds besides weights and optimizer states: `global_step` and more."""
     shapes: Mapping[str, torch.Size]
     """Shape of each weight, by the module's name for it."""
+    num_optimizers: int
+
+    @property
+    def step(self) -> int:
+        """After which it was saved."""
+        return int(self.facts["global_step"])
 
     @abstractmethod
     def read(self, into: Mapping[str, Tensor]) -> None:
@@ -47,15 +58,18 @@ class CheckpointFile(StoredCheckpoint):
     """Everything in one file."""
 
     def __init__(self, path: Path) -> None:
-        with _readable(path, "Is it the file of a run, wholly written?"):
-            # Mapped, not read: a cut file is found out at once, and optimizer states stay on disk.
-            stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not zipfile.is_zipfile(path):  # the table of a zip file stands at its end
+            path.open("rb").close()
+            raise ValueError("cut off, or something else")
+        # Mapped, not read: optimizer states stay on disk.
+        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(stored, dict) or WEIGHTS not in stored or "global_step" not in stored:
             found = ", ".join(map(str, list(stored)[:4])) if isinstance(stored, dict) else type(stored).__name__
-            raise ConfigError(f"ckpt_path: expected a checkpoint with state_dict and global_step at {path}: {found}.")
-        self.weights = stored.pop(WEIGHTS)
+            raise ValueError(f"expected state_dict and global_step in it, found {found}")
+        self.path, self.weights = path, stored.pop(WEIGHTS)
         self.facts = stored
         self.shapes = {name: weight.shape for name, weight in self.weights.items()}
+        self.num_optimizers = len(stored.get("optimizer_states", ()))
 
     def read(self, into: Mapping[str, Tensor]) -> None:
         """See `StoredCheckpoint.read`."""
@@ -67,33 +81,59 @@ class CheckpointFolder(StoredCheckpoint):
     """Shards, as torch.distributed.checkpoint writes them."""
 
     def __init__(self, path: Path) -> None:
-        if missing := [name for name in (INDEX, META) if not (path / name).is_file()]:
-            raise ConfigError(
-                f"ckpt_path: expected a sharded checkpoint with {INDEX} and {META}, found no "
-                f"{' and no '.join(missing)} in {path}: not a checkpoint, or its save was cut off. Take another step."
+        if missing := [name for name in (".metadata", META) if not (path / name).is_file()]:
+            raise ValueError(
+                f"found no {' and no '.join(missing)} in the folder: its save was cut off, or it is another"
             )
+        index = read_metadata(path)
+        _check_shards(path, index)
         self.path = path
-        with _readable(path, "Take another step."):
-            self.facts = torch.load(path / META, map_location="cpu", weights_only=True)
-            index = read_metadata(path)
-        shards = {place.relative_path for place in (index.storage_data or {}).values()}
-        if torn := sorted(name for name in shards if not (path / name).is_file()):
-            raise ConfigError(f"ckpt_path: {path} lacks {torn[0]}, one of its shards: it is torn. Take another step.")
+        self.facts = torch.load(path / META, map_location="cpu", weights_only=True)
+        if "global_step" not in self.facts:
+            raise ValueError(f"expected global_step in {META}, found {', '.join(self.facts)}")
         prefix = f"{WEIGHTS}."
         self.shapes = {
             name.removeprefix(prefix): entry.size
             for name, entry in index.state_dict_metadata.items()
             if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
+        optimizers = {found[0] for name in index.state_dict_metadata if (found := re.match(r"optimizer_\d+", name))}
+        self.num_optimizers = len(optimizers)
 
     def read(self, into: Mapping[str, Tensor]) -> None:
         """See `StoredCheckpoint.read`."""
-        with _readable(self.path, "Take another step."):
+        with _naming(self.path):
             read_into({WEIGHTS: dict(into)}, self.path, alone=True)
+
+
+def _check_shards(path: Path, index: Metadata) -> None:
+    """Raise ValueError where a shard is not there, or shorter than the index says."""
+    ends: dict[str, int] = defaultdict(int)
+    for place in (index.storage_data or {}).values():
+        ends[place.relative_path] = max(ends[place.relative_path], place.offset + place.length)
+    for name, end in ends.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size is None:
+            raise ValueError(f"lacks {name}, one of its shards")
+        if size < end:
+            raise ValueError(f"{name} has {size} of {end} bytes")
 
 
 def open_checkpoint(path: Path) -> StoredCheckpoint:
     """The checkpoint at `path`, a file, a folder or a link to one.
+
+    Raises:
+        DataError: it is cut, incomplete or no checkpoint; the message is the bare reason.
+    """
+    try:
+        return CheckpointFolder(path) if path.is_dir() else CheckpointFile(path)
+    except _UNREADABLE as found:
+        error = found.__cause__ if isinstance(found, DataError) and found.__cause__ else found
+        raise DataError(str(error).strip().partition("\n")[0][:100] or type(error).__name__) from error
+
+
+def named_checkpoint(path: Path) -> StoredCheckpoint:
+    """The checkpoint that a user named as `ckpt_path`.
 
     Raises:
         ConfigError: nothing there, no checkpoint, or one that was not wholly written.
@@ -101,13 +141,15 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
     if not path.exists():
         where = f"{path}, a link to {path.readlink()} which is gone" if path.is_symlink() else path
         raise ConfigError(f"ckpt_path: expected a checkpoint (a file, or a folder of shards), found none at {where}.")
-    return CheckpointFolder(path) if path.is_dir() else CheckpointFile(path)
+    with _naming(path):
+        return open_checkpoint(path)
 
 
 @contextmanager
-def _readable(path: Path, remedy: str) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except _UNREADABLE as error:
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise ConfigError(f"ckpt_path: {path} cannot be read as a checkpoint: {reason}\n{remedy}") from error
+    except DataError as error:
+        raise ConfigError(
+            f"ckpt_path: {path} cannot be read as a checkpoint of this library: {error}.\nTake that of another step."
+        ) from error

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.sharded_checkpoints import read_into
-from sdsearch_lightning.stored_checkpoint import CheckpointFile, CheckpointFolder, open_checkpoint
+from sdsearch_lightning.stored_checkpoint import CheckpointFile, CheckpointFolder, named_checkpoint
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -61,7 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             ConfigError: it belongs to another model or to other optimizers.
         """
-        stored = open_checkpoint(Path(self.broadcast(checkpoint_path)))
+        stored = named_checkpoint(Path(self.broadcast(checkpoint_path)))
         module: Any = self.lightning_module
         weights = {name: value for name, value in get_model_state_dict(self._module).items() if module.is_saved(name)}
         module.check_checkpoint(stored.facts, stored.shapes, weights)

@@ -35,7 +35,7 @@ ON_THE_COMMAND_LINE = [
     (["--rollout.temperature", "0"], "rollout.temperature"),
     (["--run.name", "../elsewhere"], "run.name: expected the name of a folder below run.root, got '../elsewhere'."),
     (["--data.batch_size", "0"], "data.batch_size: expected at least 1, found 0."),  # from its __init__
-    (["--ckpt_path", "nope.ckpt"], "ckpt_path: expected a checkpoint, found none at nope.ckpt."),
+    (["--ckpt_path", "nope.ckpt"], "expected a checkpoint (a file, or a folder of shards), found none at nope.ckpt."),
     (["--trainer.strategy", "fsdp"], "FSDP1 cannot train with manual optimisation. Use fsdp2."),
     (["--trainer.strategy", "FSDPStrategy"], "fsdp2"),
     (["--trainer.strategy", "dpp"], "trainer: "),

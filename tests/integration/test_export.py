@@ -147,9 +147,9 @@ def damaged(sharded: Path, tmp_path: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     ("lacking", "told"),
     [
-        (".metadata", "found no .metadata in"),
-        ("meta.pt", "found no meta.pt in"),
-        ("__0_0.distcp", "lacks __0_0.distcp, one of its shards: it is torn"),
+        (".metadata", "found no .metadata in the folder"),
+        ("meta.pt", "found no meta.pt in the folder"),
+        ("__0_0.distcp", "lacks __0_0.distcp, one of its shards"),
     ],
 )
 def test_a_torn_folder_is_refused(workplace: Any, sharded: Path, tmp_path: Path, lacking: str, told: str) -> None:
@@ -185,7 +185,7 @@ def test_what_is_no_checkpoint_is_refused(workplace: Any, tmp_path: Path) -> Non
     (tmp_path / "lost.ckpt").symlink_to("step_00000099.ckpt")
     (tmp_path / "empty").mkdir()
     for name, told in {
-        "other.pt": "expected a checkpoint with state_dict and global_step",
+        "other.pt": "expected state_dict and global_step in it",
         "lost.ckpt": "a link to step_00000099.ckpt which is gone",
         "empty": "found no .metadata and no meta.pt",
         "nothing": "found none at",

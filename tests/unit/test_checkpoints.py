@@ -7,12 +7,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from sdsearch_lightning import checkpoints
-from sdsearch_lightning.checkpoints import Contents, PlainFiles, name_again, read_contents, retire
+from sdsearch_lightning.checkpoints import PlainFiles, name_again, retire
 from sdsearch_lightning.errors import CheckpointError, DataError
 from sdsearch_lightning.run_folder import RunFolder
+from sdsearch_lightning.stored_checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-CONTENTS = Contents(4, 1)
+STEP, OPTIMIZERS = 4, 1
 
 
 def state():
@@ -37,7 +38,8 @@ def single(path, step=4):
 
 @pytest.mark.parametrize("make", [sharded, single])
 def test_contents_are_read_without_tensors(tmp_path, make):
-    assert read_contents(make(tmp_path / "step_00000004.ckpt")) == CONTENTS
+    stored = open_checkpoint(make(tmp_path / "step_00000004.ckpt"))
+    assert (stored.step, stored.num_optimizers) == (STEP, OPTIMIZERS)
 
 
 def tear_shard(path):
@@ -49,11 +51,11 @@ def tear_shard(path):
     "damage, told",
     [
         (tear_shard, "__0_0.distcp has"),
-        (lambda path: (path / "__0_0.distcp").unlink(), "No such file"),
-        (lambda path: (path / ".metadata").unlink(), "No such file"),
+        (lambda path: (path / "__0_0.distcp").unlink(), "lacks __0_0.distcp, one of its shards"),
+        (lambda path: (path / ".metadata").unlink(), "found no .metadata in the folder"),
         (lambda path: (path / ".metadata").write_bytes(b""), "Ran out of input"),
         (lambda path: os.truncate(path / ".metadata", 100), "truncated"),
-        (lambda path: (path / "meta.pt").unlink(), "No such file"),
+        (lambda path: (path / "meta.pt").unlink(), "found no meta.pt in the folder"),
         (lambda path: os.truncate(path / "meta.pt", 100), "."),
         (lambda path: torch.save({}, path / "meta.pt"), "global_step"),
     ],
@@ -65,7 +67,7 @@ def test_a_folder_that_lacks_anything_is_passed_over(tmp_path, capsys, damage, t
     assert folder.resume_point() == (paths[1], 4)
     damage(paths[1])
     with pytest.raises(DataError, match=told):
-        read_contents(paths[1])
+        open_checkpoint(paths[1])
     assert folder.resume_point() == (paths[0], 2)
     assert capsys.readouterr().err.startswith(f"warning: {paths[1]} is damaged and passed over: ")
 
@@ -73,10 +75,10 @@ def test_a_folder_that_lacks_anything_is_passed_over(tmp_path, capsys, damage, t
 def test_what_is_no_checkpoint_is_told(tmp_path):
     (tmp_path / "notes").write_text("hello")
     with pytest.raises(DataError):
-        read_contents(tmp_path / "notes")
+        open_checkpoint(tmp_path / "notes")
     with pytest.raises(DataError, match="global_step"):
         torch.save({"state_dict": {}}, tmp_path / "weights")
-        read_contents(tmp_path / "weights")
+        open_checkpoint(tmp_path / "weights")
 
 
 @pytest.mark.parametrize("make", [sharded, single])
@@ -88,11 +90,11 @@ def test_a_second_name_takes_no_space_and_outlives_the_first(tmp_path, make):
         last.symlink_to(path.name)
         name_again(last, best)
         name_again(last, best)
-        assert read_contents(best).step == step
+        assert open_checkpoint(best).step == step
         inner = "__0_0.distcp" if path.is_dir() else ""
         assert (path / inner).stat().st_ino == (best / inner).resolve().stat().st_ino
         retire(path)
-        assert not path.exists() and read_contents(best).step == step
+        assert not path.exists() and open_checkpoint(best).step == step
     assert len(list(tmp_path.glob("*best*"))) <= 2, "the best one before is gone"
 
 
@@ -103,7 +105,7 @@ def test_a_file_system_without_links_gets_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuses)
     for make, name in ((sharded, "step_00000002.ckpt"), (single, "step_00000004.ckpt")):
         name_again(make(tmp_path / name), tmp_path / "best.ckpt")
-        assert read_contents(tmp_path / "best.ckpt") == CONTENTS
+        assert open_checkpoint(tmp_path / "best.ckpt").step == STEP
 
 
 class Ranks:
@@ -132,7 +134,7 @@ def test_a_checkpoint_has_its_name_when_it_is_whole(tmp_path, make):
     path, trainer = tmp_path / "checkpoints" / "step_00000004.ckpt", Ranks(make)
     for _ in range(2):  # the second replaces one of the same step that was never published
         checkpoints.save(trainer, path, "")
-        assert read_contents(path) == CONTENTS and list(path.parent.iterdir()) == [path]
+        assert open_checkpoint(path).step == STEP and list(path.parent.iterdir()) == [path]
     assert trainer.barriers == 2
 
 

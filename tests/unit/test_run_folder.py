@@ -16,7 +16,8 @@ def folder(tmp_path):
 def save(folder, *steps, last):
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     for step in steps:
-        torch.save({"global_step": step, "weights": torch.zeros(1000)}, folder.checkpoints / f"step_{step:08d}.ckpt")
+        contents = {"global_step": step, "state_dict": {"w": torch.zeros(1000)}}
+        torch.save(contents, folder.checkpoints / f"step_{step:08d}.ckpt")
     folder.last_checkpoint.symlink_to(f"step_{last:08d}.ckpt")
     folder.config.write_text(yaml.safe_dump(CONFIG))
 
@@ -53,7 +54,7 @@ def test_with_every_checkpoint_torn_the_way_out_is_told(folder):
 def test_a_plain_last_checkpoint_is_resumed_too(folder):
     save(folder, 2, last=2)
     folder.last_checkpoint.unlink()
-    torch.save({"global_step": 3}, folder.last_checkpoint)
+    torch.save({"global_step": 3, "state_dict": {}}, folder.last_checkpoint)
     assert folder.resume_point() == (folder.last_checkpoint, 3)
 
 
