@@ -29,7 +29,7 @@ METRICS = {
     "gold_in_query gold_in_correct_query cut_passages tagged_query_rate seconds tokens_per_second",
     "search": "queries unique errors seconds",
     "train": "loss policy_loss kl entropy query_entropy entropy_loss skipped_updates clip_fraction logprob_gap "
-    "policy_tokens grad_norm lr",
+    "policy_tokens grad_norm update_ratio lr",
     "distill": "weight groups groups_without_queries groups_over_budget dropped_entries teacher_rows loss jsd jsd_p95 "
     "effective_weight student_logprob teacher_logprob student_entropy teacher_entropy entropy_gap "
     "environment_mass_student environment_mass_teacher",
@@ -164,6 +164,14 @@ RULES: dict[str, HealthRule] = {
         patience=2,
         meaning="the gradient explodes, which came before the collapses of Search-R1",
         advice="lower the learning rate; lengthen its warm-up",
+    ),
+    "update_ratio": HealthRule(
+        metric="train/update_ratio",
+        how="above",
+        bound=0.05,
+        patience=1,
+        meaning="one update moves the weights by a twentieth of their length or more: it overwrites what was learnt",
+        advice="divide the learning rate by ten or more; lengthen its warm-up",
     ),
     "valid_actions": HealthRule(
         metric="rollout/valid_action_rate",

@@ -8,8 +8,9 @@ Next: policy_module.py.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -23,6 +24,19 @@ from sdsearch_lightning.master_weights import MasterWeights
 from sdsearch_lightning.policy import Policy
 
 MicroBatch = TypeVar("MicroBatch")
+
+
+SAMPLE = 256
+"""Numbers of each weight that tell how far an update moves it; a copy of all would cost as much memory as they do."""
+
+
+class Update(NamedTuple):
+    """What one update did."""
+
+    norm: float
+    """Of the gradient before clipping; where it is not finite nothing else happened."""
+    ratio: float
+    """Length of the way that the weights went, as a share of their own length; 1e-3 is usual, 1 overwrites them."""
 
 
 class ManualStep(pl.LightningModule):
@@ -53,7 +67,7 @@ class ManualStep(pl.LightningModule):
                 # Strategies average gradients over ranks, while our token weights already are those of the joint batch.
                 self.manual_backward(loss(micro_batch) * self.trainer.world_size)
 
-    def apply_gradients(self, last: bool = True) -> float:
+    def apply_gradients(self, last: bool = True) -> Update:
         """Clip, step every optimizer, zero the gradients.
 
         Where the gradient is not finite the update is skipped: no weight and no optimizer state changes. The norm is
@@ -61,9 +75,6 @@ class ManualStep(pl.LightningModule):
 
         Args:
             last: whether this is the batch's last update: it alone advances `global_step` and the schedules.
-
-        Returns:
-            The gradient norm before clipping.
         """
         optimizers = self._optimizers()
         for masters in self.master_weights:
@@ -73,6 +84,7 @@ class ManualStep(pl.LightningModule):
         norm = nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
         if isinstance(norm, DTensor):  # each rank has the norm of its shards
             norm = norm.full_tensor()
+        before = _sample(trained)
         if not torch.isfinite(norm):
             for optimizer in optimizers:
                 optimizer.zero_grad()  # parameters without a gradient are passed over, weight decay included
@@ -86,7 +98,15 @@ class ManualStep(pl.LightningModule):
         if last:
             for schedule in self._schedules():
                 schedule.step()
-        return float(norm)
+        return Update(float(norm), self._ratio(before, _sample(trained)))
+
+    def _ratio(self, before: Tensor, after: Tensor) -> float:
+        """See `Update.ratio`."""
+        squares = torch.stack([(after - before).square().sum(), before.square().sum()])
+        if self.policy.is_sharded:
+            squares = self.sum_over_ranks(squares)
+        moved, size = squares.sqrt().tolist()
+        return moved / size if size else math.inf
 
     @property
     def learning_rate(self) -> float:
@@ -119,6 +139,14 @@ class ManualStep(pl.LightningModule):
         """The sum of `values` over all ranks; a collective: every rank calls it."""
         total: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
         return total.to(values.device)
+
+
+@torch.no_grad()
+def _sample(weights: Sequence[Tensor]) -> Tensor:
+    """Up to SAMPLE evenly spaced numbers of each weight, or of this rank's shards."""
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    flat = [part.detach().flatten() for part in parts]
+    return torch.cat([part[:: max(1, len(part) // SAMPLE)][:SAMPLE].double() for part in flat])
 
 
 @contextlib.contextmanager

@@ -186,9 +186,10 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             share = slice(*(len(groups) * i // self.num_updates for i in (update, update + 1)))
             micro_batches = self.micro_batches(groups[share], blocks[share], on_policy=update == 0)
             self.backward_all(micro_batches, lambda micro: self._loss(micro, tally, credits))
-            norm = self.apply_gradients(last=update == self.num_updates - 1)
-            if math.isfinite(norm):
-                tally.sums["grad_norm"] += norm
+            done = self.apply_gradients(last=update == self.num_updates - 1)
+            if math.isfinite(done.norm):
+                tally.sums["grad_norm"] += done.norm
+                tally.sums["update_ratio"] += done.ratio
                 self.teacher.after_update(self.policy)
             else:
                 tally.skipped += 1
@@ -282,8 +283,9 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         if self.trainer.world_size > 1:
             values = self.sum_over_ranks(values)
         means = step_means(dict(zip(names, values.tolist(), strict=True)), self.num_updates)
+        applied = max(self.num_updates - tally.skipped, 1)
         means |= {
-            "train/grad_norm": tally.sums["grad_norm"] / max(self.num_updates - tally.skipped, 1),
+            **{f"train/{name}": tally.sums[name] / applied for name in ("grad_norm", "update_ratio")},
             "train/skipped_updates": float(tally.skipped),
             "train/lr": learning_rate,
             "distill/weight": self.jsd_weight,

@@ -117,12 +117,13 @@ class SupervisedModule(PolicyModule):
 
         self.backward_all(micro_batches, loss)
         learning_rate = self.learning_rate  # of this step: the schedule moves on with the update
-        norm = self.apply_gradients()
+        update = self.apply_gradients()
         value = torch.tensor(sum(losses), dtype=torch.float64)
         self.log_dict(
             {
                 "train/loss": float(self.sum_over_ranks(value) if self.trainer.world_size > 1 else value),
-                "train/grad_norm": norm,
+                "train/grad_norm": update.norm,
+                "train/update_ratio": update.ratio,
                 "train/lr": learning_rate,
             },
             batch_size=len(batch),
