@@ -168,9 +168,9 @@ RULES: dict[str, HealthRule] = {
     "update_ratio": HealthRule(
         metric="train/update_ratio",
         how="above",
-        bound=0.05,
+        bound=0.02,
         patience=1,
-        meaning="one update moves the weights by a twentieth of their length or more: it overwrites what was learnt",
+        meaning="one update moves the weights by a fiftieth of their length or more: it overwrites what was learnt",
         advice="divide the learning rate by ten or more; lengthen its warm-up",
     ),
     "valid_actions": HealthRule(
