@@ -143,8 +143,8 @@ def measure(cli: PlanCLI, make: MakeModel, where: AbstractContextManager[Any]) -
     adapters = adapters_of(options.model.get("lora"), half if half and in_half else torch.float32)
     with where:
         model = adapt(make(half if half and in_half else getattr(torch, options.model.dtype)), adapters)
-    if adapters is not None:  # the frozen model is the reference
-        module.objective = replace(module.objective, kl_coef=0.0)
+    if adapters is not None:  # the frozen model is the reference, and the stand-in for peft's layers is on it already
+        module.objective, module.lora = replace(module.objective, kl_coef=0.0), None
     module.attach(model, word_level_tokenizer([f"w{i}" for i in range(100)], module.protocol.tags))
     trained = [weight for weight in module.policy.parameters() if weight.requires_grad]
     optimizer = as_on_gpu(module._optimizer_specs[0].optimizer(trained))
