@@ -3,8 +3,8 @@
     python -m benchmarks.planted_collapses [--seeds 0 1 2] [--root runs/planted]
 
     lr_x100       the quick start; from step 15 on with a hundred times its learning rate
-    closing_tag   the closing tag of a search inside the JSD positions, where it must not be, at JSD weight 1, after a
-                  cold start that was allowed to write documents itself
+    closing_tag   the closing tag of a search inside the JSD positions, where it must not be, at JSD weight 4, after a
+                  cold start that was allowed to write documents itself (without both the loop does not start here)
 
 Each runs with TrainingHealth set to stop, and once more with it only warning: what would have come. A row says when a
 rule first spoke, sampled exact match then and at its best before, what it fell to, and whether the best checkpoint
@@ -32,7 +32,8 @@ WARMUP, JUMP, TIMES = 4, 15, 100
 SCENARIOS = {
     "lr_x100": ("--model.lr_schedule", "benchmarks.planted_collapses.Jump"),
     "closing_tag": (
-        *("--jsd.weight", "1.0", "--hindsight.groups", "all", "--model.optimizer.init_args.lr", "0.001"),
+        *("--jsd.weight", "4.0", "--jsd.warmup_steps", "2", "--hindsight.groups", "all"),
+        *("--model.optimizer.init_args.lr", "0.001"),
         *("--trainer.max_steps", "60", "--model.lr_schedule.init_args.hold_until", "60"),
         *("--model.lr_schedule.init_args.total_steps", "60"),
     ),
