@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -40,15 +42,17 @@ from sdsearch_lightning.stored_checkpoint import CheckpointFile, CheckpointFolde
 class FSDP2Strategy(ModelParallelStrategy):
     """`trainer.strategy: fsdp2`: FSDP2 over all processes of all nodes; for a `PolicyModule`, which shards itself.
 
+    A checkpoint is a folder with a file per rank; `sdsearch export` makes one model of it.
+
     Args:
-        save_distributed_checkpoint: a checkpoint is a folder with a file per rank; else one file that rank 0 writes.
         process_group_backend: nccl or gloo; null takes that of the device.
         timeout: after which a collective that some rank never joins is an error.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, **options: Any) -> None:
-        options |= {"data_parallel_size": "auto", "tensor_parallel_size": 1}
-        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **options)
+    def __init__(
+        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+    ) -> None:
+        super().__init__("auto", 1, True, process_group_backend, timeout)
 
     def setup_environment(self) -> None:
         """See Lightning, whose "auto" would mean one data-parallel group per node."""
