@@ -92,7 +92,7 @@ def test_validate_of_another_model_is_refused_too(workplace, tmp_path):
 def test_what_is_no_checkpoint_is_refused_before_anything_is_loaded(workplace, tmp_path, text):
     (tmp_path / "x.ckpt").write_bytes(text)
     done = workplace.sdsearch(*SHORT, "--run.name", "x", "--ckpt_path", str(tmp_path / "x.ckpt"))
-    assert done.returncode == 2 and "found: cut off, or something else." in done.stderr
+    assert done.returncode == 2 and "as a checkpoint of this library: cut off, or something else." in done.stderr
     assert not workplace.run("x").exists()
 
 

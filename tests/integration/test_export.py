@@ -234,6 +234,7 @@ def test_an_export_that_is_cut_off_leaves_nothing_under_the_name(tmp_path: Path)
 # Shards of several processes
 
 WRITER = """
+import os
 import sys, torch
 from pathlib import Path
 from torch.distributed.fsdp import fully_shard
@@ -257,7 +258,9 @@ save({"state_dict": weights}, checkpoint_id=sys.argv[3])
 if torch.distributed.get_rank() == 0:
     facts.pop("optimizer_states")
     torch.save(facts, Path(sys.argv[3]) / "meta.pt")
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+os._exit(0)  # gloo's threads may abort an interpreter that takes its time to end
 """
 
 

@@ -53,7 +53,7 @@ PLANTED = {
     "valid_actions": ("rollout/valid_action_rate", 0.7),
     "searches": ("rollout/searches_per_question", 0.6),
     "tagged_queries": ("rollout/tagged_query_rate", 0.2),
-    "environment_mass": ("distill/environment_mass_student", 0.03),
+    "environment_mass": ("distill/environment_mass_student", 6e-4),
     "teacher_environment_mass": ("distill/environment_mass_teacher", 0.06),
     "jsd": ("distill/jsd", 0.13),
     "answers": ("rollout/answered_rate", 0.6),
@@ -158,14 +158,18 @@ def test_relative_rules_sleep_while_their_reference_is_noise() -> None:
 
 def test_the_loop_of_environment_tokens_is_seen_before_the_reward_falls() -> None:
     """Masses as measured in a run that collapsed; its reward fell from step 34 on."""
-    masses = {20: (0.0001, 0.0009), 30: (0.002, 0.018), 33: (0.017, 0.12), 35: (0.14, 0.44)}
+    masses = {step: (0.0001, 0.0009) for step in range(1, 21)} | {
+        30: (0.002, 0.018),
+        33: (0.017, 0.12),
+        35: (0.14, 0.44),
+    }
     found = {}
     health = TrainingHealth()
     for step, (student, teacher) in masses.items():
         masses_now = {"distill/environment_mass_student": student, "distill/environment_mass_teacher": teacher}
         for name in health.judge(HEALTHY | masses_now):
             found[name] = step
-    assert found == {"teacher_environment_mass": 33, "environment_mass": 35}
+    assert found == {"teacher_environment_mass": 33, "environment_mass": 33}
 
 
 # Configuration
@@ -329,9 +333,9 @@ def test_reduce_lowers_learning_rate_and_jsd_weight_from_the_next_step_on(tmp_pa
 
 def test_stop_ends_the_run_after_the_step_and_names_the_best_checkpoint(tmp_path: Path) -> None:
     rising = [HEALTHY | {"rollout/reward": 0.3 + 0.02 * step} for step in range(10)]
-    model = Model([*rising, *planted("environment_mass", 1), *healthy(9)])
+    model = Model([*rising, *planted("teacher_environment_mass", 1), *healthy(9)])
     best = tmp_path / "checkpoints" / "best.ckpt"
-    line = rf"step 11, environment_mass: .* Stopping. Best checkpoint: {best} \(step 10\)\.$"
+    line = rf"step 11, teacher_environment_mass: .* Stopping. Best checkpoint: {best} \(step 10\)\.$"
     with pytest.warns(UserWarning, match=line):
         trainer = run(model, TrainingHealth("stop"), Saving(tmp_path), folder=tmp_path)
     assert trainer.global_step == 11
