@@ -57,7 +57,8 @@ def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", ["runs/quickstart_cold_start/model", "./nowhere", "~/no/where", "a/b/c"])
-def test_a_missing_folder_is_named(name: str) -> None:
+def test_a_missing_folder_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"there is no folder '{name}'. If it is the result of a cold start, run"):
         models.load(name, torch.float32)
 
