@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,15 @@ def _reason(error: OSError | CheckpointException) -> str:
 def draft_of(path: Path) -> Path:
     """The name that `path` has until it is whole."""
     return path.with_name(f".{path.name}.draft")
+
+
+def drafted(path: Path, write: Callable[[Path], None]) -> Path:
+    """Has `write` make a folder under the draft name of `path`; the caller gives it its name."""
+    draft = draft_of(path.absolute())
+    remove(draft)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    write(draft)
+    return draft
 
 
 def name_again(path: Path, name: Path) -> None:

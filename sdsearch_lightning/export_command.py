@@ -8,7 +8,7 @@ Invariant: under the name that was asked for there is a whole folder or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from sdsearch_lightning.checkpoints import remove
+from sdsearch_lightning.checkpoints import drafted
 from sdsearch_lightning.cli_common import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
@@ -55,7 +55,7 @@ def export(argv: Sequence[str]) -> None:
         (module.save_adapter if options.adapter else module.save_pretrained)(folder)
         write_card(folder, Training(config, checkpoint.facts["global_step"], read_summary(run.path)))
 
-    write_whole(output, write)
+    drafted(output, write).rename(output)  # a killed export leaves nothing under the name
     what = "an adapter of peft" if options.adapter else "a Hugging Face folder"
     say(f"step {checkpoint.facts['global_step']} of {path} is now {what}: {output}")
     if options.push_to_hub is not None:
@@ -107,12 +107,3 @@ def restore(module: PolicyModule, checkpoint: StoredCheckpoint) -> None:
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(policy)}
     module.check_checkpoint(checkpoint.facts, shapes, weights)
     checkpoint.read({name: weight for name, weight in weights.items() if module.is_saved(name)})
-
-
-def write_whole(output: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make the folder `output`, under another name until it is whole."""
-    draft = output.absolute().with_name(f".{output.absolute().name}.draft")
-    remove(draft)
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    write(draft)
-    draft.rename(output)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from sdsearch_lightning.checkpoints import remove
+from sdsearch_lightning.checkpoints import drafted, remove
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.stored_checkpoint import open_checkpoint
 
@@ -148,9 +148,7 @@ class RunFolder:
 
     def replace_model(self, save: Callable[[Path], None]) -> None:
         """Has `save` write the model folder; a folder half written is never left under its name."""
-        draft = self.path / ".model.draft"
-        remove(draft)
-        save(draft)
+        draft = drafted(self.model, save)
         remove(self.model)
         draft.rename(self.model)
 

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdsearch_lightning.export_command import write_whole
+from sdsearch_lightning.checkpoints import drafted
 from sdsearch_lightning.stored_checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -225,9 +225,9 @@ def test_an_export_that_is_cut_off_leaves_nothing_under_the_name(tmp_path: Path)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "model", cut)
+        drafted(tmp_path / "model", cut).rename(tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    write_whole(tmp_path / "model", lambda folder: folder.mkdir())
+    drafted(tmp_path / "model", lambda folder: folder.mkdir()).rename(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
