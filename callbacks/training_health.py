@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sdsearch_lightning.callbacks.health_rules import Action, Watch, make_rules
 from sdsearch_lightning.callbacks.jsd_weight_scheduler import JSDWeightScheduler
-from sdsearch_lightning.checkpoints import name_again
+from sdsearch_lightning.checkpoints.writing import name_again
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy_module import PolicyModule
 

@@ -28,7 +28,7 @@ from sdsearch_lightning.callbacks import (
     RolloutGrouping,
     TrajectoryLog,
 )
-from sdsearch_lightning.checkpoints import PlainFiles, remove
+from sdsearch_lightning.checkpoints.writing import PlainFiles, remove
 from sdsearch_lightning.cli_common import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.cli_processes import ending_together, watch_processes

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from sdsearch_lightning.checkpoints import drafted
+from sdsearch_lightning.checkpoints.writing import drafted
 from sdsearch_lightning.cli_common import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
@@ -27,7 +27,7 @@ from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy_module import PolicyModule
 from sdsearch_lightning.report.summary import read_summary
 from sdsearch_lightning.run_folder import RunFolder
-from sdsearch_lightning.stored_checkpoint import StoredCheckpoint, named_checkpoint
+from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
 from sdsearch_lightning.supervised import SupervisedModule
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sdsearch_lightning.checkpoints import retire, save
+from sdsearch_lightning.checkpoints.writing import retire, save
 from sdsearch_lightning.run_folder import RunFolder
 
 

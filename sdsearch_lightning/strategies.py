@@ -35,8 +35,8 @@ from torch.distributed.tensor import DTensor
 
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.sharded_checkpoints import read_into
-from sdsearch_lightning.stored_checkpoint import CheckpointFile, CheckpointFolder, named_checkpoint
+from sdsearch_lightning.checkpoints.shards import read_into
+from sdsearch_lightning.checkpoints.reading import CheckpointFile, CheckpointFolder, named_checkpoint
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from sdsearch_lightning.checkpoints import PlainFiles
+from sdsearch_lightning.checkpoints.writing import PlainFiles
 
 pytestmark = pytest.mark.slow
 LAST = "runs/rl/checkpoints/last.ckpt"

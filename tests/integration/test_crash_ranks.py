@@ -114,7 +114,7 @@ def test_an_error_on_one_rank_is_shown_and_ends_both(workplace):
 
 
 def test_a_full_disk_of_rank_0_stops_both(workplace):
-    target = "sdsearch_lightning.checkpoints:PlainFiles.save_checkpoint"
+    target = "sdsearch_lightning.checkpoints.writing:PlainFiles.save_checkpoint"
     done = workplace.interrupted("ENOSPC@0", target, "2", "after", *TWO, "ddp", "--run.name", "full2")
     (line,) = errors(done)
     assert done.returncode == 1 and "the checkpoint of step 4 could not be saved" in line and "No space left" in line

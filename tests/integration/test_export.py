@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdsearch_lightning.checkpoints import drafted
-from sdsearch_lightning.stored_checkpoint import open_checkpoint
+from sdsearch_lightning.checkpoints.writing import drafted
+from sdsearch_lightning.checkpoints.reading import open_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint import save
 
 from sdsearch_lightning.errors import DataError
-from sdsearch_lightning.sharded_checkpoints import META, AnyCheckpointIO, read_into, read_metadata, read_whole
+from sdsearch_lightning.checkpoints.shards import META, AnyCheckpointIO, read_into, read_metadata, read_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is .*uninitialized")
 

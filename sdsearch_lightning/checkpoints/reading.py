@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sdsearch_lightning.errors import ConfigError, DataError
-from sdsearch_lightning.sharded_checkpoints import META, read_into, read_metadata
+from sdsearch_lightning.checkpoints.shards import META, read_into, read_metadata
 
 WEIGHTS = "state_dict"
 _UNREADABLE = (

@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sdsearch_lightning.errors import CheckpointError
-from sdsearch_lightning.sharded_checkpoints import AnyCheckpointIO
+from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO
 
 
 class PlainFiles(AnyCheckpointIO):
