@@ -35,15 +35,16 @@ from sdsearch_lightning.cli_processes import ending_together, watch_processes
 from sdsearch_lightning.cli_resume import Beginning, explaining_loads, find_checkpoint
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.model_card import write_model
+from sdsearch_lightning.runs.model_card import write_model
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.console import duration
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.summary import build_summary, read_summary, write_summary
 from sdsearch_lightning.report.trajectories import cut_after
-from sdsearch_lightning.run_folder import RunFolder, RunOptions
-from sdsearch_lightning.run_record import MetricsLogger, RunCheckpoint, StepBoundary
+from sdsearch_lightning.runs.folder import RunFolder, RunOptions
+from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
+from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 from sdsearch_lightning.strategies import check_strategy
 from sdsearch_lightning.supervised import SupervisedModule
 

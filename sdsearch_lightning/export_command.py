@@ -21,12 +21,12 @@ from sdsearch_lightning.cli_common import link_seed, say
 from sdsearch_lightning.cli_errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.hub import check_name, push
-from sdsearch_lightning.model_card import Training, write_card
+from sdsearch_lightning.runs.hub import check_name, push
+from sdsearch_lightning.runs.model_card import Training, write_card
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy_module import PolicyModule
 from sdsearch_lightning.report.summary import read_summary
-from sdsearch_lightning.run_folder import RunFolder
+from sdsearch_lightning.runs.folder import RunFolder
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
 from sdsearch_lightning.supervised import SupervisedModule
 

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.run_folder import RunOptions
+from sdsearch_lightning.runs.folder import RunOptions
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ABLATIONS = sorted((CONFIGS / "experiment/ablation").glob("*.yaml"))

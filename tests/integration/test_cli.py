@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-RECORD, ROLLOUTS = "sdsearch_lightning.run_record", "sdsearch_lightning.callbacks:RolloutGrouping.run"
+RECORD, ROLLOUTS = "sdsearch_lightning.runs.metrics_logger", "sdsearch_lightning.callbacks:RolloutGrouping.run"
 VALIDATION = "sdsearch_lightning.module:SDSearchModule.validation_step"
 
 

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from sdsearch_lightning.checkpoints import writing as checkpoints
 from sdsearch_lightning.checkpoints.writing import PlainFiles, name_again, retire
 from sdsearch_lightning.errors import CheckpointError, DataError
-from sdsearch_lightning.run_folder import RunFolder
+from sdsearch_lightning.runs.folder import RunFolder
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from sdsearch_lightning.errors import ConfigError, HubError
-from sdsearch_lightning.hub import check_name, push
+from sdsearch_lightning.runs.hub import check_name, push
 
 
 class FakeApi:

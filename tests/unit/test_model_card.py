@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from sdsearch_lightning.model_card import CARD, SETTINGS, Training, without_machine_paths, write_card
+from sdsearch_lightning.runs.model_card import CARD, SETTINGS, Training, without_machine_paths, write_card
 
 SUMMARY: dict[str, Any] = {
     "exact_match": {"before": 0.25, "after": 0.5},

@@ -3,7 +3,7 @@ import torch
 import yaml
 
 from sdsearch_lightning.errors import ConfigError, DataError
-from sdsearch_lightning.run_folder import RunFolder, RunOptions
+from sdsearch_lightning.runs.folder import RunFolder, RunOptions
 
 CONFIG = {"seed_everything": 0, "model": {"lr": 0.1, "options": {}}, "run": {"overwrite": False}, "ckpt_path": None}
 

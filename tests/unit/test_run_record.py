@@ -4,7 +4,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from sdsearch_lightning.run_record import MetricsLogger, RunCheckpoint, StepBoundary
+from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
+from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 
 
 def read(path):

@@ -19,7 +19,7 @@ import yaml
 from sdsearch_lightning.adapter_folder import CONFIG as ADAPTER_CONFIG
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.summary import Summary, build_summary, installed_versions, write_text
-from sdsearch_lightning.run_folder import RunFolder
+from sdsearch_lightning.runs.folder import RunFolder
 
 CARD, SETTINGS = "README.md", "sdsearch_config.yaml"
 PAPER = "https://arxiv.org/abs/2605.18299"
