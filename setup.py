@@ -21,7 +21,7 @@ setup(
     packages=[
         "sdsearch_lightning",
         "sdsearch_lightning.checkpoints",
-        "sdsearch_lightning.cli",
+        "sdsearch_lightning.cli.training",
         "sdsearch_lightning.hindsight",
         "sdsearch_lightning.losses",
         "sdsearch_lightning.plan",

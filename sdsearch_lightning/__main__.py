@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"error: expected a command first ({', '.join(COMMANDS)}), got {command!r}.{hint}", file=sys.stderr)
         return 2
-    from sdsearch_lightning.commands import run
+    from sdsearch_lightning.cli.commands import run
 
     return run(arguments)
 

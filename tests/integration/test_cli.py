@@ -191,7 +191,7 @@ def test_a_checkpoint_path_does_not_overrule_the_configuration(workplace):
     """Lightning's own `_parse_ckpt_path` would; a private hook, so its place in this version is pinned here."""
     from lightning.pytorch.cli import LightningCLI
 
-    from sdsearch_lightning.cli import RunCLI
+    from sdsearch_lightning.cli.training import RunCLI
 
     assert RunCLI._parse_ckpt_path is not LightningCLI._parse_ckpt_path
     done = workplace.sdsearch(

@@ -126,7 +126,7 @@ def test_a_push_that_fails_leaves_the_folder_and_one_that_does_not_tells_where(
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 2
     assert "push_to_hub: owner/model could not be written" in done.stderr
     assert torch.equal(logits(tmp_path / "a"), logits(workplace.run("rl") / "model"))
-    monkeypatch.setattr("sdsearch_lightning.export_command.push", lambda folder, name: f"https://hub/{name}")
+    monkeypatch.setattr("sdsearch_lightning.cli.export.push", lambda folder, name: f"https://hub/{name}")
     done = export(workplace, "runs/rl/checkpoints/last.ckpt", tmp_path / "b", "--push_to_hub", "owner/model")
     assert done.returncode == 0 and "pushed to https://hub/owner/model" in done.stdout
     done = export(workplace, "runs/rl/checkpoints/last.ckpt", tmp_path / "c", "--push_to_hub", "model")

@@ -10,8 +10,8 @@ import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from sdsearch_lightning import cli_processes
-from sdsearch_lightning.cli_processes import LOST, WatchingLauncher, ending_together, is_lost_peer
+from sdsearch_lightning.cli import processes as cli_processes
+from sdsearch_lightning.cli.processes import LOST, WatchingLauncher, ending_together, is_lost_peer
 from sdsearch_lightning.errors import RolloutError
 
 GLOO = RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:37073. GLHF!")

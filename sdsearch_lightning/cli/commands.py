@@ -17,11 +17,12 @@ from typing import Any
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from sdsearch_lightning import export_command, retrieval_commands
-from sdsearch_lightning.cli import SearchCLI, SuperviseCLI
-from sdsearch_lightning.cli_errors import ShortErrorParser, fail
+from sdsearch_lightning.cli import export as export_command
+from sdsearch_lightning.cli import retrieval as retrieval_commands
+from sdsearch_lightning.cli.training import SearchCLI, SuperviseCLI
+from sdsearch_lightning.cli.errors import ShortErrorParser, fail
 from sdsearch_lightning.errors import ConfigError, SDSearchError
-from sdsearch_lightning.plan.command import plan
+from sdsearch_lightning.cli.plan import plan
 from sdsearch_lightning.report import print_report
 
 NOISE = re.compile(

@@ -29,10 +29,10 @@ from sdsearch_lightning.callbacks import (
     TrajectoryLog,
 )
 from sdsearch_lightning.checkpoints.writing import PlainFiles, remove
-from sdsearch_lightning.cli_common import link_seed, say
-from sdsearch_lightning.cli_errors import ShortErrorParser
-from sdsearch_lightning.cli_processes import ending_together, watch_processes
-from sdsearch_lightning.cli_resume import Beginning, explaining_loads, find_checkpoint
+from sdsearch_lightning.cli.common import link_seed, say
+from sdsearch_lightning.cli.errors import ShortErrorParser
+from sdsearch_lightning.cli.processes import ending_together, watch_processes
+from sdsearch_lightning.cli.resume import Beginning, explaining_loads, find_checkpoint
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.runs.model_card import write_model

@@ -17,8 +17,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from sdsearch_lightning.checkpoints.writing import drafted
-from sdsearch_lightning.cli_common import link_seed, say
-from sdsearch_lightning.cli_errors import ShortErrorParser
+from sdsearch_lightning.cli.common import link_seed, say
+from sdsearch_lightning.cli.errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.runs.hub import check_name, push

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sdsearch_lightning.cli_common import say
+from sdsearch_lightning.cli.common import say
 from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.runs.folder import RunFolder
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdsearch_lightning.cli_errors import ShortErrorParser
+from sdsearch_lightning.cli.errors import ShortErrorParser
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.retrieval import BM25Retriever, CachedRetriever, DenseRetriever, Retriever
 from sdsearch_lightning.retrieval.backends import BACKENDS
