@@ -26,7 +26,7 @@ setup(
         "sdsearch_lightning.losses",
         "sdsearch_lightning.plan",
         "sdsearch_lightning.policy",
-        "sdsearch_lightning.protocol",
+        "sdsearch_lightning.protocol.conversation",
         "sdsearch_lightning.report",
         "sdsearch_lightning.retrieval",
         "sdsearch_lightning.retrieval.server",

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from sdsearch_lightning.evaluation import RolloutScores
+from sdsearch_lightning.scoring.scores import RolloutScores
 from sdsearch_lightning.types import StepBatch, Trajectory
 
 

@@ -42,7 +42,7 @@ from sdsearch_lightning.models import ScratchModel, disable_dropout
 from sdsearch_lightning.objective import EntropyCoefs, PolicyObjective
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
-from sdsearch_lightning.protocol import Protocol
+from sdsearch_lightning.protocol.conversation import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.step_metrics import (
     DISTILLATION_SUMS,

@@ -30,10 +30,10 @@ from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.packing import LayoutName
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.policy_checkpoints import PolicyCheckpoints
-from sdsearch_lightning.protocol import PROTOCOLS, Protocol
+from sdsearch_lightning.protocol.conversation import PROTOCOLS, Protocol
 from sdsearch_lightning.schedules import Schedule
 from sdsearch_lightning.strategies import shard
-from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

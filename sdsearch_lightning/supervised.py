@@ -20,7 +20,7 @@ from sdsearch_lightning.head import Chunk, Outcome, Reading
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.packing import PackedSequences, split_by_size
 from sdsearch_lightning.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
-from sdsearch_lightning.protocol import Protocol
+from sdsearch_lightning.protocol.conversation import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.types import Demonstration, SpanKind
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import PROTOCOL, TOKENIZERS, ToyRetriever, bpe_tokenizer, byte_tokenizer, word_tokenizer
 
-from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 
 torch.set_num_threads(1)
 

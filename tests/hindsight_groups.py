@@ -23,7 +23,7 @@ from sdsearch_lightning.hindsight import (
     UnmaskedRollouts,
 )
 from sdsearch_lightning.losses import GroupsRule
-from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import HindsightBlock, Label, Passage, Question, RolloutGroup, StopReason, Trajectory
 
 RIGHT, WRONG = Label.CORRECT, Label.INCORRECT

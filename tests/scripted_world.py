@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from sdsearch_lightning.protocol import Conversation, Search
+from sdsearch_lightning.protocol.conversation import Conversation, Search
 from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.types import RolloutRequest, Trajectory
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sdsearch_lightning.evaluation import RolloutScores
+from sdsearch_lightning.scoring.scores import RolloutScores
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "metrics.md"

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.models import word_level_tokenizer
 from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.protocol import Continue, Conversation, Protocol, Search
+from sdsearch_lightning.protocol.conversation import Continue, Conversation, Protocol, Search
 from sdsearch_lightning.rollout import Engine
-from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import (
     InstanceId,
     Limits,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdsearch_lightning.report.trajectories import Record, read_trajectories
-from sdsearch_lightning.rewards import exact_match
+from sdsearch_lightning.scoring.rewards import exact_match
 
 LABELS = {"REASONING": "think", "QUERY": "search", "OBSERVATION": "read", "REFINE": "refine", "ANSWER": "answer"}
 """Shown span kinds. The prompt stands above the rollouts; SCAFFOLD is the tags, which the labels replace."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.protocol import Conversation
+from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.rollout.search_pool import SearchPool
 from sdsearch_lightning.types import Pluggable, RolloutRequest, Trajectory
 

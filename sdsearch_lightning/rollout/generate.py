@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sdsearch_lightning.protocol import Continue, Conversation, Search
+from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import Engine, check_context, check_finite
 from sdsearch_lightning.rollout.sampling import sample
 from sdsearch_lightning.types import RolloutRequest, Trajectory

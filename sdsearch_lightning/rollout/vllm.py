@@ -26,7 +26,7 @@ import torch
 from sdsearch_lightning.adapters import plain_weights
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.protocol import Continue, Conversation, Search
+from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import Engine, check_finite
 from sdsearch_lightning.rollout.sampling import derive_seed
 from sdsearch_lightning.types import RolloutRequest, Trajectory

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.protocol import Continue, Conversation, Search
+from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import ReportProgress, WorkCounts, check_finite
 from sdsearch_lightning.rollout.kv_rows import Feed, KVRows, RowsAttention
 from sdsearch_lightning.rollout.sampling import sample

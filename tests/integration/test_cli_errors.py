@@ -47,7 +47,7 @@ IN_YAML = [
     ("model: {kl_coeff: 3}", "unknown key 'model.kl_coeff'. Did you mean 'model.kl_coef'?"),
     ("modell: {kl_coef: 3}", "unknown key 'modell.kl_coef'. Did you mean 'model.kl_coef'?"),
     ("data: {class_path: SyntheticWorldDataModule, init_args: {num_entitis: 3}}", "Did you mean 'num_entities'?"),
-    ("rollout: {reward: {class_path: sdsearch_lightning.rewards.F1Rewrd}}", "Did you mean 'F1Reward'?"),
+    ("rollout: {reward: {class_path: sdsearch_lightning.scoring.rewards.F1Rewrd}}", "Did you mean 'F1Reward'?"),
     ("rollout: {reward: {class_path: AutoRefineReward, init_args: {refine_scoer: 1}}}", "Did you mean 'refine_score'?"),
     ("trainer: {callbacks: [{class_path: sdsearch_lightning.callbacks.GracefulStp}]}", "Did you mean 'GracefulStop'?"),
     ("trainer: {callbacks: [{class_path: TrajectoryLog, init_args: {top_token: 3}}]}", "Did you mean 'top_tokens'?"),

@@ -22,7 +22,7 @@ from sdsearch_lightning.divergences import LogitMSE
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.report import read_trajectories
-from sdsearch_lightning.rewards import ExactMatchReward, Reward
+from sdsearch_lightning.scoring.rewards import ExactMatchReward, Reward
 from sdsearch_lightning.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, LiveTeacher
 
 

@@ -30,7 +30,7 @@ from sdsearch_lightning.distillation import TeacherRows
 from sdsearch_lightning.divergences import JensenShannon
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.rewards import ExactMatchReward
+from sdsearch_lightning.scoring.rewards import ExactMatchReward
 from sdsearch_lightning.rollout import Engine, GenerateEngine
 from sdsearch_lightning.schedules import Linear
 

@@ -38,7 +38,7 @@ from sdsearch_lightning.callbacks import (  # noqa: E402
     TeacherDiagnostics,
 )
 from sdsearch_lightning.policy_module import Compute  # noqa: E402
-from sdsearch_lightning.rewards import ExactMatchReward  # noqa: E402
+from sdsearch_lightning.scoring.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO  # noqa: E402
 from sdsearch_lightning.teachers import BatchStartTeacher, EMATeacher  # noqa: E402
 from sdsearch_lightning.types import RolloutRequest, Trajectory  # noqa: E402

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.advantages import group_relative
+from sdsearch_lightning.scoring.advantages import group_relative
 from sdsearch_lightning.divergences import JensenShannon
 from sdsearch_lightning.losses import aggregate, clipped_surrogate, jensen_shannon, kl_k3
 

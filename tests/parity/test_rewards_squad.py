@@ -7,7 +7,7 @@ import random
 import pytest
 from torchmetrics.functional.text import squad
 
-from sdsearch_lightning.rewards import exact_match, f1, normalize_answer
+from sdsearch_lightning.scoring.rewards import exact_match, f1, normalize_answer
 
 WORDS = "The a an of Paris paris U.S.A. usa twenty-one Beyoncé “quoted” 3,000 St. O'Neil  \t naïve (b) yes! no".split(
     " "

@@ -427,10 +427,10 @@ def test_the_slot_engine_plays_with_adapters() -> None:
     from toys import PROTOCOL, QUESTION, ToyRetriever, make_request, word_tokenizer
     from toys import tiny_model as toy_model
 
-    from sdsearch_lightning.protocol import Conversation
+    from sdsearch_lightning.protocol.conversation import Conversation
     from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
     from sdsearch_lightning.rollout.search_pool import SearchPool
-    from sdsearch_lightning.tokenization import TokenCodec
+    from sdsearch_lightning.protocol.tokenization import TokenCodec
     from sdsearch_lightning.types import Limits, RolloutRequest
 
     codec = TokenCodec(word_tokenizer(), PROTOCOL.tags)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from sdsearch_lightning.evaluation import RolloutScores
+from sdsearch_lightning.scoring.scores import RolloutScores
 from sdsearch_lightning.types import Question, Span, SpanKind, StopReason, Trajectory
 
 

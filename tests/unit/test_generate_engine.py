@@ -25,9 +25,9 @@ from sdsearch_lightning.collate import collate, weigh
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.packing import PackedSequences
 from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.protocol import Conversation
+from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.rollout import GenerateEngine, SearchPool
-from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import (
     Limits,
     Question,

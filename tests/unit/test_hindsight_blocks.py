@@ -24,7 +24,7 @@ from sdsearch_lightning.hindsight import (
 )
 from sdsearch_lightning.lessons import plan_lessons
 from sdsearch_lightning.losses import group_weight
-from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Label, Question, RolloutGroup, SpanKind
 
 HEADER = "\nSearch queries and outcomes of several attempts at this question:\n"

@@ -23,7 +23,7 @@ from sdsearch_lightning.hindsight import (
     UnmaskedRollouts,
 )
 from sdsearch_lightning.losses import GroupsRule, group_weight
-from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Passage
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.rewards import (
+from sdsearch_lightning.scoring.rewards import (
     AutoRefineReward,
     ExactMatchLabelRule,
     ExactMatchReward,

@@ -19,7 +19,7 @@ from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
 from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape
-from sdsearch_lightning.tokenization import TokenCodec
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Passage
 
 

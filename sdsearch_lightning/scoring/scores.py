@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from sdsearch_lightning.rewards import exact_match, f1, substring_match
+from sdsearch_lightning.scoring.rewards import exact_match, f1, substring_match
 from sdsearch_lightning.types import Trajectory
 
 _SHARE = 1 << 40

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from sdsearch_lightning.errors import RetrievalError
-from sdsearch_lightning.templates import PROTOCOLS, AutoRefineProtocol, Protocol, SearchR1Protocol
-from sdsearch_lightning.tokenization import TokenCodec, TurnText
+from sdsearch_lightning.protocol.templates import PROTOCOLS, AutoRefineProtocol, Protocol, SearchR1Protocol
+from sdsearch_lightning.protocol.tokenization import TokenCodec, TurnText
 from sdsearch_lightning.types import (
     Limits,
     Passage,
