@@ -23,7 +23,7 @@ setup(
         "sdsearch_lightning.checkpoints",
         "sdsearch_lightning.cli.training",
         "sdsearch_lightning.hindsight",
-        "sdsearch_lightning.losses",
+        "sdsearch_lightning.losses.terms",
         "sdsearch_lightning.plan",
         "sdsearch_lightning.policy",
         "sdsearch_lightning.protocol.conversation",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.divergences import Divergence
+from sdsearch_lightning.losses.divergences import Divergence
 
 NUM_TOP = 5
 """Tokens of the teacher that are kept for the report."""

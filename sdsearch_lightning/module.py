@@ -32,12 +32,12 @@ from sdsearch_lightning.collate import (
 )
 from sdsearch_lightning.credit import Credits, credit_rollouts, credit_table
 from sdsearch_lightning.distillation import TeacherRows, summarize_teacher
-from sdsearch_lightning.divergences import Divergence, JensenShannon
+from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.evaluation_steps import EvaluationSteps
 from sdsearch_lightning.head import Chunk, Outcome, Reading
 from sdsearch_lightning.lessons import Positions
-from sdsearch_lightning.losses import AggregationMode, token_weights
+from sdsearch_lightning.losses.terms import AggregationMode, token_weights
 from sdsearch_lightning.models import ScratchModel, disable_dropout
 from sdsearch_lightning.objective import EntropyCoefs, PolicyObjective
 from sdsearch_lightning.policy import Policy

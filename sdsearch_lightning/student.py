@@ -21,7 +21,7 @@ from sdsearch_lightning.adapters import Reference
 from sdsearch_lightning.collate import SearchBatch
 from sdsearch_lightning.credit import CreditRows
 from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher
-from sdsearch_lightning.divergences import Divergence
+from sdsearch_lightning.losses.divergences import Divergence
 from sdsearch_lightning.head import Chunk, Outcome, Read, Reading
 from sdsearch_lightning.objective import PolicyObjective, log_softmax, wide
 from sdsearch_lightning.policy import Policy

@@ -18,7 +18,7 @@ from sdsearch_lightning.callbacks import (
     TeacherDiagnostics,
     TrajectoryLog,
 )
-from sdsearch_lightning.divergences import LogitMSE
+from sdsearch_lightning.losses.divergences import LogitMSE
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.report import read_trajectories

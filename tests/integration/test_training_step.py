@@ -27,7 +27,7 @@ from training_run import Broken, Record, ScriptedEngine, ToyData, fit
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
 from sdsearch_lightning.collate import SearchBatch
 from sdsearch_lightning.distillation import TeacherRows
-from sdsearch_lightning.divergences import JensenShannon
+from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.scoring.rewards import ExactMatchReward

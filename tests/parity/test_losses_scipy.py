@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdsearch_lightning.losses import jensen_shannon
+from sdsearch_lightning.losses.terms import jensen_shannon
 
 distance = pytest.importorskip("scipy.spatial.distance")
 special = pytest.importorskip("scipy.special")

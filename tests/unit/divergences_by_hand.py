@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.divergences import ForwardKL, JensenShannon, LogitMSE, ReverseKL, SupportedDivergence
+from sdsearch_lightning.losses.divergences import ForwardKL, JensenShannon, LogitMSE, ReverseKL, SupportedDivergence
 
 Q, V, INF = 5, 11, math.inf
 SUPPORTS = ["teacher", "student", "union"]

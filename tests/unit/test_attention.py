@@ -22,7 +22,7 @@ from sdsearch_lightning.attention import (
     causal_mask,
     masked_attention,
 )
-from sdsearch_lightning.divergences import JensenShannon
+from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.packing import LAYOUTS, PackedSequences
 from sdsearch_lightning.policy import Policy
 from sdsearch_lightning.policy_module import Compute

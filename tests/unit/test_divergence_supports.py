@@ -9,7 +9,7 @@ import pytest
 import torch
 from divergences_by_hand import FORMULAS, PLACES, SUPPORTS, Q, V, each_case, matches, randn, softmax, supported_tokens
 
-from sdsearch_lightning.divergences import JensenShannon, Support
+from sdsearch_lightning.losses.divergences import JensenShannon, Support
 
 
 @pytest.mark.parametrize(("support", "tail"), PLACES)

@@ -23,7 +23,7 @@ from sdsearch_lightning.hindsight import (
     UnmaskedRollouts,
 )
 from sdsearch_lightning.lessons import plan_lessons
-from sdsearch_lightning.losses import group_weight
+from sdsearch_lightning.losses.terms import group_weight
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Label, Question, RolloutGroup, SpanKind
 

@@ -23,7 +23,7 @@ from training_data import (
 )
 
 from sdsearch_lightning.collate import SearchBatch
-from sdsearch_lightning.divergences import JensenShannon
+from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.objective import EntropyCoefs
 from sdsearch_lightning.packing import LAYOUTS

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses import clipped_surrogate, jensen_shannon, kl_k3
+from sdsearch_lightning.losses.terms import clipped_surrogate, jensen_shannon, kl_k3
 
 BETAS = [0, 0.1, 0.5, 0.9, 1]
 INF = math.inf

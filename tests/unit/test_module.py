@@ -21,9 +21,9 @@ from training_data import (
 )
 
 from sdsearch_lightning.collate import SearchBatch
-from sdsearch_lightning.divergences import JensenShannon
+from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses import jensen_shannon
+from sdsearch_lightning.losses.terms import jensen_shannon
 from sdsearch_lightning.models import ScratchModel
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.packing import LAYOUTS

@@ -27,7 +27,7 @@ from training_data import (
 )
 
 from sdsearch_lightning.collate import filler
-from sdsearch_lightning.divergences import JensenShannon
+from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import StepSums
 from sdsearch_lightning.policy_module import Compute
 

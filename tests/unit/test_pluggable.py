@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdsearch_lightning.divergences import Divergence, JensenShannon
+from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
 from sdsearch_lightning.hindsight import BlockBuilder, QueriesAndLabels
 from sdsearch_lightning.protocol.conversation import Protocol, SearchR1Protocol
 from sdsearch_lightning.retrieval import DenseRetriever, Retriever

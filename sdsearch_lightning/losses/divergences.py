@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses import check_beta, check_top_k, floored_log_softmax, jensen_shannon
+from sdsearch_lightning.losses.terms import check_beta, check_top_k, floored_log_softmax, jensen_shannon
 from sdsearch_lightning.types import Pluggable
 
 SupportName = Literal["teacher", "student", "union"]
