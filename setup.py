@@ -25,7 +25,7 @@ setup(
         "sdsearch_lightning.hindsight",
         "sdsearch_lightning.losses.terms",
         "sdsearch_lightning.plan",
-        "sdsearch_lightning.policy",
+        "sdsearch_lightning.policy.policy",
         "sdsearch_lightning.protocol.conversation",
         "sdsearch_lightning.report",
         "sdsearch_lightning.retrieval",

@@ -28,9 +28,9 @@ from torch.nn.functional import linear  # noqa: E402
 from sdsearch_lightning.collate import SearchBatch  # noqa: E402
 from sdsearch_lightning.distillation import TeacherRows, divergence_to_teacher, summarize_teacher  # noqa: E402
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon  # noqa: E402
-from sdsearch_lightning.head import Chunk, Head, Outcome, Reading, read_rows  # noqa: E402
+from sdsearch_lightning.policy.head import Chunk, Head, Outcome, Reading, read_rows  # noqa: E402
 from sdsearch_lightning.objective import EntropyCoefs, PolicyObjective  # noqa: E402
-from sdsearch_lightning.packing import PackedSequences  # noqa: E402
+from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.student import Student  # noqa: E402
 
 VOCABULARY, TOKENS, POLICY_ROWS, QUERY_ROWS = 151_936, 512, 256, 64

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 from benchmarks.rollout_peers import ContinuousBatching, GenerateKeptCache, GeneratePerTurn  # noqa: E402
 from benchmarks.workload import ScriptedRetriever, Workload, make_policy, make_workload, run  # noqa: E402
-from sdsearch_lightning.policy import Policy  # noqa: E402
+from sdsearch_lightning.policy.policy import Policy  # noqa: E402
 from sdsearch_lightning.rollout import Engine, GenerateEngine, SearchPool, SlotEngine  # noqa: E402
 from sdsearch_lightning.rollout.search_pool import SearchResult  # noqa: E402
 from sdsearch_lightning.types import Trajectory  # noqa: E402

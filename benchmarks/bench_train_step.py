@@ -26,9 +26,9 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.workload import make_policy  # noqa: E402
 from sdsearch_lightning.collate import SearchBatch, TeacherPrompt, collate, weigh  # noqa: E402
-from sdsearch_lightning.models import ScratchModel, word_level_tokenizer  # noqa: E402
+from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer  # noqa: E402
 from sdsearch_lightning.module import SDSearchModule  # noqa: E402
-from sdsearch_lightning.packing import PackedSequences  # noqa: E402
+from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.policy_module import Compute  # noqa: E402
 from sdsearch_lightning.types import (  # noqa: E402
     HindsightBlock,

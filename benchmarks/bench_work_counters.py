@@ -19,7 +19,7 @@ pin_threads()
 import torch  # noqa: E402
 
 from benchmarks.workload import ScriptedRetriever, Shape, make_policy, make_workload, run  # noqa: E402
-from sdsearch_lightning.policy import Policy  # noqa: E402
+from sdsearch_lightning.policy.policy import Policy  # noqa: E402
 from sdsearch_lightning.rollout import Engine, SearchPool, SlotEngine  # noqa: E402
 
 Bounds = tuple[float | None, float | None]

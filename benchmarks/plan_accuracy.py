@@ -28,13 +28,13 @@ from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 
 from sdsearch_lightning import head, objective  # noqa: E402
 from sdsearch_lightning.collate import SearchBatch, collate, split_groups, weigh  # noqa: E402
-from sdsearch_lightning.models import word_level_tokenizer  # noqa: E402
+from sdsearch_lightning.policy.loading import word_level_tokenizer  # noqa: E402
 from sdsearch_lightning.plan.architecture import find_architecture  # noqa: E402
 from sdsearch_lightning.cli.plan import PlanCLI  # noqa: E402
 from sdsearch_lightning.plan.memory import GIB, Part, plan_parts  # noqa: E402
 from sdsearch_lightning.plan.probe import MakeModel, adapt  # noqa: E402
 from sdsearch_lightning.plan.settings import adapters_of, precision_of, settings_of  # noqa: E402
-from sdsearch_lightning.policy import Policy  # noqa: E402
+from sdsearch_lightning.policy.policy import Policy  # noqa: E402
 from sdsearch_lightning.types import (  # noqa: E402
     HindsightBlock,
     Question,

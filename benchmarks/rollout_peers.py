@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StoppingCriteria
 
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.rollout.search_pool import SearchResult

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from sdsearch_lightning.errors import RetrievalError
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Search, Stop
 from sdsearch_lightning.rollout import Engine, SearchPool
 from sdsearch_lightning.types import (

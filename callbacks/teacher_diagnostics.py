@@ -19,7 +19,7 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.hindsight import LeaveOneOut, QueriesAndLabels
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.objective import log_softmax
-from sdsearch_lightning.packing import PackedSequences
+from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.scoring.rewards import exact_match
 from sdsearch_lightning.rollout.sampling import derive_seed
 from sdsearch_lightning.strategies import gathered

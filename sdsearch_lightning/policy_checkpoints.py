@@ -15,12 +15,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from sdsearch_lightning import models
-from sdsearch_lightning.adapter_folder import other_base, write_adapter
-from sdsearch_lightning.adapters import LoRA, is_learned, plain_weights, without_layers
+from sdsearch_lightning.policy import loading as models
+from sdsearch_lightning.policy.lora_folder import other_base, write_adapter
+from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights, without_layers
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.models import ScratchModel
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.loading import ScratchModel
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.strategies import whole_weights
 
 if TYPE_CHECKING:

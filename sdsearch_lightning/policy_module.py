@@ -20,15 +20,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from sdsearch_lightning import models
-from sdsearch_lightning.adapter_folder import fingerprint
-from sdsearch_lightning.adapters import LoRA, add_adapter
+from sdsearch_lightning.policy import loading as models
+from sdsearch_lightning.policy.lora_folder import fingerprint
+from sdsearch_lightning.policy.lora import LoRA, add_adapter
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.manual_step import ManualStep
 from sdsearch_lightning.master_weights import BFloat16Weights, MasterWeights
-from sdsearch_lightning.models import ScratchModel
-from sdsearch_lightning.packing import LayoutName
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.loading import ScratchModel
+from sdsearch_lightning.policy.packing import LayoutName
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.policy_checkpoints import PolicyCheckpoints
 from sdsearch_lightning.protocol.conversation import PROTOCOLS, Protocol
 from sdsearch_lightning.schedules import Schedule

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sdsearch_lightning.errors import ConfigError, DataError
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.checkpoints.shards import read_into
 from sdsearch_lightning.checkpoints.reading import CheckpointFile, CheckpointFolder, named_checkpoint
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdsearch_lightning.adapters import LoRA
+from sdsearch_lightning.policy.lora import LoRA
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.head import Chunk, Outcome, Reading
-from sdsearch_lightning.models import ScratchModel
-from sdsearch_lightning.packing import PackedSequences, split_by_size
+from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
+from sdsearch_lightning.policy.loading import ScratchModel
+from sdsearch_lightning.policy.packing import PackedSequences, split_by_size
 from sdsearch_lightning.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.protocol.conversation import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule

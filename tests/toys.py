@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sdsearch_lightning.errors import RetrievalError
-from sdsearch_lightning.models import word_level_tokenizer
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.loading import word_level_tokenizer
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Protocol, Search
 from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.protocol.tokenization import TokenCodec

@@ -12,7 +12,7 @@ import torch
 from training_data import PASSAGES, QUESTION, SCRIPTS, WORDS, demonstration, play
 
 from sdsearch_lightning.datamodules import SearchDataModule
-from sdsearch_lightning.packing import PackedSequences
+from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.types import Demonstration, Label, Passage, Question, RolloutRequest, SiblingRecord, Trajectory
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sdsearch_lightning.head import CHUNK_LOGITS, MAX_LOGITS, MIN_ROWS
+from sdsearch_lightning.policy.head import CHUNK_LOGITS, MAX_LOGITS, MIN_ROWS
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from sdsearch_lightning.attention import CausalSegments, Segment, attention_layout
+from sdsearch_lightning.policy.attention import CausalSegments, Segment, attention_layout
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.master_weights import MasterWeights
-from sdsearch_lightning.packing import LAYOUTS, Arrangement, LayoutName, PackedSequences
+from sdsearch_lightning.policy.packing import LAYOUTS, Arrangement, LayoutName, PackedSequences
 from sdsearch_lightning.plan.live_bytes import LiveBytes
 from sdsearch_lightning.plan.memory import ModelCounts, OptimizerBytes, PassBytes
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.rollout.kv_rows import KVShape
 
 SHARED_PROMPT = 256

@@ -23,7 +23,7 @@ from sdsearch_lightning.plan.probe import (
     probe_passes,
 )
 from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
-from sdsearch_lightning.teachers import CopiedTeacher
+from sdsearch_lightning.policy.teachers import CopiedTeacher
 
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.rollout.search_pool import SearchPool
 from sdsearch_lightning.types import Pluggable, RolloutRequest, Trajectory

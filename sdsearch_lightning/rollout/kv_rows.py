@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sdsearch_lightning.attention import AttentionLayout, CausalSegments, Segment, causal_mask, masked_attention
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.attention import AttentionLayout, CausalSegments, Segment, causal_mask, masked_attention
+from sdsearch_lightning.policy.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)

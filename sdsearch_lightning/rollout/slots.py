@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.rollout.engine import Engine, ReportProgress, StartConversation, check_context
 from sdsearch_lightning.rollout.generate import GenerateEngine
 from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape

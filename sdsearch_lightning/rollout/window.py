@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import ReportProgress, WorkCounts, check_finite
 from sdsearch_lightning.rollout.kv_rows import Feed, KVRows, RowsAttention

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from sdsearch_lightning.adapter_folder import CONFIG as ADAPTER_CONFIG
+from sdsearch_lightning.policy.lora_folder import CONFIG as ADAPTER_CONFIG
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.summary import Summary, build_summary, installed_versions, write_text
 from sdsearch_lightning.runs.folder import RunFolder

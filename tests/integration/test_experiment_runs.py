@@ -11,7 +11,7 @@ import pytest
 
 from sdsearch_lightning.__main__ import main
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
-from sdsearch_lightning.models import ScratchModel, from_scratch, word_level_tokenizer
+from sdsearch_lightning.policy.loading import ScratchModel, from_scratch, word_level_tokenizer
 from sdsearch_lightning.protocol.templates import Protocol
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

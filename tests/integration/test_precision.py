@@ -14,7 +14,7 @@ from training_run import ScriptedEngine
 
 from sdsearch_lightning import SDSearchModule
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
-from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.policy.loading import ScratchModel
 
 STEPS = 4
 

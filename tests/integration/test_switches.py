@@ -20,10 +20,10 @@ from sdsearch_lightning.callbacks import (
 )
 from sdsearch_lightning.losses.divergences import LogitMSE
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.report import read_trajectories
 from sdsearch_lightning.scoring.rewards import ExactMatchReward, Reward
-from sdsearch_lightning.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, LiveTeacher
+from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, LiveTeacher
 
 
 def module(**options):

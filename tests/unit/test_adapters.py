@@ -18,14 +18,14 @@ from training_data import (
     tiny_model,
 )
 
-from sdsearch_lightning.adapter_folder import CONFIG, ORIGIN, WEIGHTS, fingerprint
-from sdsearch_lightning.adapters import LoRA, is_learned, plain_weights, without_layers
+from sdsearch_lightning.policy.lora_folder import CONFIG, ORIGIN, WEIGHTS, fingerprint
+from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights, without_layers
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.packing import LAYOUTS, PackedSequences
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.policy_module import Compute
-from sdsearch_lightning.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, Teacher
+from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, Teacher
 
 pytest.importorskip("peft")
 
@@ -183,7 +183,7 @@ def test_the_reference_is_the_initial_policy_without_a_copy() -> None:
     assert module.reference is not None
 
     def through(call: Any) -> list[Tensor]:
-        from sdsearch_lightning.head import Reading, keep_logits
+        from sdsearch_lightning.policy.head import Reading, keep_logits
 
         with torch.no_grad():
             return call(PACKED, [Reading(TARGETS, keep_logits)]).kept[0]  # type: ignore[no-any-return]
@@ -328,7 +328,7 @@ def test_tied_weights_are_refused() -> None:
 
 
 def test_without_peft_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdsearch_lightning.adapter_folder.find_spec", lambda name: None)
+    monkeypatch.setattr("sdsearch_lightning.policy.lora_folder.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^model.lora needs peft.*pip install 'sdsearch-lightning\[lora\]'$"):
         adapted()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 from training_data import drifted, gradient, step, taught_batch, tiny_model
 
-from sdsearch_lightning.attention import (
+from sdsearch_lightning.policy.attention import (
     NAME,
     AttentionLayout,
     CausalSegments,
@@ -23,8 +23,8 @@ from sdsearch_lightning.attention import (
     masked_attention,
 )
 from sdsearch_lightning.losses.divergences import JensenShannon
-from sdsearch_lightning.packing import LAYOUTS, PackedSequences
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.policy_module import Compute
 
 HEADS = {"head_dim": 8}
@@ -163,7 +163,7 @@ def test_a_model_that_ignores_the_layout_is_found_out(monkeypatch: pytest.Monkey
     def own(model: Any, layout: AttentionLayout | None) -> Any:
         return attention_layout(model, None)
 
-    monkeypatch.setattr("sdsearch_lightning.policy.attention_layout", own)
+    monkeypatch.setattr("sdsearch_lightning.policy.policy.attention_layout", own)
     assert policy.unpackable == "models of type llama cannot: a layer does more across tokens than attend"
 
 

@@ -25,7 +25,7 @@ from training_data import (
 
 from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.packing import LAYOUTS
+from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.types import Label, RolloutGroup, RolloutRequest, Trajectory
 

@@ -23,8 +23,8 @@ from toys import (
 
 from sdsearch_lightning.collate import collate, weigh
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.packing import PackedSequences
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.packing import PackedSequences
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.rollout import GenerateEngine, SearchPool
 from sdsearch_lightning.protocol.tokenization import TokenCodec

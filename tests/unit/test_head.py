@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from training_data import tiny_model
 
-from sdsearch_lightning import head
-from sdsearch_lightning.head import Chunk, Head, Outcome, Reading, common_factor, keep_logits, read_rows
-from sdsearch_lightning.packing import PackedSequences
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy import head
+from sdsearch_lightning.policy.head import Chunk, Head, Outcome, Reading, common_factor, keep_logits, read_rows
+from sdsearch_lightning.policy.packing import PackedSequences
+from sdsearch_lightning.policy.policy import Policy
 
 V, H = 13, 6
 SIZES = (10, 0, 7)

@@ -26,9 +26,9 @@ from sdsearch_lightning.collate import SearchBatch
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.objective import EntropyCoefs
-from sdsearch_lightning.packing import LAYOUTS
+from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.policy_module import Compute
-from sdsearch_lightning.teachers import EMATeacher, LiveTeacher
+from sdsearch_lightning.policy.teachers import EMATeacher, LiveTeacher
 from sdsearch_lightning.types import Label, RolloutGroup
 
 TERMS = ("policy_loss", "jsd_loss", "kl", "entropy_loss")

@@ -11,9 +11,9 @@ import torch
 from toys import WORDS, byte_tokenizer, tiny_model, word_tokenizer
 from transformers import PreTrainedModel
 
-from sdsearch_lightning import models
+from sdsearch_lightning.policy import loading as models
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.models import ScratchModel, from_scratch, word_level_tokenizer
+from sdsearch_lightning.policy.loading import ScratchModel, from_scratch, word_level_tokenizer
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 import torch
 
-from sdsearch_lightning.attention import CausalSegments
-from sdsearch_lightning.packing import LAYOUTS, Arrangement, LayoutName, PackedSequences, split_by_size
+from sdsearch_lightning.policy.attention import CausalSegments
+from sdsearch_lightning.policy.packing import LAYOUTS, Arrangement, LayoutName, PackedSequences, split_by_size
 
 
 def packed(*drawn: str) -> PackedSequences:

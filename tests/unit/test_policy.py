@@ -13,9 +13,9 @@ from training_data import tiny_model as family
 from transformers import DynamicCache, PreTrainedModel
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.head import Chunk, Reading
-from sdsearch_lightning.packing import LAYOUTS, PackedSequences
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.head import Chunk, Reading
+from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
+from sdsearch_lightning.policy.policy import Policy
 
 TOKENIZER = bpe_tokenizer(pad_token=EOS)
 PAD = TOKENIZER.pad_token_id

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from training_data import CODEC, PROTOCOL, TOKENIZER, WORDS, make_module, tiny_model, weights_of
 
-from sdsearch_lightning import models
+from sdsearch_lightning.policy import loading as models
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.head import Chunk, Reading
-from sdsearch_lightning.models import ScratchModel
+from sdsearch_lightning.policy.head import Chunk, Reading
+from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.packing import LAYOUTS, PackedSequences
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.policy_module import Compute, OptimizerSpec
 from sdsearch_lightning.supervised import SupervisedModule
 

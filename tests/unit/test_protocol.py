@@ -27,7 +27,7 @@ from toys import (
 )
 
 from sdsearch_lightning.errors import RetrievalError
-from sdsearch_lightning.packing import PackedSequences
+from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.protocol.conversation import AutoRefineProtocol, Continue, Search, SearchR1Protocol, Stop
 from sdsearch_lightning.scoring.rewards import AutoRefineReward, ExactMatchReward
 from sdsearch_lightning.protocol.tokenization import TokenCodec

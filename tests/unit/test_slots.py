@@ -25,8 +25,8 @@ from toys import (
     make_request,
 )
 
-from sdsearch_lightning.attention import AttentionLayout
-from sdsearch_lightning.packing import PackedSequences
+from sdsearch_lightning.policy.attention import AttentionLayout
+from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.rollout import Engine, GenerateEngine, SearchPool, SlotEngine
 from sdsearch_lightning.rollout.kv_rows import RowsAttention

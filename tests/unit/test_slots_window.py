@@ -16,7 +16,7 @@ from training_data import CODEC as DATA_CODEC
 from training_data import tiny_model
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
 from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape
 from sdsearch_lightning.protocol.tokenization import TokenCodec

@@ -21,9 +21,9 @@ from sdsearch_lightning.datamodules.synthetic_world_demonstrations import WorldD
 from sdsearch_lightning.datamodules.synthetic_world_encoder import word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.models import ScratchModel, word_level_tokenizer
+from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.packing import PackedSequences
+from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.policy_module import OptimizerSpec
 from sdsearch_lightning.protocol.conversation import Conversation, Protocol
 from sdsearch_lightning.schedules import Linear

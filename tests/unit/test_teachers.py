@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.packing import PackedSequences
-from sdsearch_lightning.policy import Policy
-from sdsearch_lightning.teachers import (
+from sdsearch_lightning.policy.packing import PackedSequences
+from sdsearch_lightning.policy.policy import Policy
+from sdsearch_lightning.policy.teachers import (
     BatchStartTeacher,
     CopiedTeacher,
     EMATeacher,

@@ -20,7 +20,7 @@ from copy import deepcopy
 import torch
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.policy import Policy
+from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.types import Pluggable
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from sdsearch_lightning.attention import (
+from sdsearch_lightning.policy.attention import (
     AttentionLayout,
     CausalSegments,
     Segment,
@@ -27,8 +27,8 @@ from sdsearch_lightning.attention import (
     implementation,
 )
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.head import Head, Outcome, Reading, keep_logits, read_rows
-from sdsearch_lightning.packing import LAYOUTS, LayoutName, Packed, PackedSequences, Padded
+from sdsearch_lightning.policy.head import Head, Outcome, Reading, keep_logits, read_rows
+from sdsearch_lightning.policy.packing import LAYOUTS, LayoutName, Packed, PackedSequences, Padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

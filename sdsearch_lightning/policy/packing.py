@@ -23,7 +23,7 @@ from typing import ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.attention import AttentionLayout, CausalSegments, Segment
+from sdsearch_lightning.policy.attention import AttentionLayout, CausalSegments, Segment
 
 Item = TypeVar("Item")
 LayoutName = Literal["shared_prefix", "packed", "padded"]
