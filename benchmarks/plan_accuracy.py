@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 
 from sdsearch_lightning import head, objective  # noqa: E402
-from sdsearch_lightning.collate import SearchBatch, collate, split_groups, weigh  # noqa: E402
+from sdsearch_lightning.step.collate import SearchBatch, collate, split_groups, weigh  # noqa: E402
 from sdsearch_lightning.policy.loading import word_level_tokenizer  # noqa: E402
 from sdsearch_lightning.plan.architecture import find_architecture  # noqa: E402
 from sdsearch_lightning.cli.plan import PlanCLI  # noqa: E402

@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from sdsearch_lightning import lessons
+from sdsearch_lightning.step import teacher_sequences as lessons
 from sdsearch_lightning.__main__ import main
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.schedules import Schedule

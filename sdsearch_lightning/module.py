@@ -21,7 +21,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from sdsearch_lightning.policy.lora import LoRA, Reference
-from sdsearch_lightning.collate import (
+from sdsearch_lightning.step.collate import (
     SearchBatch,
     WeightedRollout,
     collate,
@@ -30,29 +30,29 @@ from sdsearch_lightning.collate import (
     weigh,
     with_idle_teacher,
 )
-from sdsearch_lightning.credit import Credits, credit_rollouts, credit_table
-from sdsearch_lightning.distillation import TeacherRows, summarize_teacher
+from sdsearch_lightning.step.credit import Credits, credit_rollouts, credit_table
+from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.evaluation_steps import EvaluationSteps
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
-from sdsearch_lightning.lessons import Positions
+from sdsearch_lightning.step.teacher_sequences import Positions
 from sdsearch_lightning.losses.terms import AggregationMode, token_weights
 from sdsearch_lightning.policy.loading import ScratchModel, disable_dropout
-from sdsearch_lightning.objective import EntropyCoefs, PolicyObjective
+from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.protocol.conversation import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
-from sdsearch_lightning.step_metrics import (
+from sdsearch_lightning.step.metrics import (
     DISTILLATION_SUMS,
     LOSS_TERMS,
     POLICY_SUMS,
     StepTally,
     step_means,
 )
-from sdsearch_lightning.student import StepSums as StepSums
-from sdsearch_lightning.student import Student
+from sdsearch_lightning.step.student import StepSums as StepSums
+from sdsearch_lightning.step.student import Student
 from sdsearch_lightning.policy.teachers import LiveTeacher, Teacher
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
 

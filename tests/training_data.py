@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.protocol.block_templates import BlockTemplates
-from sdsearch_lightning.collate import SearchBatch, collate, split_groups, weigh
+from sdsearch_lightning.step.collate import SearchBatch, collate, split_groups, weigh
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.hindsight import QueriesAndLabels
 from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer

@@ -25,8 +25,8 @@ from training_data import (
 from training_run import Broken, Record, ScriptedEngine, ToyData, fit
 
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
-from sdsearch_lightning.collate import SearchBatch
-from sdsearch_lightning.distillation import TeacherRows
+from sdsearch_lightning.step.collate import SearchBatch
+from sdsearch_lightning.step.teacher_rows import TeacherRows
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule

@@ -23,7 +23,7 @@ from training_data import (
     three_groups,
 )
 
-from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
+from sdsearch_lightning.step.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.protocol.conversation import Conversation

@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_data import CODEC, DIRECT, ONE, PASSAGES, PROTOCOL, TWO, blocks_of, group, rollout, three_groups
 
-from sdsearch_lightning.collate import SearchBatch, WeightedRollout, collate, weigh
+from sdsearch_lightning.step.collate import SearchBatch, WeightedRollout, collate, weigh
 from sdsearch_lightning.types import RolloutGroup, TeacherView, Trajectory
 
 

@@ -20,9 +20,9 @@ from training_data import (
     three_groups,
 )
 
-from sdsearch_lightning.collate import split_groups, weigh
-from sdsearch_lightning.credit import CreditRows, Credits, credit_rollouts, credit_table
-from sdsearch_lightning.lessons import plan_lessons
+from sdsearch_lightning.step.collate import split_groups, weigh
+from sdsearch_lightning.step.credit import CreditRows, Credits, credit_rollouts, credit_table
+from sdsearch_lightning.step.teacher_sequences import plan_lessons
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, SpanKind, TokenCredit
 
 

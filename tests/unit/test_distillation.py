@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.distillation import NUM_TOP, TeacherRows, divergence_to_teacher, entropy, summarize_teacher
+from sdsearch_lightning.step.teacher_rows import NUM_TOP, TeacherRows, divergence_to_teacher, entropy, summarize_teacher
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
 from sdsearch_lightning.losses.terms import jensen_shannon
 

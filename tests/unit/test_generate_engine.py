@@ -21,7 +21,7 @@ from toys import (
     make_request,
 )
 
-from sdsearch_lightning.collate import collate, weigh
+from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.policy.policy import Policy

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from toys import EOS, IM_END, PROTOCOL, QUESTION, make_trajectory, play, start
 
-from sdsearch_lightning.collate import collate, weigh
+from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.hindsight import QueriesAndLabels, sibling_records
 from sdsearch_lightning.losses.terms import GroupsRule
 from sdsearch_lightning.protocol.tokenization import TokenCodec

@@ -22,7 +22,7 @@ from sdsearch_lightning.hindsight import (
     SuccessfulSibling,
     UnmaskedRollouts,
 )
-from sdsearch_lightning.lessons import plan_lessons
+from sdsearch_lightning.step.teacher_sequences import plan_lessons
 from sdsearch_lightning.losses.terms import group_weight
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Label, Question, RolloutGroup, SpanKind

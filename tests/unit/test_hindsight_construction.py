@@ -12,7 +12,7 @@ from training_data import CODEC, DIRECT, ONE, PROTOCOL, TWO, group, make_module,
 from training_run import Record, ScriptedEngine, fit
 
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
-from sdsearch_lightning.collate import collate, weigh
+from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.hindsight import (
     BlockBudget,

@@ -22,10 +22,10 @@ from training_data import (
     tiny_model,
 )
 
-from sdsearch_lightning.collate import SearchBatch
+from sdsearch_lightning.step.collate import SearchBatch
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.objective import EntropyCoefs
+from sdsearch_lightning.step.policy_terms import EntropyCoefs
 from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.policy_module import Compute
 from sdsearch_lightning.policy.teachers import EMATeacher, LiveTeacher

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_data import CODEC, ONE, PROTOCOL, TWO, blocks_of, group, make_module, micro_batches, rollout, step
 
-from sdsearch_lightning.lessons import distilled_spans, num_distilled_tokens, plan_lessons
+from sdsearch_lightning.step.teacher_sequences import distilled_spans, num_distilled_tokens, plan_lessons
 from sdsearch_lightning.types import HindsightBlock, SpanKind, TeacherView
 
 
@@ -69,7 +69,7 @@ def test_all_positions_teach_more_tokens_with_less_weight_each():
     groups = [group(rollout(TWO), rollout(ONE, 1))]
     module = make_module()
     (queries,) = micro_batches(module, groups, blocks_of(groups))
-    from sdsearch_lightning.collate import collate, split_groups, weigh
+    from sdsearch_lightning.step.collate import collate, split_groups, weigh
 
     weighed = weigh(groups, blocks_of(groups), "token-mean", positions="policy", dtype=torch.float64)
     (share,) = split_groups(weighed, 10_000)

@@ -20,7 +20,7 @@ from training_data import (
     weights_of,
 )
 
-from sdsearch_lightning.collate import SearchBatch
+from sdsearch_lightning.step.collate import SearchBatch
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.terms import jensen_shannon

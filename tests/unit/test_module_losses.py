@@ -26,7 +26,7 @@ from training_data import (
     tiny_model,
 )
 
-from sdsearch_lightning.collate import filler
+from sdsearch_lightning.step.collate import filler
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import StepSums
 from sdsearch_lightning.policy_module import Compute

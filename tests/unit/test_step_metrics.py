@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.distillation import TeacherRows, summarize_teacher
-from sdsearch_lightning.step_metrics import (
+from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
+from sdsearch_lightning.step.metrics import (
     DISTILLATION_SUMS,
     LOSS_TERMS,
     POLICY_SUMS,

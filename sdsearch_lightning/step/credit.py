@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.collate import WeightedRollout
-from sdsearch_lightning.lessons import Lesson
+from sdsearch_lightning.step.collate import WeightedRollout
+from sdsearch_lightning.step.teacher_sequences import Lesson
 from sdsearch_lightning.types import InstanceId, RolloutGroup, TokenCredit
 
 Credits = dict[tuple[InstanceId, int], tuple[TokenCredit, ...]]
