@@ -28,7 +28,7 @@ from sdsearch_lightning.rollout.engine import run_awake
 from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics, window_totals
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.sampling import derive_seed
-from sdsearch_lightning.strategies import gathered
+from sdsearch_lightning.training.fsdp2 import gathered
 from sdsearch_lightning.types import (
     Limits,
     RolloutGroup,

@@ -22,7 +22,7 @@ from sdsearch_lightning.step.policy_terms import log_softmax
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.scoring.rewards import exact_match
 from sdsearch_lightning.rollout.sampling import derive_seed
-from sdsearch_lightning.strategies import gathered
+from sdsearch_lightning.training.fsdp2 import gathered
 from sdsearch_lightning.types import (
     HindsightBlock,
     Label,

@@ -22,7 +22,7 @@ from sdsearch_lightning.callbacks.health_rules import Action, Watch, make_rules
 from sdsearch_lightning.callbacks.jsd_weight_scheduler import JSDWeightScheduler
 from sdsearch_lightning.checkpoints.writing import name_again
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.policy_module import PolicyModule
+from sdsearch_lightning.training.policy_module import PolicyModule
 
 SCORE = "rollout/reward"
 """The best checkpoint is the one with the highest average of it over recent steps."""

@@ -34,14 +34,14 @@ from sdsearch_lightning.step.credit import Credits, credit_rollouts, credit_tabl
 from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.evaluation_steps import EvaluationSteps
+from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.step.teacher_sequences import Positions
 from sdsearch_lightning.losses.terms import AggregationMode, token_weights
 from sdsearch_lightning.policy.loading import ScratchModel, disable_dropout
 from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
+from sdsearch_lightning.training.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.protocol.conversation import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.step.metrics import (

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from sdsearch_lightning.kinds import Label as Label
-from sdsearch_lightning.kinds import SpanKind as SpanKind
-from sdsearch_lightning.kinds import StopReason as StopReason
+from sdsearch_lightning.enums import Label as Label
+from sdsearch_lightning.enums import SpanKind as SpanKind
+from sdsearch_lightning.enums import StopReason as StopReason
 from sdsearch_lightning.pluggable import Pluggable as Pluggable
 
 InstanceId = tuple[int, int]

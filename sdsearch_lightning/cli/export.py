@@ -24,7 +24,7 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.runs.hub import check_name, push
 from sdsearch_lightning.runs.model_card import Training, write_card
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.policy_module import PolicyModule
+from sdsearch_lightning.training.policy_module import PolicyModule
 from sdsearch_lightning.report.summary import read_summary
 from sdsearch_lightning.runs.folder import RunFolder
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint

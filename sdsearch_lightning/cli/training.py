@@ -45,7 +45,7 @@ from sdsearch_lightning.report.trajectories import cut_after
 from sdsearch_lightning.runs.folder import RunFolder, RunOptions
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
 from sdsearch_lightning.runs.metrics_logger import MetricsLogger
-from sdsearch_lightning.strategies import check_strategy
+from sdsearch_lightning.training.fsdp2 import check_strategy
 from sdsearch_lightning.supervised import SupervisedModule
 
 TRAINER_DEFAULTS = {

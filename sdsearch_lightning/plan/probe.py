@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from sdsearch_lightning.policy.attention import CausalSegments, Segment, attention_layout
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.master_weights import MasterWeights
+from sdsearch_lightning.training.master_weights import MasterWeights
 from sdsearch_lightning.policy.packing import LAYOUTS, Arrangement, LayoutName, PackedSequences
 from sdsearch_lightning.plan.live_bytes import LiveBytes
 from sdsearch_lightning.plan.memory import ModelCounts, OptimizerBytes, PassBytes

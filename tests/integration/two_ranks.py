@@ -37,7 +37,7 @@ from sdsearch_lightning.callbacks import (  # noqa: E402
     RolloutGrouping,
     TeacherDiagnostics,
 )
-from sdsearch_lightning.policy_module import Compute  # noqa: E402
+from sdsearch_lightning.training.policy_module import Compute  # noqa: E402
 from sdsearch_lightning.scoring.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO  # noqa: E402
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher  # noqa: E402

@@ -24,7 +24,7 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.policy_module import Compute
+from sdsearch_lightning.training.policy_module import Compute
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, Teacher
 
 pytest.importorskip("peft")

@@ -25,7 +25,7 @@ from sdsearch_lightning.policy.attention import (
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.policy_module import Compute
+from sdsearch_lightning.training.policy_module import Compute
 
 HEADS = {"head_dim": 8}
 

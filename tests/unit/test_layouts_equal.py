@@ -27,7 +27,7 @@ from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.step.policy_terms import EntropyCoefs
 from sdsearch_lightning.policy.packing import LAYOUTS
-from sdsearch_lightning.policy_module import Compute
+from sdsearch_lightning.training.policy_module import Compute
 from sdsearch_lightning.policy.teachers import EMATeacher, LiveTeacher
 from sdsearch_lightning.types import Label, RolloutGroup
 

@@ -11,7 +11,7 @@ from training_run import Record, ScriptedEngine, fit
 
 from sdsearch_lightning import SDSearchModule
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
-from sdsearch_lightning.manual_step import SAMPLE, ManualStep, _sample
+from sdsearch_lightning.training.manual_step import SAMPLE, ManualStep, _sample
 from sdsearch_lightning.policy.loading import ScratchModel
 
 ALONE = SimpleNamespace(policy=SimpleNamespace(is_sharded=False))

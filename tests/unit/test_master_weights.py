@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdsearch_lightning.master_weights import MasterWeights
+from sdsearch_lightning.training.master_weights import MasterWeights
 
 LR, STEPS = 1e-6, 300
 

@@ -24,7 +24,7 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.packing import PackedSequences
-from sdsearch_lightning.policy_module import OptimizerSpec
+from sdsearch_lightning.training.policy_module import OptimizerSpec
 from sdsearch_lightning.protocol.conversation import Conversation, Protocol
 from sdsearch_lightning.schedules import Linear
 from sdsearch_lightning.supervised import LossWeights, SupervisedModule

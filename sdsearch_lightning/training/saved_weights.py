@@ -21,7 +21,7 @@ from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights, with
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.strategies import whole_weights
+from sdsearch_lightning.training.fsdp2 import whole_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

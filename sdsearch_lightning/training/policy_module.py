@@ -24,15 +24,15 @@ from sdsearch_lightning.policy import loading as models
 from sdsearch_lightning.policy.lora_folder import fingerprint
 from sdsearch_lightning.policy.lora import LoRA, add_adapter
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.manual_step import ManualStep
-from sdsearch_lightning.master_weights import BFloat16Weights, MasterWeights
+from sdsearch_lightning.training.manual_step import ManualStep
+from sdsearch_lightning.training.master_weights import BFloat16Weights, MasterWeights
 from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.policy.packing import LayoutName
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.policy_checkpoints import PolicyCheckpoints
+from sdsearch_lightning.training.saved_weights import PolicyCheckpoints
 from sdsearch_lightning.protocol.conversation import PROTOCOLS, Protocol
 from sdsearch_lightning.schedules import Schedule
-from sdsearch_lightning.strategies import shard
+from sdsearch_lightning.training.fsdp2 import shard
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 
 if TYPE_CHECKING:

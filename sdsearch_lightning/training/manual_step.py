@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from sdsearch_lightning.master_weights import MasterWeights
+from sdsearch_lightning.training.master_weights import MasterWeights
 from sdsearch_lightning.policy.policy import Policy
 
 MicroBatch = TypeVar("MicroBatch")
