@@ -25,13 +25,13 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 
-from sdsearch_lightning.step.collate import SearchBatch  # noqa: E402
-from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher, summarize_teacher  # noqa: E402
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon  # noqa: E402
 from sdsearch_lightning.policy.head import Chunk, Head, Outcome, Reading, read_rows  # noqa: E402
-from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective  # noqa: E402
 from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
+from sdsearch_lightning.step.collate import SearchBatch  # noqa: E402
+from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective  # noqa: E402
 from sdsearch_lightning.step.student import Student  # noqa: E402
+from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher, summarize_teacher  # noqa: E402
 
 VOCABULARY, TOKENS, POLICY_ROWS, QUERY_ROWS = 151_936, 512, 256, 64
 TRL_CHUNK = 32_768  # entries of the vocabulary, as in TRL's divergence

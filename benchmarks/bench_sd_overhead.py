@@ -40,11 +40,11 @@ from benchmarks.bench_train_step import (  # noqa: E402
     student_loss,
 )
 from benchmarks.workload import Workload, make_workload, run  # noqa: E402
-from sdsearch_lightning.step.collate import SearchBatch, TeacherPrompt, collate, split_groups, weigh  # noqa: E402
-from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher  # noqa: E402
 from sdsearch_lightning.module import SDSearchModule  # noqa: E402
 from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.rollout import SlotEngine  # noqa: E402
+from sdsearch_lightning.step.collate import SearchBatch, TeacherPrompt, collate, split_groups, weigh  # noqa: E402
+from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher  # noqa: E402
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, Trajectory  # noqa: E402
 
 GROUPS = {8: CASES["tiny"], 5: replace(CASES["tiny"], lengths=(174, 420, 480, 675, 875))}

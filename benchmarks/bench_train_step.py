@@ -25,10 +25,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.workload import make_policy  # noqa: E402
-from sdsearch_lightning.step.collate import SearchBatch, TeacherPrompt, collate, weigh  # noqa: E402
-from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer  # noqa: E402
 from sdsearch_lightning.module import SDSearchModule  # noqa: E402
+from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer  # noqa: E402
 from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
+from sdsearch_lightning.step.collate import SearchBatch, TeacherPrompt, collate, weigh  # noqa: E402
 from sdsearch_lightning.training.policy_module import Compute  # noqa: E402
 from sdsearch_lightning.types import (  # noqa: E402
     HindsightBlock,

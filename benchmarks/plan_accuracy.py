@@ -26,15 +26,16 @@ import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 
-from sdsearch_lightning import head, objective  # noqa: E402
-from sdsearch_lightning.step.collate import SearchBatch, collate, split_groups, weigh  # noqa: E402
-from sdsearch_lightning.policy.loading import word_level_tokenizer  # noqa: E402
-from sdsearch_lightning.plan.architecture import find_architecture  # noqa: E402
+from sdsearch_lightning.policy import head  # noqa: E402
+from sdsearch_lightning.step import policy_terms  # noqa: E402
 from sdsearch_lightning.cli.plan import PlanCLI  # noqa: E402
+from sdsearch_lightning.plan.architecture import find_architecture  # noqa: E402
 from sdsearch_lightning.plan.memory import GIB, Part, plan_parts  # noqa: E402
 from sdsearch_lightning.plan.probe import MakeModel, adapt  # noqa: E402
 from sdsearch_lightning.plan.settings import adapters_of, precision_of, settings_of  # noqa: E402
+from sdsearch_lightning.policy.loading import word_level_tokenizer  # noqa: E402
 from sdsearch_lightning.policy.policy import Policy  # noqa: E402
+from sdsearch_lightning.step.collate import SearchBatch, collate, split_groups, weigh  # noqa: E402
 from sdsearch_lightning.types import (  # noqa: E402
     HindsightBlock,
     Question,
@@ -89,14 +90,14 @@ def largest_batch(module: Any, group_size: int, max_tokens: int) -> SearchBatch:
 @contextmanager
 def without_values(mixture: Sequence[float]) -> Iterator[None]:
     """What asks for the value of a fake tensor gets one that changes no size; chunks are as large as on a GPU."""
-    sums = objective.policy_sums
+    sums = policy_terms.policy_sums
 
     def policy_sums(logprobs: Any, chosen: Any, sampled: Any, old: Any, is_query: Any, *clips: float) -> Any:
         return sums(logprobs, chosen, sampled, old, is_query.nonzero()[:, 0], *clips)
 
     with ExitStack() as stack:
         enter = stack.enter_context
-        enter(patch.object(objective, "policy_sums", policy_sums))
+        enter(patch.object(policy_terms, "policy_sums", policy_sums))
         enter(patch.object(head, "CPU_CHUNK_LOGITS", head.CHUNK_LOGITS))
         enter(patch.object(FakeTensor, "tolist", lambda self: list(mixture)))
         enter(patch.object(Policy, "check", lambda self: None))

@@ -20,10 +20,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from sdsearch_lightning.step import teacher_sequences as lessons
 from sdsearch_lightning.__main__ import main
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.schedules import Schedule
+from sdsearch_lightning.step import teacher_sequences as lessons
 from sdsearch_lightning.types import SpanKind, Trajectory
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.hindsight import BlockBudget, BlockBuilder, QueriesAndLabels, sibling_records
-from sdsearch_lightning.losses.terms import GroupsRule, group_weight
+from sdsearch_lightning.losses.weights import GroupsRule, group_weight
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.types import StepBatch
 

@@ -17,17 +17,17 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from sdsearch_lightning.scoring.advantages import AdvantageScale, group_relative
 from sdsearch_lightning.errors import ConfigError, RolloutError, SDSearchError
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.retrieval import check_retriever
-from sdsearch_lightning.scoring.rewards import AutoRefineReward, F1LabelRule, LabelRule, Reward
 from sdsearch_lightning.rollout import Engine, SearchPool, SlotEngine
 from sdsearch_lightning.rollout.engine import run_awake
 from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics, window_totals
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.sampling import derive_seed
+from sdsearch_lightning.scoring.advantages import AdvantageScale, group_relative
+from sdsearch_lightning.scoring.rewards import AutoRefineReward, F1LabelRule, LabelRule, Reward
 from sdsearch_lightning.training.fsdp2 import gathered
 from sdsearch_lightning.types import (
     Limits,

@@ -14,14 +14,14 @@ import lightning.pytorch as pl
 import torch
 
 from sdsearch_lightning.callbacks.rollout_grouping import RolloutGrouping
-from sdsearch_lightning.step.collate import collate, split_groups, weigh
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.hindsight import LeaveOneOut, QueriesAndLabels
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.step.policy_terms import log_softmax
 from sdsearch_lightning.policy.packing import PackedSequences
-from sdsearch_lightning.scoring.rewards import exact_match
 from sdsearch_lightning.rollout.sampling import derive_seed
+from sdsearch_lightning.scoring.rewards import exact_match
+from sdsearch_lightning.step.collate import collate, split_groups, weigh
+from sdsearch_lightning.step.policy_terms import log_softmax
 from sdsearch_lightning.training.fsdp2 import gathered
 from sdsearch_lightning.types import (
     HindsightBlock,

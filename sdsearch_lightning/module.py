@@ -20,7 +20,16 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
+from sdsearch_lightning.losses.weights import AggregationMode, token_weights
+from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
+from sdsearch_lightning.policy.loading import ScratchModel, disable_dropout
 from sdsearch_lightning.policy.lora import LoRA, Reference
+from sdsearch_lightning.policy.policy import Policy
+from sdsearch_lightning.policy.teachers import LiveTeacher, Teacher
+from sdsearch_lightning.protocol.templates import Protocol
+from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.step.collate import (
     SearchBatch,
     WeightedRollout,
@@ -31,19 +40,6 @@ from sdsearch_lightning.step.collate import (
     with_idle_teacher,
 )
 from sdsearch_lightning.step.credit import Credits, credit_rollouts, credit_table
-from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
-from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
-from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
-from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
-from sdsearch_lightning.step.teacher_sequences import Positions
-from sdsearch_lightning.losses.terms import AggregationMode, token_weights
-from sdsearch_lightning.policy.loading import ScratchModel, disable_dropout
-from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective
-from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.training.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
-from sdsearch_lightning.protocol.conversation import Protocol
-from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.step.metrics import (
     DISTILLATION_SUMS,
     LOSS_TERMS,
@@ -51,9 +47,13 @@ from sdsearch_lightning.step.metrics import (
     StepTally,
     step_means,
 )
+from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective
 from sdsearch_lightning.step.student import StepSums as StepSums
 from sdsearch_lightning.step.student import Student
-from sdsearch_lightning.policy.teachers import LiveTeacher, Teacher
+from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
+from sdsearch_lightning.step.teacher_sequences import Positions
+from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
+from sdsearch_lightning.training.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
 
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdsearch_lightning.policy.lora import LoRA
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.loading import ScratchModel
+from sdsearch_lightning.policy.lora import LoRA
 from sdsearch_lightning.policy.packing import PackedSequences, split_by_size
-from sdsearch_lightning.training.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
-from sdsearch_lightning.protocol.conversation import Protocol
+from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.schedules import Constant, Schedule
+from sdsearch_lightning.training.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
 from sdsearch_lightning.types import Demonstration, SpanKind
 
 

@@ -22,7 +22,7 @@ from sdsearch_lightning.hindsight import (
     SuccessfulSibling,
     UnmaskedRollouts,
 )
-from sdsearch_lightning.losses.terms import GroupsRule
+from sdsearch_lightning.losses.weights import GroupsRule
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import HindsightBlock, Label, Passage, Question, RolloutGroup, StopReason, Trajectory
 

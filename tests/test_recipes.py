@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from sdsearch_lightning.cli.commands import quieten
+from sdsearch_lightning.cli.plan import PlanCLI, check_fit, sums_of
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.plan.architecture import find_architecture
-from sdsearch_lightning.cli.plan import PlanCLI, check_fit, sums_of
 from sdsearch_lightning.plan.memory import GIB, Part, Settings, plan_parts
 from sdsearch_lightning.plan.settings import settings_of
 

@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.policy.loading import word_level_tokenizer
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.protocol.conversation import Continue, Conversation, Protocol, Search
-from sdsearch_lightning.rollout import Engine
+from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
+from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.types import (
     InstanceId,
     Limits,

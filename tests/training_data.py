@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.protocol.block_templates import BlockTemplates
-from sdsearch_lightning.step.collate import SearchBatch, collate, split_groups, weigh
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.hindsight import QueriesAndLabels
-from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer
 from sdsearch_lightning.module import SDSearchModule, StepSums
-from sdsearch_lightning.protocol.conversation import Conversation, Protocol, Search
+from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer
+from sdsearch_lightning.protocol.block_templates import BlockTemplates
+from sdsearch_lightning.protocol.conversation import Conversation, Search
+from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.step.collate import SearchBatch, collate, split_groups, weigh
 from sdsearch_lightning.types import (
     Demonstration,
     HindsightBlock,

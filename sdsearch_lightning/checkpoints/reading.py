@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.checkpoints.shards import META, read_into, read_metadata
+from sdsearch_lightning.errors import ConfigError, DataError
 
 WEIGHTS = "state_dict"
 _UNREADABLE = (

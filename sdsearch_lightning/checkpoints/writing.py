@@ -18,8 +18,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sdsearch_lightning.errors import CheckpointError
 from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO
+from sdsearch_lightning.errors import CheckpointError
 
 
 class PlainFiles(AnyCheckpointIO):

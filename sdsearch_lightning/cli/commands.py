@@ -19,10 +19,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from sdsearch_lightning.cli import export as export_command
 from sdsearch_lightning.cli import retrieval as retrieval_commands
-from sdsearch_lightning.cli.training import SearchCLI, SuperviseCLI
 from sdsearch_lightning.cli.errors import ShortErrorParser, fail
-from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.cli.plan import plan
+from sdsearch_lightning.cli.training import SearchCLI, SuperviseCLI
+from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.report import print_report
 
 NOISE = re.compile(

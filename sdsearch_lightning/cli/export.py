@@ -16,19 +16,19 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
 from sdsearch_lightning.checkpoints.writing import drafted
 from sdsearch_lightning.cli.common import link_seed, say
 from sdsearch_lightning.cli.errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.runs.hub import check_name, push
-from sdsearch_lightning.runs.model_card import Training, write_card
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.training.policy_module import PolicyModule
 from sdsearch_lightning.report.summary import read_summary
 from sdsearch_lightning.runs.folder import RunFolder
-from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
+from sdsearch_lightning.runs.hub import check_name, push
+from sdsearch_lightning.runs.model_card import Training, write_card
 from sdsearch_lightning.supervised import SupervisedModule
+from sdsearch_lightning.training.policy_module import PolicyModule
 
 
 def export(argv: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdsearch_lightning.cli.training import SearchCLI
 from sdsearch_lightning.cli.errors import fail
+from sdsearch_lightning.cli.training import SearchCLI
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.plan.architecture import find_architecture
 from sdsearch_lightning.plan.memory import GIB, Part, Settings, plan_parts

@@ -15,10 +15,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
 from sdsearch_lightning.cli.common import say
 from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.runs.folder import RunFolder
-from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
 
 
 class Beginning(pl.Callback):

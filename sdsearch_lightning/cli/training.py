@@ -28,6 +28,7 @@ from sdsearch_lightning.callbacks import (
     RolloutGrouping,
     TrajectoryLog,
 )
+from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
 from sdsearch_lightning.checkpoints.writing import PlainFiles, remove
 from sdsearch_lightning.cli.common import link_seed, say
 from sdsearch_lightning.cli.errors import ShortErrorParser
@@ -35,7 +36,6 @@ from sdsearch_lightning.cli.processes import ending_together, watch_processes
 from sdsearch_lightning.cli.resume import Beginning, explaining_loads, find_checkpoint
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.runs.model_card import write_model
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.console import duration
@@ -43,10 +43,10 @@ from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.summary import build_summary, read_summary, write_summary
 from sdsearch_lightning.report.trajectories import cut_after
 from sdsearch_lightning.runs.folder import RunFolder, RunOptions
-from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
 from sdsearch_lightning.runs.metrics_logger import MetricsLogger
-from sdsearch_lightning.training.fsdp2 import check_strategy
+from sdsearch_lightning.runs.model_card import write_model
 from sdsearch_lightning.supervised import SupervisedModule
+from sdsearch_lightning.training.fsdp2 import check_strategy
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module deals questions out to ranks itself, resumably

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from sdsearch_lightning.hindsight.writer import BlockBudget, BlockWriter
-from sdsearch_lightning.losses.terms import GroupsRule, group_weight
+from sdsearch_lightning.losses.weights import GroupsRule, group_weight
 from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import HindsightBlock, Pluggable, RolloutGroup, SiblingRecord, Trajectory

@@ -8,7 +8,7 @@ from dataclasses import replace
 from sdsearch_lightning.hindsight.base import sibling_records, taught_weight
 from sdsearch_lightning.hindsight.queries_and_labels import QueriesAndLabels
 from sdsearch_lightning.hindsight.writer import BlockBudget, BlockWriter
-from sdsearch_lightning.losses.terms import GroupsRule
+from sdsearch_lightning.losses.weights import GroupsRule
 from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sdsearch_lightning.protocol.block_templates import BlockTemplates
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.protocol.block_templates import BlockTemplates
 from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import SiblingRecord

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from sdsearch_lightning.policy.attention import CausalSegments, Segment, attention_layout
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.training.master_weights import MasterWeights
-from sdsearch_lightning.policy.packing import LAYOUTS, Arrangement, LayoutName, PackedSequences
 from sdsearch_lightning.plan.live_bytes import LiveBytes
 from sdsearch_lightning.plan.memory import ModelCounts, OptimizerBytes, PassBytes
+from sdsearch_lightning.policy.attention import CausalSegments, Segment, attention_layout
+from sdsearch_lightning.policy.packing import LAYOUTS, Arrangement, LayoutName, PackedSequences
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.rollout.kv_rows import KVShape
+from sdsearch_lightning.training.master_weights import MasterWeights
 
 SHARED_PROMPT = 256
 """Assumed: tokens of the prompt that siblings share; it decides little."""

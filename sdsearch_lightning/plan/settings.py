@@ -22,8 +22,8 @@ from sdsearch_lightning.plan.probe import (
     probe_optimizer,
     probe_passes,
 )
-from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
 from sdsearch_lightning.policy.teachers import CopiedTeacher
+from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
 
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 

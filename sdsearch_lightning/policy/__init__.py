@@ -1,1 +1,1 @@
-""""""
+"""The language model: loading, one pass over packed sequences, the output layer, adapters, teachers."""

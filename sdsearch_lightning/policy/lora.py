@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sdsearch_lightning.policy.lora_folder import LEARNED, check_base, need_peft, read_config, read_weights
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.head import Outcome, Reading
+from sdsearch_lightning.policy.lora_folder import LEARNED, check_base, need_peft, read_config, read_weights
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.policy.policy import Policy
 

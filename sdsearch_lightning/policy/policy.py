@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.attention import (
     AttentionLayout,
     CausalSegments,
@@ -26,7 +27,6 @@ from sdsearch_lightning.policy.attention import (
     attention_layout,
     implementation,
 )
-from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.head import Head, Outcome, Reading, keep_logits, read_rows
 from sdsearch_lightning.policy.packing import LAYOUTS, LayoutName, Packed, PackedSequences, Padded
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from sdsearch_lightning.errors import RetrievalError
-from sdsearch_lightning.protocol.templates import PROTOCOLS, AutoRefineProtocol, Protocol, SearchR1Protocol
+from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec, TurnText
 from sdsearch_lightning.types import (
     Limits,
@@ -31,17 +31,6 @@ from sdsearch_lightning.types import (
     StopReason,
     Trajectory,
 )
-
-__all__ = [
-    "PROTOCOLS",
-    "AutoRefineProtocol",
-    "Continue",
-    "Conversation",
-    "Protocol",
-    "Search",
-    "SearchR1Protocol",
-    "Stop",
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sdsearch_lightning.protocol.block_templates import BlockTemplates, check_fields
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.protocol.block_templates import BlockTemplates, check_fields
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Demonstration, Passage, Pluggable, SiblingRecord, Span, SpanKind
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
-from sdsearch_lightning.scoring.scores import RolloutScores
-from sdsearch_lightning.scoring.rewards import normalize_answer
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.search_pool import SearchCounts
+from sdsearch_lightning.scoring.rewards import normalize_answer
+from sdsearch_lightning.scoring.scores import RolloutScores
 from sdsearch_lightning.types import Label, RolloutGroup, SpanKind, Trajectory
 
 

@@ -23,8 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sdsearch_lightning.policy.lora import plain_weights
 from sdsearch_lightning.errors import ConfigError, RolloutError
+from sdsearch_lightning.policy.lora import plain_weights
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import Engine, check_finite

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from sdsearch_lightning.checkpoints.reading import open_checkpoint
 from sdsearch_lightning.checkpoints.writing import drafted, remove
 from sdsearch_lightning.errors import ConfigError, DataError
-from sdsearch_lightning.checkpoints.reading import open_checkpoint
 
 IGNORED = ("run.", "config", "ckpt_path", "weights_only", "trainer.enable_progress_bar", "trainer.enable_model_summary",
            "trainer.logger", "trainer.profiler", "trainer.log_every_n_steps",

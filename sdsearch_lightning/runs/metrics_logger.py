@@ -1,7 +1,7 @@
 """MetricsLogger: the rows of metrics.csv.
 
-Invariant: a resumed run cuts the file at the restored step and grows it on from there, so that a run killed at any moment
-and started again leaves the rows of the uninterrupted one.
+Invariant: a resumed run cuts the file at the restored step and grows it on from there, so that a run killed at any
+moment and started again leaves the rows of the uninterrupted one.
 """
 
 from __future__ import annotations

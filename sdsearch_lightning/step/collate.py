@@ -21,9 +21,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.step.teacher_sequences import Lesson, Positions, num_distilled_tokens, plan_lessons
-from sdsearch_lightning.losses.terms import AggregationMode, StepTotals, query_weights, token_weights
+from sdsearch_lightning.losses.weights import AggregationMode, StepTotals, query_weights, token_weights
 from sdsearch_lightning.policy.packing import PackedSequences, split_by_size
+from sdsearch_lightning.step.teacher_sequences import Lesson, Positions, num_distilled_tokens, plan_lessons
 from sdsearch_lightning.types import HindsightBlock, InstanceId, RolloutGroup, SpanKind, Trajectory
 
 TeacherPrompt = Callable[[Trajectory, str], Sequence[int]]

@@ -13,11 +13,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.step.collate import SPAN_KINDS, SearchBatch
-from sdsearch_lightning.step.teacher_rows import entropy
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.terms import clipped_surrogate, kl_k3
+from sdsearch_lightning.step.collate import SPAN_KINDS, SearchBatch
 from sdsearch_lightning.step.metrics import policy_sums
+from sdsearch_lightning.step.teacher_rows import entropy
 from sdsearch_lightning.types import SpanKind
 
 

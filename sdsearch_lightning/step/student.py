@@ -17,15 +17,15 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.policy.lora import Reference
-from sdsearch_lightning.step.collate import SearchBatch
-from sdsearch_lightning.step.credit import CreditRows
-from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher
 from sdsearch_lightning.losses.divergences import Divergence
 from sdsearch_lightning.policy.head import Chunk, Outcome, Read, Reading
-from sdsearch_lightning.step.policy_terms import PolicyObjective, log_softmax, wide
+from sdsearch_lightning.policy.lora import Reference
 from sdsearch_lightning.policy.policy import Policy
+from sdsearch_lightning.step.collate import SearchBatch
+from sdsearch_lightning.step.credit import CreditRows
 from sdsearch_lightning.step.metrics import distillation_sums
+from sdsearch_lightning.step.policy_terms import PolicyObjective, log_softmax, wide
+from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from sdsearch_lightning.checkpoints.reading import CheckpointFile, CheckpointFolder, named_checkpoint
+from sdsearch_lightning.checkpoints.shards import read_into
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.checkpoints.shards import read_into
-from sdsearch_lightning.checkpoints.reading import CheckpointFile, CheckpointFolder, named_checkpoint
 
 
 class FSDP2Strategy(ModelParallelStrategy):

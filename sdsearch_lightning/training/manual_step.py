@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from sdsearch_lightning.training.master_weights import MasterWeights
 from sdsearch_lightning.policy.policy import Policy
+from sdsearch_lightning.training.master_weights import MasterWeights
 
 MicroBatch = TypeVar("MicroBatch")
 

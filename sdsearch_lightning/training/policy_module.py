@@ -20,20 +20,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from sdsearch_lightning.policy import loading as models
-from sdsearch_lightning.policy.lora_folder import fingerprint
-from sdsearch_lightning.policy.lora import LoRA, add_adapter
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.training.manual_step import ManualStep
-from sdsearch_lightning.training.master_weights import BFloat16Weights, MasterWeights
+from sdsearch_lightning.policy import loading as models
 from sdsearch_lightning.policy.loading import ScratchModel
+from sdsearch_lightning.policy.lora import LoRA, add_adapter
+from sdsearch_lightning.policy.lora_folder import fingerprint
 from sdsearch_lightning.policy.packing import LayoutName
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.training.saved_weights import PolicyCheckpoints
-from sdsearch_lightning.protocol.conversation import PROTOCOLS, Protocol
+from sdsearch_lightning.protocol.templates import PROTOCOLS, Protocol
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.schedules import Schedule
 from sdsearch_lightning.training.fsdp2 import shard
-from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.training.manual_step import ManualStep
+from sdsearch_lightning.training.master_weights import BFloat16Weights, MasterWeights
+from sdsearch_lightning.training.saved_weights import PolicyCheckpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

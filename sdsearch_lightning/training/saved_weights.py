@@ -15,11 +15,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.policy import loading as models
-from sdsearch_lightning.policy.lora_folder import other_base, write_adapter
-from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights, without_layers
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.policy import loading as models
 from sdsearch_lightning.policy.loading import ScratchModel
+from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights, without_layers
+from sdsearch_lightning.policy.lora_folder import other_base, write_adapter
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.training.fsdp2 import whole_weights
 

@@ -17,8 +17,8 @@ import torch  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from training_data import make_module, step, taught_batch, tiny_model  # noqa: E402
 
-from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights  # noqa: E402
 from sdsearch_lightning.module import SDSearchModule  # noqa: E402
+from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights  # noqa: E402
 
 
 def learned(dtype: torch.dtype) -> SDSearchModule:

@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdsearch_lightning.checkpoints.writing import drafted
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
+from sdsearch_lightning.checkpoints.writing import drafted
 
 pytestmark = pytest.mark.slow
 

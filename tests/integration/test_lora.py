@@ -22,13 +22,13 @@ from training_data import TOKENIZER, make_module, tiny_model
 from training_run import Record, ToyData, fit
 from transformers import AutoModelForCausalLM
 
-from sdsearch_lightning.policy.lora import LoRA, is_learned
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.training.policy_module import Compute
-from sdsearch_lightning.supervised import SupervisedModule
+from sdsearch_lightning.policy.loading import ScratchModel
+from sdsearch_lightning.policy.lora import LoRA, is_learned
 from sdsearch_lightning.policy.teachers import EMATeacher
+from sdsearch_lightning.supervised import SupervisedModule
+from sdsearch_lightning.training.policy_module import Compute
 
 pytest.importorskip("peft")
 pytestmark = [

@@ -18,12 +18,12 @@ from sdsearch_lightning.callbacks import (
     TeacherDiagnostics,
     TrajectoryLog,
 )
-from sdsearch_lightning.losses.divergences import LogitMSE
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.divergences import LogitMSE
 from sdsearch_lightning.policy.loading import ScratchModel
+from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, LiveTeacher
 from sdsearch_lightning.report import read_trajectories
 from sdsearch_lightning.scoring.rewards import ExactMatchReward, Reward
-from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, LiveTeacher
 
 
 def module(**options):

@@ -25,14 +25,14 @@ from training_data import (
 from training_run import Broken, Record, ScriptedEngine, ToyData, fit
 
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
-from sdsearch_lightning.step.collate import SearchBatch
-from sdsearch_lightning.step.teacher_rows import TeacherRows
-from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.scoring.rewards import ExactMatchReward
 from sdsearch_lightning.rollout import Engine, GenerateEngine
 from sdsearch_lightning.schedules import Linear
+from sdsearch_lightning.scoring.rewards import ExactMatchReward
+from sdsearch_lightning.step.collate import SearchBatch
+from sdsearch_lightning.step.teacher_rows import TeacherRows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),

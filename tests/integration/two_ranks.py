@@ -29,18 +29,19 @@ import torch  # noqa: E402
 from training_data import DIRECT, PROTOCOL, TOKENIZER, make_module, tiny_model  # noqa: E402
 from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
 
-from sdsearch_lightning import SDSearchModule, models  # noqa: E402
-from sdsearch_lightning.policy.lora import LoRA  # noqa: E402
+from sdsearch_lightning import SDSearchModule  # noqa: E402
+from sdsearch_lightning.policy import loading  # noqa: E402
 from sdsearch_lightning.callbacks import (  # noqa: E402
     HindsightConstruction,
     JSDWeightScheduler,
     RolloutGrouping,
     TeacherDiagnostics,
 )
-from sdsearch_lightning.training.policy_module import Compute  # noqa: E402
-from sdsearch_lightning.scoring.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO  # noqa: E402
+from sdsearch_lightning.policy.lora import LoRA  # noqa: E402
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher  # noqa: E402
+from sdsearch_lightning.scoring.rewards import ExactMatchReward  # noqa: E402
+from sdsearch_lightning.training.policy_module import Compute  # noqa: E402
 from sdsearch_lightning.types import RolloutRequest, Trajectory  # noqa: E402
 
 KEYS = ("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd", "distill/teacher_rows")
@@ -111,7 +112,7 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
         if variant == "going_on":
             make_learned_adapter(tiny_model()).save_adapter("adapter")
     elif strategy == "fsdp2":
-        models.load = None  # rank 0 alone reads weights
+        loading.load = None  # rank 0 alone reads weights
     module = SDSearchModule(
         model_name_or_path=str(folder),
         dtype="float64",

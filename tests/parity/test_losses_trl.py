@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.scoring.advantages import group_relative
 from sdsearch_lightning.losses.divergences import JensenShannon
-from sdsearch_lightning.losses.terms import aggregate, clipped_surrogate, jensen_shannon, kl_k3
+from sdsearch_lightning.losses.terms import clipped_surrogate, jensen_shannon, kl_k3
+from sdsearch_lightning.losses.weights import aggregate
+from sdsearch_lightning.scoring.advantages import group_relative
 
 pytest.importorskip("trl")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]

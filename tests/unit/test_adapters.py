@@ -18,14 +18,14 @@ from training_data import (
     tiny_model,
 )
 
-from sdsearch_lightning.policy.lora_folder import CONFIG, ORIGIN, WEIGHTS, fingerprint
-from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights, without_layers
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights, without_layers
+from sdsearch_lightning.policy.lora_folder import CONFIG, ORIGIN, WEIGHTS, fingerprint
 from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.training.policy_module import Compute
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, Teacher
+from sdsearch_lightning.training.policy_module import Compute
 
 pytest.importorskip("peft")
 
@@ -428,9 +428,9 @@ def test_the_slot_engine_plays_with_adapters() -> None:
     from toys import tiny_model as toy_model
 
     from sdsearch_lightning.protocol.conversation import Conversation
+    from sdsearch_lightning.protocol.tokenization import TokenCodec
     from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
     from sdsearch_lightning.rollout.search_pool import SearchPool
-    from sdsearch_lightning.protocol.tokenization import TokenCodec
     from sdsearch_lightning.types import Limits, RolloutRequest
 
     codec = TokenCodec(word_tokenizer(), PROTOCOL.tags)

@@ -8,8 +8,8 @@ import statistics
 import pytest
 import torch
 
-from sdsearch_lightning.scoring.advantages import group_relative
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.scoring.advantages import group_relative
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0], [0.1, 0.7, 0.25, 0.0, 1.0]], dtype=torch.float64)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 from training_data import drifted, gradient, step, taught_batch, tiny_model
 
+from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.policy.attention import (
     NAME,
     AttentionLayout,
@@ -22,7 +23,6 @@ from sdsearch_lightning.policy.attention import (
     causal_mask,
     masked_attention,
 )
-from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.training.policy_module import Compute

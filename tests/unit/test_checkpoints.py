@@ -7,10 +7,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from sdsearch_lightning.checkpoints import writing as checkpoints
+from sdsearch_lightning.checkpoints.reading import open_checkpoint
 from sdsearch_lightning.checkpoints.writing import PlainFiles, name_again, retire
 from sdsearch_lightning.errors import CheckpointError, DataError
 from sdsearch_lightning.runs.folder import RunFolder
-from sdsearch_lightning.checkpoints.reading import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEP, OPTIMIZERS = 4, 1

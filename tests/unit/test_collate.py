@@ -23,10 +23,10 @@ from training_data import (
     three_groups,
 )
 
-from sdsearch_lightning.step.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.protocol.conversation import Conversation
+from sdsearch_lightning.step.collate import SearchBatch, WeightedRollout, collate, filler, split_groups, weigh
 from sdsearch_lightning.types import Label, RolloutGroup, RolloutRequest, Trajectory
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

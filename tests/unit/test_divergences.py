@@ -13,6 +13,7 @@ import torch
 from divergences_by_hand import CASES, FORMULAS, INF, PLACES, Q, V, by_hand, each_case, matches, randn
 from torch import Tensor
 
+from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.divergences import (
     Divergence,
     ForwardKL,
@@ -22,7 +23,6 @@ from sdsearch_lightning.losses.divergences import (
     Support,
     SupportedDivergence,
 )
-from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.terms import jensen_shannon
 
 # Values and gradients

@@ -13,10 +13,10 @@ import torch
 from training_data import DIRECT, ONE, TWO, make_module, rollout
 from training_run import ScriptedEngine, ToyData
 
-from sdsearch_lightning.training import evaluation_steps
 from sdsearch_lightning.callbacks import RolloutGrouping
-from sdsearch_lightning.training.evaluation_steps import ScoreBoard
 from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.training import evaluation_steps
+from sdsearch_lightning.training.evaluation_steps import ScoreBoard
 from sdsearch_lightning.types import Question, RolloutGroup, StepBatch, Trajectory
 
 

@@ -21,13 +21,13 @@ from toys import (
     make_request,
 )
 
-from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Conversation
-from sdsearch_lightning.rollout import GenerateEngine, SearchPool
 from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.rollout import GenerateEngine, SearchPool
+from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.types import (
     Limits,
     Question,

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from toys import EOS, IM_END, PROTOCOL, QUESTION, make_trajectory, play, start
 
-from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.hindsight import QueriesAndLabels, sibling_records
-from sdsearch_lightning.losses.terms import GroupsRule
+from sdsearch_lightning.losses.weights import GroupsRule
 from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.types import HindsightBlock, Label, RolloutGroup, SiblingRecord, StopReason, Trajectory
 
 RIGHT, WRONG = Label.CORRECT, Label.INCORRECT

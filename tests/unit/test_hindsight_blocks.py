@@ -22,9 +22,9 @@ from sdsearch_lightning.hindsight import (
     SuccessfulSibling,
     UnmaskedRollouts,
 )
-from sdsearch_lightning.step.teacher_sequences import plan_lessons
-from sdsearch_lightning.losses.terms import group_weight
+from sdsearch_lightning.losses.weights import group_weight
 from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.step.teacher_sequences import plan_lessons
 from sdsearch_lightning.types import Label, Question, RolloutGroup, SpanKind
 
 HEADER = "\nSearch queries and outcomes of several attempts at this question:\n"

@@ -12,7 +12,6 @@ from training_data import CODEC, DIRECT, ONE, PROTOCOL, TWO, group, make_module,
 from training_run import Record, ScriptedEngine, fit
 
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
-from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.hindsight import (
     BlockBudget,
@@ -28,6 +27,7 @@ from sdsearch_lightning.hindsight import (
     SuccessfulSibling,
     UnmaskedRollouts,
 )
+from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.types import HindsightBlock, Label, RolloutGroup, StepBatch, Trajectory
 
 

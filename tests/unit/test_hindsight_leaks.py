@@ -22,7 +22,7 @@ from sdsearch_lightning.hindsight import (
     SuccessfulSibling,
     UnmaskedRollouts,
 )
-from sdsearch_lightning.losses.terms import GroupsRule, group_weight
+from sdsearch_lightning.losses.weights import GroupsRule, group_weight
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Passage
 

@@ -22,13 +22,13 @@ from training_data import (
     tiny_model,
 )
 
-from sdsearch_lightning.step.collate import SearchBatch
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.step.policy_terms import EntropyCoefs
 from sdsearch_lightning.policy.packing import LAYOUTS
-from sdsearch_lightning.training.policy_module import Compute
 from sdsearch_lightning.policy.teachers import EMATeacher, LiveTeacher
+from sdsearch_lightning.step.collate import SearchBatch
+from sdsearch_lightning.step.policy_terms import EntropyCoefs
+from sdsearch_lightning.training.policy_module import Compute
 from sdsearch_lightning.types import Label, RolloutGroup
 
 TERMS = ("policy_loss", "jsd_loss", "kl", "entropy_loss")

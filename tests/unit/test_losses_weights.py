@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses.terms import StepTotals, aggregate, group_weight, query_weights, token_weights
+from sdsearch_lightning.losses.weights import StepTotals, aggregate, group_weight, query_weights, token_weights
 from sdsearch_lightning.types import Label
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

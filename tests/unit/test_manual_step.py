@@ -11,8 +11,8 @@ from training_run import Record, ScriptedEngine, fit
 
 from sdsearch_lightning import SDSearchModule
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
-from sdsearch_lightning.training.manual_step import SAMPLE, ManualStep, _sample
 from sdsearch_lightning.policy.loading import ScratchModel
+from sdsearch_lightning.training.manual_step import SAMPLE, ManualStep, _sample
 
 ALONE = SimpleNamespace(policy=SimpleNamespace(is_sharded=False))
 

@@ -11,8 +11,8 @@ import torch
 from toys import WORDS, byte_tokenizer, tiny_model, word_tokenizer
 from transformers import PreTrainedModel
 
-from sdsearch_lightning.policy import loading as models
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.policy import loading as models
 from sdsearch_lightning.policy.loading import ScratchModel, from_scratch, word_level_tokenizer
 
 SMALL: dict[str, Any] = {

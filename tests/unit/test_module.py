@@ -20,13 +20,13 @@ from training_data import (
     weights_of,
 )
 
-from sdsearch_lightning.step.collate import SearchBatch
-from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.losses.terms import jensen_shannon
-from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.policy.packing import LAYOUTS
+from sdsearch_lightning.step.collate import SearchBatch
 from sdsearch_lightning.training.policy_module import Compute
 from sdsearch_lightning.types import HindsightBlock
 

@@ -26,9 +26,9 @@ from training_data import (
     tiny_model,
 )
 
-from sdsearch_lightning.step.collate import filler
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import StepSums
+from sdsearch_lightning.step.collate import filler
 from sdsearch_lightning.training.policy_module import Compute
 
 WHOLE = JensenShannon(top_k=None)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from training_data import blocks_of, drifted, gradient, make_module, micro_batches, step, three_groups
 
-from sdsearch_lightning.step.collate import SPAN_KINDS
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.step.collate import SPAN_KINDS
 from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective
 from sdsearch_lightning.types import SpanKind
 
@@ -48,7 +48,9 @@ def test_without_coefficients_there_is_no_entropy_term(monkeypatch):
     rows = (batch.policy_weight != 0).nonzero()[:, 0]
     logits = module.policy.logits(batch.sequences, rows)
     asked = []
-    monkeypatch.setattr("sdsearch_lightning.step.policy_terms.entropy", lambda logprobs: asked.append(1) or logprobs.sum(-1))
+    monkeypatch.setattr(
+        "sdsearch_lightning.step.policy_terms.entropy", lambda logprobs: asked.append(1) or logprobs.sum(-1)
+    )
     alone = module.objective.sums(logits, None, batch, rows)
     assert alone.policy_loss.requires_grad
     assert not alone.entropy_loss.requires_grad and alone.entropy_loss.item() == 0

@@ -18,12 +18,12 @@ if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import plan_accuracy  # noqa: E402
-from sdsearch_lightning import head  # noqa: E402
+from sdsearch_lightning.policy import head  # noqa: E402
 from sdsearch_lightning.cli.commands import quieten  # noqa: E402
+from sdsearch_lightning.cli.plan import PlanCLI  # noqa: E402
 from sdsearch_lightning.errors import ConfigError  # noqa: E402
 from sdsearch_lightning.plan import memory, probe  # noqa: E402
 from sdsearch_lightning.plan.architecture import find_architecture  # noqa: E402
-from sdsearch_lightning.cli.plan import PlanCLI  # noqa: E402
 from sdsearch_lightning.plan.live_bytes import LiveBytes  # noqa: E402
 from sdsearch_lightning.plan.memory import GIB, Settings, plan_parts  # noqa: E402
 from sdsearch_lightning.plan.probe import Adapters, Precision, Shape, adapt, count_model, probe_optimizer  # noqa: E402

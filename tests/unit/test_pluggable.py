@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
 from sdsearch_lightning.hindsight import BlockBuilder, QueriesAndLabels
-from sdsearch_lightning.protocol.conversation import Protocol, SearchR1Protocol
+from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
+from sdsearch_lightning.protocol.templates import Protocol, SearchR1Protocol
 from sdsearch_lightning.retrieval import DenseRetriever, Retriever
-from sdsearch_lightning.scoring.rewards import ExactMatchReward, F1LabelRule, LabelRule, Reward
 from sdsearch_lightning.rollout import Engine, GenerateEngine
 from sdsearch_lightning.schedules import Constant, Schedule
+from sdsearch_lightning.scoring.rewards import ExactMatchReward, F1LabelRule, LabelRule, Reward
 
 BASES = [
     (Retriever, ["search"], DenseRetriever),

@@ -28,9 +28,10 @@ from toys import (
 
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.policy.packing import PackedSequences
-from sdsearch_lightning.protocol.conversation import AutoRefineProtocol, Continue, Search, SearchR1Protocol, Stop
-from sdsearch_lightning.scoring.rewards import AutoRefineReward, ExactMatchReward
+from sdsearch_lightning.protocol.conversation import Continue, Search, Stop
+from sdsearch_lightning.protocol.templates import AutoRefineProtocol, SearchR1Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.scoring.rewards import AutoRefineReward, ExactMatchReward
 from sdsearch_lightning.types import Limits, Passage, Question, SpanKind, StopReason
 
 ANSWER, ANSWER_ROW = "<answer>x</answer>", "SSSSSSSSASSSSSSSSS"

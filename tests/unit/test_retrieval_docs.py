@@ -8,9 +8,9 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from sdsearch_lightning.cli.retrieval import _index_parser, _serve_parser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.retrieval import DenseRetriever, Retriever
-from sdsearch_lightning.cli.retrieval import _index_parser, _serve_parser
 
 PAGES = [(Path(__file__).parents[2] / name).read_text() for name in ("docs/retrieval.md", "README.md")]
 SNIPPETS = re.findall(r"```yaml\n(data:.*?)```", PAGES[0], re.DOTALL)

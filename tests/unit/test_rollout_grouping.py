@@ -13,13 +13,13 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from toys import PROTOCOL, ScriptedEngine, TalkativePolicy, ToyRetriever, Turns
 
-from sdsearch_lightning.scoring.advantages import group_relative
 from sdsearch_lightning.callbacks import RolloutGrouping
 from sdsearch_lightning.errors import ConfigError, RolloutError
-from sdsearch_lightning.scoring.rewards import ExactMatchReward
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.rollout.progress import RolloutProgress
-from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.scoring.advantages import group_relative
+from sdsearch_lightning.scoring.rewards import ExactMatchReward
 from sdsearch_lightning.types import (
     InstanceId,
     Label,

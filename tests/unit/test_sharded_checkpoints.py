@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import save
 
-from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.checkpoints.shards import META, AnyCheckpointIO, read_into, read_metadata, read_whole
+from sdsearch_lightning.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is .*uninitialized")
 

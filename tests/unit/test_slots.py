@@ -28,9 +28,9 @@ from toys import (
 from sdsearch_lightning.policy.attention import AttentionLayout
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.protocol.conversation import Conversation
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import Engine, GenerateEngine, SearchPool, SlotEngine
 from sdsearch_lightning.rollout.kv_rows import RowsAttention
-from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Limits, Passage, Question, RolloutRequest, Sampling, StopReason, Trajectory
 
 LIMITS = Limits(max_searches=2, max_invalid_actions=2, max_turn_tokens=40, max_observation_tokens=70, max_tokens=300)

@@ -17,9 +17,9 @@ from training_data import tiny_model
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy.policy import Policy
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
 from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape
-from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Passage
 
 

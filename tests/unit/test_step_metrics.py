@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
 from sdsearch_lightning.step.metrics import (
     DISTILLATION_SUMS,
     LOSS_TERMS,
@@ -19,6 +18,7 @@ from sdsearch_lightning.step.metrics import (
     policy_sums,
     step_means,
 )
+from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
 
 R, V = 7, 5
 ENVIRONMENT = torch.tensor([1, 3])

@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
     sys.path.append(str(ROOT))
 
 from benchmarks.study_plan import COLD_START, FULL, SMOKE, Run  # noqa: E402
-from sdsearch_lightning import commands  # noqa: E402
+from sdsearch_lightning.cli import commands  # noqa: E402
 
 
 def parsed(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:

@@ -16,19 +16,20 @@ from torch import Tensor
 from training_data import CODEC, PROTOCOL, TOKENIZER, demonstration, gradient, logprob_rows, tiny_model, weights_of
 from training_run import Record, ToyData, fit
 
-from sdsearch_lightning.protocol.block_templates import BlockTemplates
 from sdsearch_lightning.datamodules.synthetic_world_demonstrations import WorldDemonstrations
 from sdsearch_lightning.datamodules.synthetic_world_encoder import word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer
 from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer
 from sdsearch_lightning.policy.packing import PackedSequences
-from sdsearch_lightning.training.policy_module import OptimizerSpec
-from sdsearch_lightning.protocol.conversation import Conversation, Protocol
+from sdsearch_lightning.protocol.block_templates import BlockTemplates
+from sdsearch_lightning.protocol.conversation import Conversation
+from sdsearch_lightning.protocol.templates import Protocol
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.schedules import Linear
 from sdsearch_lightning.supervised import LossWeights, SupervisedModule
-from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.training.policy_module import OptimizerSpec
 from sdsearch_lightning.types import (
     Demonstration,
     Label,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from sdsearch_lightning.protocol.block_templates import BlockTemplates
 from sdsearch_lightning.datamodules import SearchDataModule, SyntheticWorldDataModule
 from sdsearch_lightning.datamodules.synthetic_world_encoder import WorldSearch, word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.loading import word_level_tokenizer
+from sdsearch_lightning.protocol.block_templates import BlockTemplates
 from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Label, Question, SiblingRecord, SpanKind

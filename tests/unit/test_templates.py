@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from toys import CHATML, EOS, IM_END, IM_START, PASSAGES, PROTOCOL, byte_tokenizer, play, start
 
-from sdsearch_lightning.protocol.block_templates import BlockTemplates
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.protocol.block_templates import BlockTemplates
 from sdsearch_lightning.protocol.templates import PROTOCOLS, AutoRefineProtocol, Protocol, SearchR1Protocol, fair_share
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Demonstration, Label, Passage, Question, SiblingRecord, SpanKind

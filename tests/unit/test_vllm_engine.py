@@ -34,9 +34,9 @@ from toys import (
 
 from sdsearch_lightning.errors import ConfigError, RetrievalError
 from sdsearch_lightning.protocol.conversation import Conversation
+from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import GenerateEngine
 from sdsearch_lightning.rollout.vllm import CLOSING_TAGS, VLLMEngine
-from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import Limits, Sampling, StopReason, Trajectory
 
 
