@@ -21,12 +21,12 @@ setup(
     packages=[
         "sdsearch_lightning",
         "sdsearch_lightning.checkpoints",
-        "sdsearch_lightning.cli.training",
+        "sdsearch_lightning.cli",
         "sdsearch_lightning.hindsight",
-        "sdsearch_lightning.losses.terms",
+        "sdsearch_lightning.losses",
         "sdsearch_lightning.plan",
-        "sdsearch_lightning.policy.policy",
-        "sdsearch_lightning.protocol.conversation",
+        "sdsearch_lightning.policy",
+        "sdsearch_lightning.protocol",
         "sdsearch_lightning.report",
         "sdsearch_lightning.retrieval",
         "sdsearch_lightning.retrieval.server",
@@ -65,10 +65,8 @@ setup(
         "serve": ["fastapi", "uvicorn"],
         "bm25": ["bm25s>=0.3,<0.4"],
         "data": ["pyarrow"],
-        "report": [],  # the report needs nothing beyond the core; the name is kept so that installs do not break
         # The client alone talks to a cluster; milvus-lite is the embedded form, and brings faiss-cpu along.
         "milvus": ["pymilvus>=3,<4", "milvus-lite>=3.2,<4"],
-        "qdrant": [],  # Milvus was chosen: its embedded form is real code (docs/retrieval.md); the name is kept
         "lora": ["peft>=0.20,<0.22"],
         "vllm": ["vllm"],
         # Other implementations: tests/parity compares numbers with them, `make bench` times.

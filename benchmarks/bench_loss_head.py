@@ -25,17 +25,19 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 
+from sdsearch_lightning.losses.by_kind import EntropyCoefs  # noqa: E402
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon  # noqa: E402
 from sdsearch_lightning.policy.head import Chunk, Head, Outcome, Reading, read_rows  # noqa: E402
 from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.step.collate import SearchBatch  # noqa: E402
-from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective  # noqa: E402
+from sdsearch_lightning.step.policy_terms import PolicyTerms  # noqa: E402
+from sdsearch_lightning.step.rows import join  # noqa: E402
 from sdsearch_lightning.step.student import Student  # noqa: E402
 from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher, summarize_teacher  # noqa: E402
 
 VOCABULARY, TOKENS, POLICY_ROWS, QUERY_ROWS = 151_936, 512, 256, 64
 TRL_CHUNK = 32_768  # entries of the vocabulary, as in TRL's divergence
-OBJECTIVE = PolicyObjective(0.2, 0.2, 1.0, 0.0, EntropyCoefs(), None, 1.0)
+POLICY_TERMS = PolicyTerms(0.2, 0.2, 1.0, 0.0, EntropyCoefs(), None, 1.0)
 EXACT, TOP_50 = JensenShannon(top_k=None), JensenShannon()
 NAIVE, TRL, LIGER = "naive", "TRL", "Liger"
 OURS, PLAIN, TOP = "ours", "ours, plain autograd", "ours, top 50"
@@ -168,7 +170,7 @@ def teacher_rows(inputs: Inputs, divergence: Divergence) -> TeacherRows:
         rows = summarize_teacher(chunk.logits, chunk.hidden, tokens[chunk.rows], top_k, nothing)
         return chunk.logits.new_zeros(0), rows
 
-    return TeacherRows.join(read_rows(inputs.head, [hidden], [Reading(inputs.batch.query_row, read)], None).kept[0])
+    return join(read_rows(inputs.head, [hidden], [Reading(inputs.batch.query_row, read)], None).kept[0])
 
 
 def textbook_step(inputs: Inputs) -> Tensor:
@@ -195,9 +197,11 @@ def our_step(inputs: Inputs, divergence: Divergence = EXACT, is_fused: bool = Tr
         rows = [inputs.student[reading.targets - 1] for reading in readings]
         return read_rows(inputs.head, rows, readings, mixture if is_fused else None)
 
-    student = Student(inputs.batch, OBJECTIVE, divergence, teacher_rows(inputs, divergence), inputs.batch.query_row[:0])
+    student = Student(
+        inputs.batch, POLICY_TERMS, divergence, teacher_rows(inputs, divergence), inputs.batch.query_row[:0]
+    )
     sums = student.step(policy, jsd_weight=1.0)  # type: ignore[arg-type]  # called, no more
-    return OBJECTIVE.total(sums.policy_loss, sums.kl, sums.entropy_loss) + sums.jsd_loss
+    return sums.terms.total(POLICY_TERMS.coefficients(1.0))
 
 
 JSD: Mapping[str, Loss] = {NAIVE: naive_jsd, TRL: trl_jsd, LIGER: liger_jsd, OURS: our_jsd}

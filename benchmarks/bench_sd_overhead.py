@@ -99,7 +99,7 @@ def distilled_loss(module: SDSearchModule, batch: SearchBatch, teacher: TeacherR
         teacher: its rows; None lets it read.
     """
     sums = module.student_step(batch, teacher or module.teacher_step(batch))
-    return module.objective.total(sums.policy_loss, sums.kl, sums.entropy_loss) + module.jsd_weight * sums.jsd_loss
+    return sums.terms.total(module.policy_terms.coefficients(module.jsd_weight))
 
 
 def compare_teachers(report: Report, options: argparse.Namespace, group_size: int, case: Case) -> None:

@@ -29,7 +29,7 @@ from sdsearch_lightning.module import SDSearchModule  # noqa: E402
 from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer  # noqa: E402
 from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.step.collate import SearchBatch, TeacherPrompt, collate, weigh  # noqa: E402
-from sdsearch_lightning.training.policy_module import Compute  # noqa: E402
+from sdsearch_lightning.training.options import Compute  # noqa: E402
 from sdsearch_lightning.types import (  # noqa: E402
     HindsightBlock,
     Question,
@@ -186,7 +186,7 @@ class LeftPadded:
 def student_loss(module: SDSearchModule, batch: SearchBatch) -> Tensor:
     """The policy's loss by the library, with all that it counts for the report."""
     sums = module.student_step(batch)
-    return module.objective.total(sums.policy_loss, sums.kl, sums.entropy_loss)
+    return sums.terms.total(module.policy_terms.coefficients(module.jsd_weight))
 
 
 def losses(model: Any, batch: SearchBatch) -> dict[str, Callable[[], Tensor]]:

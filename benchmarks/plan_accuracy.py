@@ -26,15 +26,15 @@ import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 
-from sdsearch_lightning.policy import head  # noqa: E402
-from sdsearch_lightning.step import policy_terms  # noqa: E402
 from sdsearch_lightning.cli.plan import PlanCLI  # noqa: E402
 from sdsearch_lightning.plan.architecture import find_architecture  # noqa: E402
 from sdsearch_lightning.plan.memory import GIB, Part, plan_parts  # noqa: E402
 from sdsearch_lightning.plan.probe import MakeModel, adapt  # noqa: E402
 from sdsearch_lightning.plan.settings import adapters_of, precision_of, settings_of  # noqa: E402
+from sdsearch_lightning.policy import head  # noqa: E402
 from sdsearch_lightning.policy.loading import word_level_tokenizer  # noqa: E402
 from sdsearch_lightning.policy.policy import Policy  # noqa: E402
+from sdsearch_lightning.step import policy_terms  # noqa: E402
 from sdsearch_lightning.step.collate import SearchBatch, collate, split_groups, weigh  # noqa: E402
 from sdsearch_lightning.types import (  # noqa: E402
     HindsightBlock,
@@ -145,7 +145,7 @@ def measure(cli: PlanCLI, make: MakeModel, where: AbstractContextManager[Any]) -
     with where:
         model = adapt(make(half if half and in_half else getattr(torch, options.model.dtype)), adapters)
     if adapters is not None:  # the frozen model is the reference, and the stand-in for peft's layers is on it already
-        module.objective, module.lora = replace(module.objective, kl_coef=0.0), None
+        module.policy_terms, module.lora = replace(module.policy_terms, kl_coef=0.0), None
     module.attach(model, word_level_tokenizer([f"w{i}" for i in range(100)], module.protocol.tags))
     trained = [weight for weight in module.policy.parameters() if weight.requires_grad]
     optimizer = as_on_gpu(module._optimizer_specs[0].optimizer(trained))
@@ -162,7 +162,7 @@ def measure(cli: PlanCLI, make: MakeModel, where: AbstractContextManager[Any]) -
         step = tracker.fullest()
         with torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=is_mixed, cache_enabled=False):
             sums = module.student_step(batch, module.teacher_step(batch))
-            loss = module.objective.total(sums.policy_loss, sums.kl, sums.entropy_loss) + 1e-3 * sums.jsd_loss
+            loss = sums.terms.total(module.policy_terms.coefficients(1e-3))
         loss.backward()
         backward = tracker.fullest()
     return {"step": step, "backward": backward}
@@ -179,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
     cli = PlanCLI(["fit", *argv])
     make, _ = find_architecture(cli.options.model.model_name_or_path, None)
     parts = plan_parts(settings_of(cli.options, cli.made, make, 80 * GIB))
-    with without_values((*cli.made.model.objective.mixture, 1e-3)):
+    with without_values(cli.made.model.policy_terms.coefficients(1e-3)):
         measured = measure(cli, make, FakeTensorMode(allow_non_fake_inputs=True))
     ratios = []
     for moment, found in measured.items():

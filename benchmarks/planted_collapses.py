@@ -23,7 +23,7 @@ from typing import NamedTuple
 from sdsearch_lightning.__main__ import main
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.schedules import Schedule
-from sdsearch_lightning.step import teacher_sequences as lessons
+from sdsearch_lightning.step import taught_spans
 from sdsearch_lightning.types import SpanKind, Trajectory
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -67,18 +67,18 @@ class Outcome(NamedTuple):
 @contextmanager
 def closing_tag_inside() -> Iterator[None]:
     """JSD positions take in the tag that closes a search."""
-    original = lessons.distilled_spans
+    original = taught_spans.distilled_spans
 
-    def planted(trajectory: Trajectory, positions: lessons.Positions) -> tuple[int, ...]:
+    def planted(trajectory: Trajectory, positions: taught_spans.Positions) -> tuple[int, ...]:
         inside, spans = original(trajectory, positions), trajectory.spans
         after = [i + 1 for i in inside if spans[i].kind is SpanKind.QUERY]
         return tuple(sorted({*inside, *(i for i in after if i < len(spans) and spans[i].sampled)}))
 
-    lessons.distilled_spans = planted
+    taught_spans.distilled_spans = planted
     try:
         yield
     finally:
-        lessons.distilled_spans = original
+        taught_spans.distilled_spans = original
 
 
 def run(scenario: str, seed: int, action: str, model: str, root: Path) -> Outcome:

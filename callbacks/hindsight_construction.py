@@ -33,7 +33,8 @@ class HindsightConstruction(pl.Callback):
         super().__init__()
         group_weight([], groups)  # an unknown rule is refused here, not in the first step
         BlockBudget(max_block_tokens)  # and so is an impossible budget
-        self.groups, self.block, self.max_block_tokens = groups, block or QueriesAndLabels(), max_block_tokens
+        self.groups, self.max_block_tokens = groups, max_block_tokens
+        self.block = BlockBuilder.adopt(block or QueriesAndLabels())
         if max_block_tokens is not None and "budget" not in inspect.signature(self.block.build).parameters:
             raise ConfigError(
                 f"hindsight.max_block_tokens is {max_block_tokens}, but {type(self.block).__name__}.build takes no "
@@ -42,7 +43,7 @@ class HindsightConstruction(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: SDSearchModule, stage: str) -> None:  # type: ignore[override]
         """Refuse a block that has nothing to say where the teacher is asked."""
-        if getattr(self.block, "per_query", False) and pl_module.positions != "queries":
+        if self.block.per_query and pl_module.positions != "queries":
             raise ConfigError(
                 f"hindsight.block {type(self.block).__name__} writes one text per query, but model.positions is "
                 f"{pl_module.positions!r}: there is nothing to read at other tokens. Set model.positions to queries."

@@ -13,15 +13,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from sdsearch_lightning.callbacks.rollout_grouping import RolloutGrouping
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.hindsight import LeaveOneOut, QueriesAndLabels
+from sdsearch_lightning.losses.logprobs import at_tokens, log_softmax
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.rollout.sampling import derive_seed
 from sdsearch_lightning.scoring.rewards import exact_match
 from sdsearch_lightning.step.collate import collate, split_groups, weigh
-from sdsearch_lightning.step.policy_terms import log_softmax
 from sdsearch_lightning.training.fsdp2 import gathered
 from sdsearch_lightning.types import (
     HindsightBlock,
@@ -105,7 +104,8 @@ class TeacherDiagnostics(pl.Callback):
     def _sampled(
         self, trainer: pl.Trainer, module: SDSearchModule, batch: StepBatch, blocks: Sequence[HindsightBlock | None]
     ) -> Mapping[str, float]:
-        grouping = next(c for c in trainer.callbacks if isinstance(c, RolloutGrouping))  # type: ignore[attr-defined]
+        sampler = module.sampler
+        assert sampler is not None, "RolloutGrouping has run the step's rollouts"
         pairs = [(group, block) for group, block in zip(batch.groups or (), blocks, strict=True) if block is not None]
         requests = [
             RolloutRequest(
@@ -113,13 +113,13 @@ class TeacherDiagnostics(pl.Callback):
                 group.instance_id,
                 0,
                 module.protocol.prompt_ids(module.codec, group.question.text, text),
-                derive_seed(grouping.seed, "teacher", trainer.global_step, group.instance_id),
-                grouping.sampling,
+                derive_seed(sampler.seed, "teacher", trainer.global_step, group.instance_id),
+                sampler.sampling,
             )
             for group, block in pairs
             for text in ("", block.text)
         ]
-        rollouts = grouping.run(trainer, module, requests)
+        rollouts = sampler.run(requests).trajectories
         metrics = {}
         for name, chosen in (("mixed", _is_mixed), ("no_correct", _has_no_correct)):
             index = [i for i, (group, _) in enumerate(pairs) if chosen(group)]
@@ -145,9 +145,7 @@ class TeacherDiagnostics(pl.Callback):
     def _best_query(
         self, trainer: pl.Trainer, module: SDSearchModule, batch: StepBatch, blocks: Sequence[HindsightBlock | None]
     ) -> Mapping[str, float]:
-        best_query = getattr(trainer.datamodule, "best_query", None)  # type: ignore[attr-defined]
-        if best_query is None:
-            return {}
+        best_query = trainer.datamodule.best_query  # type: ignore[attr-defined]
         masses: dict[str, list[float]] = {"teacher/best_query_student": [], "teacher/best_query_teacher": []}
         with gathered(module.policy):
             for group, block in zip(batch.groups or (), blocks, strict=True):
@@ -224,9 +222,8 @@ def first_query_probability(module: SDSearchModule, group: RolloutGroup, block_t
     packed = PackedSequences.pack(rows, module.device, prompt_lengths=[len(prompt)] * len(rows))
     ends = torch.tensor([len(row) for row in rows], device=module.device).cumsum(0)
     targets = torch.cat([torch.arange(int(end) - len(tokens), int(end), device=module.device) for end in ends])
-    logprobs = log_softmax(module.policy.logits(packed, targets), 1.0)
-    chosen = logprobs.gather(1, packed.token_ids[targets][:, None])
-    return float(chosen.view(len(rows), len(tokens)).sum(1).exp().mean())
+    logprobs = at_tokens(log_softmax(module.policy.logits(packed, targets)), packed.token_ids[targets])
+    return float(logprobs.view(len(rows), len(tokens)).sum(1).exp().mean())
 
 
 def gradient_norms(
@@ -238,14 +235,16 @@ def gradient_norms(
     """
     parameters = [p for p in module.policy.parameters() if p.requires_grad]
     norms = {}
-    for term, weight in (("policy", module.objective.policy_coef), ("jsd", module.jsd_weight)):
+    coefficients = module.policy_terms.coefficients(module.jsd_weight)
+    for name, term in (("policy", "policy_loss"), ("jsd", "jsd_loss")):
+        weight = getattr(coefficients, term)
         total = [torch.zeros_like(p) for p in parameters]
         for micro in module.micro_batches(groups, blocks, on_policy=True):
             teacher = module.teacher_step(micro.batch) if micro.batch.teacher is not None else None
-            loss = getattr(module.student_step(micro.batch, teacher), f"{term}_loss")
+            loss = getattr(module.student_step(micro.batch, teacher).terms, term)
             if loss.requires_grad:
                 gradient = torch.autograd.grad(weight * loss, parameters, allow_unused=True)
                 for mine, more in zip(total, gradient, strict=True):
                     mine.add_(more if more is not None else 0)
-        norms[term] = float(torch.nn.utils.get_total_norm(total))
+        norms[name] = float(torch.nn.utils.get_total_norm(total))
     return norms

@@ -67,7 +67,7 @@ class TrainingBatches(Generic[Row, Batch]):
         seed: int | None,
         fingerprint: str = "",
     ) -> None:
-        self._rows = rows if isinstance(rows, Mixture) else Mixture(rows)
+        self._rows = Mixture.of(rows)
         self._num_rows = self._rows.rows_per_epoch
         if self._num_rows < share.total:
             raise ConfigError(

@@ -36,6 +36,11 @@ class Mixture(Sequence[Row]):
         self.weights = tuple(weights) or (1.0,) * len(self.sizes)
         assert sum(self.sizes) == len(rows) and len(self.sizes) == len(self.weights), "every row is of one file"
 
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Mixture[Row]:
+        """`rows`, each read once in an epoch where they are not a Mixture already."""
+        return rows if isinstance(rows, Mixture) else cls(rows)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -103,7 +108,7 @@ def hold_out(questions: Sequence[Question], count: int, seed: int) -> tuple[Mixt
     Raises:
         ConfigError: nothing would be left for training.
     """
-    rows = questions if isinstance(questions, Mixture) else Mixture(questions)
+    rows = Mixture.of(questions)
     texts = [_comparable(question) for question in rows]
     if rows and count >= (different := len(set(texts))):
         raise ConfigError(

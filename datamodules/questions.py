@@ -80,6 +80,15 @@ class SearchDataModule(pl.LightningDataModule):
         self.limit = limit
         self._read: dict[str, Sequence[Any]] = {}
 
+    @property
+    def retriever(self) -> Retriever | None:
+        """What rollouts search with."""
+        return self._retriever
+
+    @retriever.setter
+    def retriever(self, found: Retriever | None) -> None:
+        self._retriever = None if found is None else Retriever.adopt(found)
+
     def questions(self, split: str) -> Sequence[Question]:
         """The questions of "train", "val", "test" or "predict", in a fixed order; empty where there are none."""
         split = {"predict": "test"}.get(split, split)
@@ -100,10 +109,14 @@ class SearchDataModule(pl.LightningDataModule):
         """Words of a word-level tokenizer for a from-scratch model; None for text that needs an ordinary one."""
         return None
 
+    def best_query(self, question: Question) -> str | None:
+        """The best first query for a question, for `TeacherDiagnostics`; None where nobody knows it."""
+        return None
+
     def prepare_data(self) -> None:
         """Builds the index, on one process per node."""
-        if (prepare := getattr(self.retriever, "prepare", None)) is not None:
-            prepare()
+        if self.retriever is not None:
+            self.retriever.prepare()
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs: a fault in a file shows before a model is loaded.
@@ -121,8 +134,8 @@ class SearchDataModule(pl.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Lets the retriever give back what it holds."""
-        if (close := getattr(self.retriever, "close", None)) is not None:
-            close()
+        if self.retriever is not None:
+            self.retriever.close()
 
     def train_dataloader(self) -> TrainingBatches[Any, Any]:
         """StepBatch by StepBatch; or, for a module that learns from demonstrations, batches of those."""
@@ -132,9 +145,9 @@ class SearchDataModule(pl.LightningDataModule):
         return TrainingBatches(rows, DemonstrationBatch, share, self.seed if self.shuffle_demonstrations else None)
 
     @property
-    def training_questions(self) -> Sequence[Question]:
+    def training_questions(self) -> Mixture[Question]:
         """All of them, in the order of the files; for callbacks that draw more than the loader hands out."""
-        return self._rows("train")
+        return Mixture.of(self._rows("train"))
 
     def val_dataloader(self) -> EvaluationBatches | list[Any]:
         """All validation questions; an empty list, which Lightning passes over, where there are none."""

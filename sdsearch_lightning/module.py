@@ -14,22 +14,23 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
+from sdsearch_lightning.losses.terms import Terms
 from sdsearch_lightning.losses.weights import AggregationMode, token_weights
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
-from sdsearch_lightning.policy.loading import ScratchModel, disable_dropout
-from sdsearch_lightning.policy.lora import LoRA, Reference
+from sdsearch_lightning.policy.loading import disable_dropout
+from sdsearch_lightning.policy.lora import Reference
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.policy.teachers import LiveTeacher, Teacher
-from sdsearch_lightning.protocol.templates import Protocol
-from sdsearch_lightning.schedules import Constant, Schedule
+from sdsearch_lightning.rollout.groups import GroupSampler
 from sdsearch_lightning.step.collate import (
     SearchBatch,
     WeightedRollout,
@@ -42,18 +43,19 @@ from sdsearch_lightning.step.collate import (
 from sdsearch_lightning.step.credit import Credits, credit_rollouts, credit_table
 from sdsearch_lightning.step.metrics import (
     DISTILLATION_SUMS,
-    LOSS_TERMS,
     POLICY_SUMS,
     StepTally,
     step_means,
 )
-from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective
+from sdsearch_lightning.step.policy_terms import PolicyTerms
+from sdsearch_lightning.step.rows import join
 from sdsearch_lightning.step.student import StepSums as StepSums
 from sdsearch_lightning.step.student import Student
+from sdsearch_lightning.step.taught_spans import Positions
 from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
-from sdsearch_lightning.step.teacher_sequences import Positions
 from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
-from sdsearch_lightning.training.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
+from sdsearch_lightning.training.options import OptimizerSpec
+from sdsearch_lightning.training.policy_module import PolicyModule
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
 
 
@@ -67,11 +69,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
     """SD-Search: GRPO on whole rollouts plus hindsight self-distillation at query tokens.
 
     Args:
-        model_name_or_path: see `PolicyModule`.
-        scratch: see `PolicyModule`.
-        protocol: see `PolicyModule`.
         optimizer: of all parameters.
-        lr_schedule: factor on the learning rate by rollout batch.
         divergence: of student and teacher at query tokens.
         teacher: whose weights the teacher has: the live policy's (the paper), or a copy's, see teachers.py.
         positions: where student and teacher are compared: queries (the paper) or every token of the policy.
@@ -79,29 +77,22 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         entropy_coef: weight of the entropy at each kind of token; a bonus above 0, a penalty below.
         tis_cap: cap of truncated importance sampling against the engine's log-probs; null leaves it out.
         clip_low: the ratio is clipped below 1 - clip_low.
-        clip_high: and above 1 + clip_high.
+        clip_high: the ratio is clipped above 1 + clip_high.
         kl_coef: weight of the k3 estimate of the KL to the initial policy; above 0 a copy is kept, with lora none.
         aggregation: of the policy loss over tokens, see `losses.token_weights`.
-        aggregation_norm: for seq-mean-token-sum-norm.
+        aggregation_norm: length that a row's sum is divided by; for seq-mean-token-sum-norm.
         temperature: of the rollouts; log-probs in the loss are taken at it. Linked to rollout.temperature.
         num_updates: optimizer steps per rollout batch, each on its own share of the groups.
-        gradient_clip_val: see `PolicyModule`.
-        max_micro_batch_tokens: see `PolicyModule`.
-        compute: see `PolicyModule`.
-        dtype: see `PolicyModule`.
-        seed: see `PolicyModule`.
-        lora: see `PolicyModule`.
+        args: model_name_or_path, where it is not given by name.
+        options: the other options of `PolicyModule`.
     """
 
     environment_ids: Tensor
 
     def __init__(
         self,
-        model_name_or_path: str | None = None,
-        scratch: ScratchModel | None = None,
-        protocol: Protocol | ProtocolName = "autorefine",
+        *args: Any,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01),
-        lr_schedule: Schedule = Constant(),  # noqa: B008  (stateless)
         divergence: Divergence = JensenShannon(),  # noqa: B008  (stateless)
         teacher: Teacher = LiveTeacher(),  # noqa: B008  (attached anew by each run)
         positions: Positions = "queries",
@@ -115,38 +106,24 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         aggregation_norm: float | None = None,
         temperature: float = 1.0,
         num_updates: int = 1,
-        gradient_clip_val: float | None = 1.0,
-        max_micro_batch_tokens: int = 32768,
-        compute: Compute = Compute(),  # noqa: B008  (never changed)
-        dtype: Literal["float32", "float64", "bfloat16"] = "float32",
-        seed: int = 0,
-        lora: LoRA | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            model_name_or_path,
-            scratch,
-            protocol,
-            [OptimizerSpec(optimizer)],
-            lr_schedule,
-            gradient_clip_val,
-            max_micro_batch_tokens,
-            compute,
-            dtype,
-            seed,
-            lora,
-        )
+        super().__init__(*args, optimizers=[OptimizerSpec(optimizer)], **options)
         if num_updates < 1:
             raise ConfigError(f"model.num_updates: expected at least 1, found {num_updates}.")
         # An impossible aggregation is refused here, not in the first step.
         token_weights(torch.zeros(1, 1, dtype=torch.bool), aggregation, aggregation_norm)
-        self.divergence, self.teacher, self.positions = divergence, teacher, positions
-        self.objective = PolicyObjective(clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature)
+        self.divergence, self.teacher = Divergence.adopt(divergence), Teacher.adopt(teacher)
+        self.positions = positions
+        self.policy_terms = PolicyTerms(clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature)
         self.aggregation, self.aggregation_norm, self.num_updates = aggregation, aggregation_norm, num_updates
         self.jsd_weight = 0.0
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
         self.reference: Policy | Reference | None = None  # both copies are made in `attach`
         self.teacher_policy: Policy | None = None
-        self._remade = ("reference.",) if getattr(teacher, "in_checkpoint", True) else ("reference.", "teacher_policy.")
+        self.sampler: GroupSampler | None = None
+        """What runs rollouts with the present weights; RolloutGrouping sets it, see `rollout.groups`."""
+        self._remade = ("reference.",) if self.teacher.in_checkpoint else ("reference.", "teacher_policy.")
 
     def is_saved(self, name: str) -> bool:
         """See `PolicyModule.is_saved`; copies of the initial model are made again."""
@@ -159,14 +136,13 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         tags = [self.codec.encode(f"<{slash}{self.protocol.documents_tag}>") for slash in ("", "/")]
         whole = [ids[0] for ids in tags if len(ids) == 1]
         self.register_buffer("environment_ids", torch.tensor(whole, dtype=torch.long), persistent=False)
-        if self.objective.kl_coef > 0:
+        if self.policy_terms.kl_coef > 0:
             # Adapters switched off are the initial policy: it takes no copy.
             self.reference = (
                 Reference(self.policy, self.lora) if self.lora else deepcopy(self.policy).requires_grad_(False)
             )
         self.teacher_policy = self.teacher.attach(self.policy)
-        if (check := getattr(self.divergence, "check", None)) is not None:
-            check(len(tokenizer))
+        self.divergence.check(len(tokenizer))
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """All updates of one rollout batch; logs, and writes `batch.credit`."""
@@ -234,14 +210,11 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """The micro-batch's share of the loss; adds its sums to `tally` and its verdicts to `credits`."""
         teacher = self.teacher_step(micro.batch) if micro.batch.teacher is not None else None
         sums = self.student_step(micro.batch, teacher)
-        loss = self.objective.total(sums.policy_loss, sums.kl, sums.entropy_loss)
-        if teacher is not None:
-            loss = loss + self.jsd_weight * sums.jsd_loss
-        terms = {"loss": loss, **{name: getattr(sums, name) for name in LOSS_TERMS}}
-        tally.add(terms | sums.metrics)
+        loss = sums.terms.total(self.policy_terms.coefficients(self.jsd_weight))
+        tally.add({"loss": loss, **sums.terms._asdict(), **sums.metrics})
         if sums.credit is not None:
             tally.jsd.append(sums.credit.jsd)
-            credits |= credit_rollouts(micro.rollouts, micro.batch.lessons, sums.credit)
+            credits |= credit_rollouts(micro.rollouts, micro.batch.taught, sums.credit)
         return loss
 
     @torch.no_grad()
@@ -253,14 +226,14 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """
         assert batch.teacher is not None and batch.teacher_query_row is not None, "the batch has no teacher's side"
         tokens = batch.teacher.token_ids[batch.teacher_query_row]
-        top_k = getattr(self.divergence, "teacher_top_k", None)
+        top_k = self.divergence.teacher_top_k
 
         def read(chunk: Chunk) -> tuple[Tensor, TeacherRows]:
             rows = summarize_teacher(chunk.logits, chunk.hidden, tokens[chunk.rows], top_k, self.environment_ids)
             return chunk.logits.new_zeros(0), rows
 
         outcome: Outcome = self.teacher.policy(self.policy)(batch.teacher, [Reading(batch.teacher_query_row, read)])
-        return TeacherRows.join(outcome.kept[0])
+        return join(outcome.kept[0])
 
     def student_step(self, batch: SearchBatch, teacher: TeacherRows | None = None) -> StepSums:
         """All terms of one micro-batch from one forward pass.
@@ -273,12 +246,12 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             Sums with all weights applied; each term is to be minimised.
         """
         source = self.teacher.policy(self.policy)
-        student = Student(batch, self.objective, self.divergence, teacher, self.environment_ids)
         project = None if source is self.policy else source.project
-        return student.step(self.policy, self.jsd_weight, self.reference, project)
+        student = Student(batch, self.policy_terms, self.divergence, teacher, self.environment_ids, project)
+        return student.step(self.policy, self.jsd_weight, self.reference)
 
     def _log_step(self, tally: StepTally, blocks: Sequence[HindsightBlock | None], learning_rate: float) -> None:
-        names = ["loss", *LOSS_TERMS, *POLICY_SUMS, *DISTILLATION_SUMS]
+        names = ["loss", *Terms._fields, *POLICY_SUMS, *DISTILLATION_SUMS]
         values = torch.tensor([tally.sums[name] for name in names], dtype=torch.float64)
         if self.trainer.world_size > 1:
             values = self.sum_over_ranks(values)

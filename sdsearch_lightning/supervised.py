@@ -6,44 +6,20 @@ pretrained model brings the second by itself. The result is a Hugging Face folde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.by_kind import LossWeights
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
-from sdsearch_lightning.policy.loading import ScratchModel
-from sdsearch_lightning.policy.lora import LoRA
 from sdsearch_lightning.policy.packing import PackedSequences, split_by_size
-from sdsearch_lightning.protocol.templates import Protocol
-from sdsearch_lightning.schedules import Constant, Schedule
-from sdsearch_lightning.training.policy_module import Compute, OptimizerSpec, PolicyModule, ProtocolName
-from sdsearch_lightning.types import Demonstration, SpanKind
-
-
-@dataclass
-class LossWeights:
-    """Weight of each kind of token in the cold start's loss; what the environment writes is never learned."""
-
-    reasoning: float = 1.0
-    query: float = 1.0
-    refine: float = 1.0
-    answer: float = 1.0
-    scaffold: float = 1.0
-    """Tags."""
-    observation: float = 0.0
-    """Above 0, the policy learns to write documents itself: tags in queries follow."""
-
-    def by_kind(self) -> Mapping[SpanKind, float]:
-        """The weights by span kind; a prompt weighs nothing."""
-        weights = {kind: float(getattr(self, kind.lower(), 0.0)) for kind in SpanKind}
-        if min(weights.values()) < 0 or sum(weights.values()) == 0:
-            raise ConfigError(f"model.loss_weights: expected none below 0 and one above 0, found {self}.")
-        return weights
+from sdsearch_lightning.training.options import OptimizerSpec
+from sdsearch_lightning.training.policy_module import PolicyModule
+from sdsearch_lightning.types import Demonstration
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,50 +33,22 @@ class SupervisedModule(PolicyModule):
     """Weighted cross-entropy on demonstrations.
 
     Args:
-        model_name_or_path: see `PolicyModule`.
-        scratch: see `PolicyModule`.
-        protocol: see `PolicyModule`.
         optimizers: tried in order for each parameter, see `OptimizerSpec`; null = AdamW at 1e-5 for all.
-        lr_schedule: factor on every learning rate by step.
         loss_weights: by kind of token; the loss is the weighted mean over the whole batch on all ranks.
-        gradient_clip_val: see `PolicyModule`.
-        max_micro_batch_tokens: see `PolicyModule`.
-        compute: see `PolicyModule`.
-        dtype: see `PolicyModule`.
-        seed: see `PolicyModule`.
-        lora: see `PolicyModule`.
+        args: model_name_or_path, where it is not given by name.
+        options: the other options of `PolicyModule`.
     """
 
     learns_from = "demonstrations"
 
     def __init__(
         self,
-        model_name_or_path: str | None = None,
-        scratch: ScratchModel | None = None,
-        protocol: Protocol | ProtocolName = "autorefine",
+        *args: Any,
         optimizers: list[OptimizerSpec] | None = None,
-        lr_schedule: Schedule = Constant(),  # noqa: B008  (stateless)
-        loss_weights: LossWeights = LossWeights(),  # noqa: B008  (never changed)
-        gradient_clip_val: float | None = 1.0,
-        max_micro_batch_tokens: int = 32768,
-        compute: Compute = Compute(),  # noqa: B008  (never changed)
-        dtype: Literal["float32", "float64", "bfloat16"] = "float32",
-        seed: int = 0,
-        lora: LoRA | None = None,
+        loss_weights: LossWeights = LossWeights(),  # noqa: B008  (frozen)
+        **options: Any,
     ) -> None:
-        super().__init__(
-            model_name_or_path,
-            scratch,
-            protocol,
-            optimizers or [OptimizerSpec(_adamw)],
-            lr_schedule,
-            gradient_clip_val,
-            max_micro_batch_tokens,
-            compute,
-            dtype,
-            seed,
-            lora,
-        )
+        super().__init__(*args, optimizers=optimizers or [OptimizerSpec(_adamw)], **options)
         self._weights = loss_weights.by_kind()
 
     def training_step(self, batch: Sequence[Demonstration], batch_idx: int) -> None:

@@ -218,10 +218,10 @@ def closed_form(
     for trajectories, group_weight, text in zip(judged, group_weights, block_texts, strict=True):
         for t in trajectories:
             tokens = t.token_ids
-            rows = logprob_rows(model, tokens, module.objective.temperature)
+            rows = logprob_rows(model, tokens, module.policy_terms.temperature)
             frozen = (
-                logprob_rows(module.reference.model, tokens, module.objective.temperature).detach()
-                if module.objective.kl_coef
+                logprob_rows(module.reference.model, tokens, module.policy_terms.temperature).detach()
+                if module.policy_terms.kl_coef
                 else rows
             )
             for i, token in enumerate(tokens):
@@ -231,7 +231,8 @@ def closed_form(
                 ratio = (rows[i, token] - old).exp()
                 objective = ratio * t.advantage
                 clipped = (
-                    min(max(ratio.item(), 1 - module.objective.clip_low), 1 + module.objective.clip_high) * t.advantage
+                    min(max(ratio.item(), 1 - module.policy_terms.clip_low), 1 + module.policy_terms.clip_high)
+                    * t.advantage
                 )
                 policy_loss = policy_loss - (objective if objective.item() <= clipped else clipped) / num_tokens
                 d = frozen[i, token] - rows[i, token]

@@ -1,85 +1,20 @@
-"""What a command does with a checkpoint and with its run folder: check, load or explain, take over.
-
-Invariant: nothing in a run folder is touched before the configuration, the model and the checkpoint have proved to fit
-together. Next: run_folder.py.
-"""
+"""Which checkpoint a command goes on from, and what is told where it cannot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 
+from sdsearch_lightning.callbacks.run_start import check_optimizers
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
 from sdsearch_lightning.cli.common import say
 from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.runs.folder import RunFolder
-
-
-class Beginning(pl.Callback):
-    """Takes the run folder when the first step, or the evaluation before it, is about to begin.
-
-    Args:
-        take: does so, on rank 0; all ranks wait for it before they write.
-        given: the checkpoint that the user named, where one was named.
-        step: that the run goes on after, as this rank found it in the folder; None: from the start.
-    """
-
-    def __init__(
-        self, take: Callable[[], None], given: StoredCheckpoint | None = None, step: int | None = None
-    ) -> None:
-        self.take, self.given, self.step = take, given, step
-        self.is_taken = False
-        self._rates: list[float] = []
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        first = trainer.strategy.broadcast(self.step)
-        if trainer.strategy.reduce_boolean_decision(first != self.step, all=False):
-            raise ConfigError(
-                f"run.root: rank 0 goes on after step {first}, rank {trainer.global_rank} after {self.step}: they see "
-                "different folders. All nodes need one that they share."
-            )
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._rates = _learning_rates(trainer)  # the checkpoint's optimizers are not yet loaded
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.given is not None and not self.is_taken:
-            check_optimizers(self.given, trainer)
-            if self._rates != (now := _learning_rates(trainer)):
-                rank_zero_warn(
-                    f"The learning rates of the checkpoint, {now}, go on, not those of model: {self._rates}. For these "
-                    "start from its weights: `export` the checkpoint and give the folder as model.model_name_or_path."
-                )
-        self._begin(trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)
-
-    def _begin(self, trainer: pl.Trainer) -> None:
-        if self.is_taken:
-            return
-        self.is_taken = True
-        if trainer.is_global_zero:
-            self.take()
-        trainer.strategy.barrier()
-
-
-def _learning_rates(trainer: pl.Trainer) -> list[float]:
-    return [
-        group.get("initial_lr", group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups
-    ]
 
 
 def find_checkpoint(command: str, options: Any, folder: RunFolder, is_evaluation: bool) -> StoredCheckpoint | None:
@@ -96,15 +31,6 @@ def find_checkpoint(command: str, options: Any, folder: RunFolder, is_evaluation
     if path in (None, "best"):
         return None
     return named_checkpoint(Path(path))
-
-
-def check_optimizers(saved: StoredCheckpoint, trainer: pl.Trainer) -> None:
-    """Raises ConfigError where the run has other optimizers than the checkpoint: Lightning would load what it can."""
-    if saved.num_optimizers != len(trainer.optimizers):
-        raise ConfigError(
-            f"ckpt_path: the checkpoint holds {saved.num_optimizers} optimizers, model: makes "
-            f"{len(trainer.optimizers)}. Give those it was trained with, or `export` it and start from its weights."
-        )
 
 
 @contextmanager

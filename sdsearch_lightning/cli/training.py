@@ -29,11 +29,12 @@ from sdsearch_lightning.callbacks import (
     TrajectoryLog,
 )
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
+from sdsearch_lightning.callbacks.run_start import RunStart
 from sdsearch_lightning.checkpoints.writing import PlainFiles, remove
 from sdsearch_lightning.cli.common import link_seed, say
 from sdsearch_lightning.cli.errors import ShortErrorParser
 from sdsearch_lightning.cli.processes import ending_together, watch_processes
-from sdsearch_lightning.cli.resume import Beginning, explaining_loads, find_checkpoint
+from sdsearch_lightning.cli.resume import explaining_loads, find_checkpoint
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
@@ -172,7 +173,7 @@ class RunCLI(LightningCLI):
 
     def own_callbacks(self) -> list[pl.Callback]:
         """Callbacks that need no configuration; one of the same class in `trainer.callbacks` takes its place."""
-        return [Beginning(self.take_folder, self.given, self.resumed_step), StepBoundary(self.checkpoint), self.stop]
+        return [RunStart(self.take_folder, self.given, self.resumed_step), StepBoundary(self.checkpoint), self.stop]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand].trainer

@@ -12,13 +12,20 @@ is the `groups` rule's. Rollouts that ended in a retrieval error, and queries th
 Next: collate.py.
 """
 
+from sdsearch_lightning.hindsight.ablations import (
+    CorrectOnly,
+    CurrentDocuments,
+    GoldAnswer,
+    LeaveOneOut,
+    NoLabels,
+    OwnRollout,
+    Placebo,
+    ShuffledLabels,
+    SuccessfulSibling,
+    UnmaskedRollouts,
+)
 from sdsearch_lightning.hindsight.base import BlockBuilder, GroupBlocks, judged, sibling_records
-from sdsearch_lightning.hindsight.labels import NoLabels, ShuffledLabels
-from sdsearch_lightning.hindsight.members import CorrectOnly, LeaveOneOut, OwnRollout
-from sdsearch_lightning.hindsight.placebo import Placebo
 from sdsearch_lightning.hindsight.queries_and_labels import QueriesAndLabels
-from sdsearch_lightning.hindsight.solutions import GoldAnswer, SuccessfulSibling
-from sdsearch_lightning.hindsight.unmasked import CurrentDocuments, UnmaskedRollouts
 from sdsearch_lightning.hindsight.writer import BlockBudget, BlockWriter
 
 __all__ = [

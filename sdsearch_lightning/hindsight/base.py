@@ -52,7 +52,7 @@ def taught_weight(records: Sequence[SiblingRecord], rule: GroupsRule) -> float:
 class BlockBuilder(Pluggable):
     """Makes the blocks; the base of users' own."""
 
-    required = ("build",)
+    required, optional = ("build",), ("per_query",)
 
     per_query: ClassVar[bool] = False
     """Whether a view belongs to one query: there is then nothing to read at other tokens."""

@@ -63,18 +63,8 @@ class BlockWriter:
 
     @property
     def templates(self) -> BlockTemplates:
-        """Texts of the blocks that the method itself does not need, and a user's own protocol may not have.
-
-        Raises:
-            ConfigError: the protocol has none.
-        """
-        templates = getattr(self.protocol, "block", None)
-        if not isinstance(templates, BlockTemplates):
-            raise ConfigError(
-                "hindsight.block: this block needs a protocol with BlockTemplates as its attribute `block`, found "
-                f"{type(self.protocol).__name__} without. Derive your protocol from Protocol, or give it the attribute."
-            )
-        return templates
+        """Texts of the blocks that the method itself does not need."""
+        return self.protocol.block
 
     def fit(self, items: Sequence[Item], write: Callable[[Sequence[Item]], str]) -> tuple[Sequence[Item], str]:
         """See `BlockBudget.fit`."""

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses.terms import check_beta, check_top_k, floored_log_softmax, jensen_shannon
+from sdsearch_lightning.losses.logprobs import floored_log_softmax, wide_dtype
+from sdsearch_lightning.losses.terms import check_beta, check_top_k, jensen_shannon
 from sdsearch_lightning.types import Pluggable
 
 SupportName = Literal["teacher", "student", "union"]
@@ -94,7 +95,7 @@ class Support:
 class Divergence(Pluggable):
     """Base of token-level distillation losses. Any class with a `divergence` method is accepted in its place."""
 
-    required = ("divergence",)
+    required, optional = ("divergence",), ("teacher_top_k", "check")
 
     teacher_top_k: int | None = None
     """The teacher's k most probable tokens, both sides renormalised, are all that `divergence` looks at: no more of the
@@ -215,7 +216,7 @@ class LogitMSE(SupportedDivergence):
 
     def formula(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """[Q] squared logits; not bounded."""
-        wide = torch.promote_types(student_logits.dtype, torch.float32)
+        wide = wide_dtype(student_logits.dtype)
         absent = student_logits.isneginf() | teacher_logits.isneginf()
         num_tokens = absent.logical_not().sum(-1, keepdim=True).clamp(min=1)
         gap = (student_logits.to(wide) - teacher_logits.to(wide)).masked_fill(absent, 0)  # [Q, K]

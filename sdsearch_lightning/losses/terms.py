@@ -1,4 +1,6 @@
-"""The losses per token: clipped surrogate, KL to the reference, hindsight Jensen-Shannon divergence.
+"""The terms of the loss: their names, once, and the arithmetic of each per token.
+
+    L = policy_coef * policy_loss + kl_coef * kl + entropy_loss + jsd_weight * jsd_loss               (arXiv:2605.18299)
 
 Losses are nouns, to be minimised. Invariant: a value says nothing of the batch it sits in; every normaliser lives in a
 weight (weights.py), so that packing, micro-batches and ranks cannot change a loss.
@@ -6,10 +8,52 @@ weight (weights.py), so that packing, micro-batches and ranks cannot change a lo
 
 from __future__ import annotations
 
+from typing import Generic, NamedTuple, TypeVar
+
 import torch
 from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.logprobs import floored_log_softmax
+
+Value = TypeVar("Value")
+
+
+class Terms(NamedTuple, Generic[Value]):
+    """One value per term of the loss: a sum of weighted values over tokens, or the coefficient of that sum.
+
+    The output layer hands terms on as one tensor [K]; `stacked` and `unstacked` are the only places where their order
+    means anything.
+    """
+
+    policy_loss: Value
+    """Of `clipped_surrogate`, at every token that the policy sampled."""
+    kl: Value
+    """Of `kl_k3`, at the same tokens."""
+    entropy_loss: Value
+    """The policy's entropy by kind of token, its coefficients applied."""
+    jsd_loss: Value
+    """The divergence from the teacher, at the JSD positions."""
+
+    def stacked(self: Terms[Tensor]) -> Tensor:
+        """[K], in the order of the fields."""
+        return torch.stack(tuple(self))
+
+    @classmethod
+    def unstacked(cls, values: Tensor) -> Terms[Tensor]:
+        """What `stacked` made [K]."""
+        return Terms(*values.unbind())
+
+    def total(self: Terms[Tensor], coefficients: Terms[float]) -> Tensor:
+        """The loss: the terms with their coefficients. One of 0 is left out, so that not even a NaN of it counts.
+
+        The policy's own term always stays: it ties the loss to the weights, where nothing else does.
+        """
+        loss = coefficients.policy_loss * self.policy_loss
+        for value, coefficient in zip(self[1:], coefficients[1:], strict=True):
+            if coefficient:
+                loss = loss + coefficient * value
+        return loss
 
 
 def clipped_surrogate(
@@ -97,20 +141,6 @@ def jensen_shannon(
     # Where log-ratios carry no graph (beta > 0) they need none: their derivatives add up to 0 over a row. The gradient
     # through the S in front of them is the whole one, without the rounding noise of what cancels.
     return divergence.clamp(min=0).to(student_logits.dtype)
-
-
-def floored_log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities, never -inf: 0 * log 0 has to be 0. At this floor a probability is 0 in any float.
-
-    Args:
-        logits: [Q, V] in any float dtype.
-
-    Returns:
-        [Q, V] in float32, or in float64 where the logits are.
-    """
-    floor = torch.finfo(logits.dtype).min / 2
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.clamp(min=torch.finfo(logits.dtype).min).log_softmax(-1).clamp(min=floor)
 
 
 def check_beta(beta: float) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.logprobs import wide_dtype
 from sdsearch_lightning.types import Label
 
 AggregationMode = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -87,7 +88,7 @@ def aggregate(values: Tensor, mask: Tensor, mode: AggregationMode, norm: float |
         Scalar in the dtype of `values`; 0 for an empty mask.
     """
     assert values.shape == mask.shape, f"one mask entry per value, got {tuple(mask.shape)} for {tuple(values.shape)}"
-    weights = token_weights(mask, mode, norm, dtype=torch.promote_types(values.dtype, torch.float32))
+    weights = token_weights(mask, mode, norm, dtype=wide_dtype(values.dtype))
     return (values.masked_fill(mask.logical_not(), 0) * weights).sum().to(values.dtype)
 
 

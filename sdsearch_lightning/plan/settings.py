@@ -60,7 +60,7 @@ def settings_of(options: Any, made: Any, make_model: MakeModel, capacity: float)
     num_rollouts = options.data.get("init_args", {}).get("batch_size", 256) * rollout.group_size
     num_slots, engine = engine_of(options.rollout, rollout.engine, passes.kv_row, num_rollouts, capacity)
     sleeps = getattr(rollout.engine, "sleep_level", 1) > 0
-    has_reference = model.objective.kl_coef > 0 and adapters is None  # else the frozen model is the reference
+    has_reference = model.policy_terms.kl_coef > 0 and adapters is None  # else the frozen model is the reference
     copies = ["reference"] * has_reference + ["teacher"] * isinstance(model.teacher, CopiedTeacher)
     return Settings(
         model=count_model(make_model, adapters, kept),

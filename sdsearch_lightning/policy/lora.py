@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.logprobs import wide_dtype
 from sdsearch_lightning.policy.head import Outcome, Reading
 from sdsearch_lightning.policy.lora_folder import LEARNED, check_base, need_peft, read_config, read_weights
 from sdsearch_lightning.policy.packing import PackedSequences
@@ -86,7 +87,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int, origin: Mapping[s
     config = _new_config(lora) if lora.adapter is None else _given_config(lora, Path(lora.adapter).expanduser())
     _inject(model, config, LEARNED, seed)
     _check_layers(model)
-    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(model.dtype)
     for name, weight in model.named_parameters():
         if is_learned(name):
             weight.data = weight.data.to(wide)

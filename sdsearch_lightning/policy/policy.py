@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.logprobs import wide_dtype
 from sdsearch_lightning.policy.attention import (
     AttentionLayout,
     CausalSegments,
@@ -53,7 +54,7 @@ class Policy(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What weights, log-probs and advantages of a batch are kept in: float32, or float64 where the weights are."""
-        return torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        return wide_dtype(self.model.dtype)
 
     @property
     def is_sharded(self) -> bool:

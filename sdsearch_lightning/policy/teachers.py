@@ -31,6 +31,7 @@ class Teacher(Pluggable):
     """
 
     required = ("attach", "begin_batch", "after_update", "policy")
+    optional = ("in_checkpoint",)
 
     in_checkpoint: bool = True
     """Whether the copy belongs into a checkpoint; False where a resumed run makes the same copy again."""

@@ -60,7 +60,10 @@ class Protocol(Pluggable):
         block: texts of the hindsight block.
     """
 
-    required = ("prompt_ids", "render_block")
+    required, optional = ("prompt_ids", "render_block"), ("block",)
+
+    block: BlockTemplates = BlockTemplates()
+    """What a protocol without texts of its own writes where the method itself does not need them."""
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ class Retriever(Pluggable):
     """Base class of retrievers. A class without it counts too, if it has `search`."""
 
     required: ClassVar[tuple[str, ...]] = ("search",)
+    optional: ClassVar[tuple[str, ...]] = ("prepare", "close")
 
     @abstractmethod
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:

@@ -37,7 +37,7 @@ class CachedRetriever(Retriever):
     def __init__(self, retriever: Retriever, max_entries: int = 100_000, ignore_case: bool = True) -> None:
         if max_entries < 1:
             raise ConfigError(f"max_entries: expected at least 1, found {max_entries}. Without a cache, leave it out.")
-        self.retriever = retriever
+        self.retriever = Retriever.adopt(retriever)
         self.max_entries = max_entries
         self.ignore_case = ignore_case
         self.hits = 0
@@ -74,14 +74,12 @@ class CachedRetriever(Retriever):
 
     def prepare(self) -> None:
         """Prepares the retriever."""
-        if (prepare := getattr(self.retriever, "prepare", None)) is not None:
-            prepare()
+        self.retriever.prepare()
 
     def close(self) -> None:
         """Forgets all answers and closes the retriever; the counts stay."""
         self._answers.clear()
-        if (close := getattr(self.retriever, "close", None)) is not None:
-            close()
+        self.retriever.close()
 
     def _key(self, query: str, k: int) -> _Key:
         text = " ".join(query.split())

@@ -67,7 +67,7 @@ def check_context(policy: Policy, conversations: Iterable[Conversation]) -> None
 class Engine(Pluggable):
     """Base class of engines."""
 
-    required = ("attach", "run")
+    required, optional = ("attach", "run"), ("sync", "sleep", "wake")
 
     def attach(
         self, policy: Policy, start: StartConversation, searches: SearchPool, report: ReportProgress = lambda *_: None
@@ -107,12 +107,12 @@ def run_awake(engine: Engine, policy: Policy, requests: Sequence[RolloutRequest]
     """Run requests with the policy's present weights; the engine holds memory of its own only meanwhile.
 
     Args:
-        engine: attached; a user's own class may leave out what it has no use for.
+        engine: attached.
         policy: whose weights it takes.
         requests: see `Engine.run`.
     """
-    for name, arguments in (("wake", ()), ("sync", (policy,))):
-        getattr(engine, name, lambda *_: None)(*arguments)
+    engine.wake()
+    engine.sync(policy)
     trajectories = engine.run(requests)
-    getattr(engine, "sleep", lambda: None)()
+    engine.sleep()
     return trajectories

@@ -97,7 +97,7 @@ class KVRows:
         self.cells[:, :, other, :, :length] = kept
 
 
-class Feed(NamedTuple):
+class NewTokens(NamedTuple):
     """New tokens of one row."""
 
     row: int
@@ -114,16 +114,16 @@ class RowsAttention(AttentionLayout):
 
     Args:
         rows: the memory.
-        feeds: the first part, in the order of its tokens.
+        new: the first part, in the order of its tokens.
         cells: [A] the second: which cell the token of each of the first A rows goes to; it sees all cells before.
     """
 
-    def __init__(self, rows: KVRows, feeds: Sequence[Feed], cells: Sequence[int]) -> None:
+    def __init__(self, rows: KVRows, new: Sequence[NewTokens], cells: Sequence[int]) -> None:
         device, width = rows.cells.device, max(cells, default=-1) + 1
-        rows.reach(max([width, *(feed.start + feed.length for feed in feeds)]))
-        self._all, self._feeds = rows.cells, feeds
-        self._lengths = [feed.length for feed in feeds]
-        self._masks = [causal_mask(feed.length, feed.start + feed.length, device) for feed in feeds]
+        rows.reach(max([width, *(part.start + part.length for part in new)]))
+        self._all, self._new = rows.cells, new
+        self._lengths = [part.length for part in new]
+        self._masks = [causal_mask(part.length, part.start + part.length, device) for part in new]
         self._first = rows.cells[:, :, : len(cells), :, :width]
         self._row, self._cell = torch.arange(len(cells), device=device), torch.tensor(cells, device=device)
         self._mask = (torch.arange(width, device=device) <= self._cell[:, None])[:, None, None]  # [A, 1, 1, L]
@@ -133,9 +133,9 @@ class RowsAttention(AttentionLayout):
         parts = (x.to(self._all.dtype).split([*self._lengths, len(self._row)], dim=2) for x in (query, key, value))
         queries, keys, values = parts
         outputs = []
-        for feed, mask, own, k, v in zip(self._feeds, self._masks, queries, keys, values, strict=False):
-            held = self._all[layer, :, feed.row : feed.row + 1, :, : feed.start + feed.length]
-            held[0, :, :, feed.start :], held[1, :, :, feed.start :] = k, v
+        for part, mask, own, k, v in zip(self._new, self._masks, queries, keys, values, strict=False):
+            held = self._all[layer, :, part.row : part.row + 1, :, : part.start + part.length]
+            held[0, :, :, part.start :], held[1, :, :, part.start :] = k, v
             outputs.append(masked_attention(own, held[0], held[1], mask, scale))
         if len(self._row):
             outputs.append(self._attend_last(layer, queries[-1], keys[-1], values[-1], scale))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sdsearch_lightning.losses.logprobs import at_tokens, wide_dtype
 from sdsearch_lightning.types import Sampling
 
 
@@ -34,7 +35,7 @@ def sample(logits: Tensor, sampling: Sequence[Sampling], generators: Sequence[ra
         token ids [A] and their log-probs [A] at the row's temperature (1 for greedy), before any top-p cut: what a
         forward pass of the trainer gives for the same token.
     """
-    logits = logits.double() if logits.dtype == torch.float64 else logits.float()
+    logits = logits.to(wide_dtype(logits.dtype))
     temperature = torch.tensor([s.temperature or 1.0 for s in sampling], dtype=logits.dtype, device=logits.device)
     logprobs = (logits / temperature[:, None]).log_softmax(-1)
     tokens = logprobs.argmax(-1)
@@ -48,7 +49,7 @@ def sample(logits: Tensor, sampling: Sequence[Sampling], generators: Sequence[ra
         # right=True never stops at a token of probability 0; the product stays below the last entry.
         picked = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
         tokens = torch.where(drawn, picked.clamp(max=logits.shape[-1] - 1), tokens)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    return tokens, at_tokens(logprobs, tokens)
 
 
 def _nucleus(probs: Tensor, top_p: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from torch import Tensor
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import ReportProgress, WorkCounts, check_finite
-from sdsearch_lightning.rollout.kv_rows import Feed, KVRows, RowsAttention
+from sdsearch_lightning.rollout.kv_rows import KVRows, NewTokens, RowsAttention
 from sdsearch_lightning.rollout.sampling import sample
 from sdsearch_lightning.rollout.search_pool import SearchPool, SearchResult
 from sdsearch_lightning.types import RolloutRequest, Trajectory
@@ -228,20 +228,20 @@ class Window:
 
     def _pass(self, reading: Sequence[Slot], running: Sequence[Slot]) -> Tensor:
         """Let `reading` read all but their last token, and `running`, the first rows, their last: its logits [A, V]."""
-        feeds = [Feed(slot.row, slot.length, len(slot.unread) - 1) for slot in reading]
+        new = [NewTokens(slot.row, slot.length, len(slot.unread) - 1) for slot in reading]
         cells = [slot.length + len(slot.unread) - 1 for slot in running]
         tokens = [token for slot in reading for token in slot.unread[:-1]]
-        positions = [feed.start + i for feed in feeds for i in range(feed.length)]
+        positions = [part.start + i for part in new for i in range(part.length)]
         logits = self._policy.advance(
             self._tensor(tokens + [slot.unread[-1] for slot in running]),
             self._tensor(positions + cells),
-            RowsAttention(self._rows, feeds, cells),
+            RowsAttention(self._rows, new, cells),
             self._tensor(range(len(tokens), len(tokens) + len(running))),
         )
         self._counts.prefill_tokens += len(tokens)
         self._counts.decode_rows += len(running)
-        for slot, feed in zip(reading, feeds, strict=True):
-            slot.length, slot.unread = slot.length + feed.length, slot.unread[-1:]
+        for slot, part in zip(reading, new, strict=True):
+            slot.length, slot.unread = slot.length + part.length, slot.unread[-1:]
         for slot in running:
             slot.length += 1
         return logits

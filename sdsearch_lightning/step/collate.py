@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sdsearch_lightning.losses.weights import AggregationMode, StepTotals, query_weights, token_weights
 from sdsearch_lightning.policy.packing import PackedSequences, split_by_size
-from sdsearch_lightning.step.teacher_sequences import Lesson, Positions, num_distilled_tokens, plan_lessons
+from sdsearch_lightning.step.taught_spans import Positions, TaughtSpans, find_taught_spans, num_distilled_tokens
 from sdsearch_lightning.types import HindsightBlock, InstanceId, RolloutGroup, SpanKind, Trajectory
 
 TeacherPrompt = Callable[[Trajectory, str], Sequence[int]]
@@ -50,7 +50,7 @@ class SearchBatch:
     """[Q] weight of each of them in the JSD loss."""
     span_kind: Tensor
     """[T] index into SPAN_KINDS."""
-    lessons: tuple[Lesson, ...] = ()
+    taught: tuple[TaughtSpans, ...] = ()
     """Where the Q rows come from, in order."""
     teacher: PackedSequences | None = None
     """The rollouts with queries behind a hindsight block; None where nothing is taught."""
@@ -176,10 +176,10 @@ def collate(
     trajectories = [rollout.trajectory for rollout in rollouts]
     lengths = torch.tensor([len(trajectory.token_ids) for trajectory in trajectories])
     blocks = [rollout.block if teacher_prompt is not None else None for rollout in rollouts]
-    lessons = plan_lessons(list(zip(trajectories, blocks, strict=True)), positions)
+    taught = find_taught_spans(list(zip(trajectories, blocks, strict=True)), positions)
     offsets = [0, *lengths.cumsum(0).tolist()]
-    rows = [[offsets[lesson.rollout] + i for i in _judged_tokens(trajectories, lesson)] for lesson in lessons]
-    weights = [rollouts[lesson.rollout].query_weight for lesson in lessons]
+    rows = [[offsets[part.rollout] + i for i in _judged_tokens(trajectories, part)] for part in taught]
+    weights = [rollouts[part.rollout].query_weight for part in taught]
     judged = [row for part in rows for row in part]
     assert len(set(judged)) == len(judged), "a block's views overlap: a token would be taught twice"
     batch = SearchBatch(
@@ -194,18 +194,18 @@ def collate(
         span_kind=torch.tensor(
             [SPAN_KINDS.index(span.kind) for t in trajectories for span in t.spans for _ in span.token_ids]
         ),
-        lessons=lessons,
+        taught=taught,
     )
     if teacher_prompt is None or not len(batch.query_row):
         return batch
     return _with_teacher(batch, trajectories, offsets, rows, teacher_prompt, cut_teacher)
 
 
-def _judged_tokens(trajectories: Sequence[Trajectory], lesson: Lesson) -> list[int]:
-    """Token indices, within its rollout, of the spans a lesson judges."""
-    spans = trajectories[lesson.rollout].spans
+def _judged_tokens(trajectories: Sequence[Trajectory], part: TaughtSpans) -> list[int]:
+    """Token indices, within its rollout, of the spans that are judged."""
+    spans = trajectories[part.rollout].spans
     starts = [0, *accumulate(len(span.token_ids) for span in spans)]
-    return [i for index in lesson.spans for i in range(starts[index], starts[index + 1])]
+    return [i for index in part.spans for i in range(starts[index], starts[index + 1])]
 
 
 def _with_teacher(
@@ -222,12 +222,12 @@ def _with_teacher(
     prompts: dict[tuple[InstanceId, str], tuple[int, ...]] = {}
     prompt_lengths: list[int] = []
     base = 0
-    for lesson, judged in zip(batch.lessons, rows, strict=True):
+    for part, judged in zip(batch.taught, rows, strict=True):
         if cut and not judged:
             continue
-        trajectory, start = trajectories[lesson.rollout], offsets[lesson.rollout]
-        key = trajectory.instance_id, lesson.block_text
-        prompt = prompts.get(key) or prompts.setdefault(key, tuple(teacher_prompt(trajectory, lesson.block_text)))
+        trajectory, start = trajectories[part.rollout], offsets[part.rollout]
+        key = trajectory.instance_id, part.block_text
+        prompt = prompts.get(key) or prompts.setdefault(key, tuple(teacher_prompt(trajectory, part.block_text)))
         end = max(judged) + 1 - start if cut else None
         shift = base - start + len(prompt) - trajectory.prompt_length
         teacher_rows += [row + shift for row in judged]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sdsearch_lightning.step.collate import WeightedRollout
-from sdsearch_lightning.step.teacher_sequences import Lesson
+from sdsearch_lightning.step.taught_spans import TaughtSpans
 from sdsearch_lightning.types import InstanceId, RolloutGroup, TokenCredit
 
 Credits = dict[tuple[InstanceId, int], tuple[TokenCredit, ...]]
@@ -26,11 +25,6 @@ class CreditRows:
     top_ids: Tensor
     top_probs: Tensor
 
-    @classmethod
-    def join(cls, parts: Sequence[CreditRows]) -> CreditRows:
-        """All rows of all parts, in order."""
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
-
     def rows(self) -> Iterator[tuple[float, float, float, tuple[tuple[int, float], ...]]]:
         """One tuple per query token."""
         values = (self.jsd, self.student_logprob, self.teacher_logprob)
@@ -39,14 +33,14 @@ class CreditRows:
             yield jsd, student, teacher, tuple(zip(ids, probs, strict=True))
 
 
-def credit_rollouts(rollouts: Sequence[WeightedRollout], lessons: Sequence[Lesson], rows: CreditRows) -> Credits:
+def credit_rollouts(rollouts: Sequence[WeightedRollout], taught: Sequence[TaughtSpans], rows: CreditRows) -> Credits:
     """Deal the rows of a micro-batch out to the spans they belong to."""
     credits: Credits = {}
     pending = rows.rows()
-    for lesson in lessons:
-        trajectory = rollouts[lesson.rollout].trajectory
+    for part in taught:
+        trajectory = rollouts[part.rollout].trajectory
         key = trajectory.instance_id, trajectory.rollout_index
-        for index in lesson.spans:
+        for index in part.spans:
             verdict = [next(pending) for _ in trajectory.spans[index].token_ids]
             jsd, student, teacher, top = zip(*verdict, strict=True)
             credits[key] = (*credits.get(key, ()), TokenCredit(index, jsd, student, teacher, top))

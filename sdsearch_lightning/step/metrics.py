@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.step.teacher_rows import TeacherRows, entropy
+from sdsearch_lightning.losses.logprobs import entropy
+from sdsearch_lightning.step.teacher_rows import TeacherRows
 
-LOSS_TERMS = ("policy_loss", "kl", "entropy_loss", "jsd_loss")
 POLICY_SUMS = ("policy_tokens", "entropy", "clipped", "logprob_gap", "searched_tokens", "query_entropy")
 DISTILLATION_SUMS = (
     "query_tokens",

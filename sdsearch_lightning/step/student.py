@@ -3,13 +3,11 @@
 Rows of taught query tokens are read for every term at once, all other tokens of the policy for its own terms only; so
 the student's logits are made once. Invariant: a row's share of a term depends on that row alone (the weights know the
 rest), so chunks add up.
-
-Next: losses.py, the arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,13 +16,16 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.losses.divergences import Divergence
-from sdsearch_lightning.policy.head import Chunk, Outcome, Read, Reading
+from sdsearch_lightning.losses.logprobs import at_tokens, log_softmax, wide_dtype
+from sdsearch_lightning.losses.terms import Terms
+from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.lora import Reference
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.step.collate import SearchBatch
 from sdsearch_lightning.step.credit import CreditRows
 from sdsearch_lightning.step.metrics import distillation_sums
-from sdsearch_lightning.step.policy_terms import PolicyObjective, log_softmax, wide
+from sdsearch_lightning.step.policy_terms import PolicyTerms
+from sdsearch_lightning.step.rows import join
 from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher
 
 
@@ -32,13 +33,43 @@ from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teac
 class StepSums:
     """One micro-batch's share of a step: weights are applied, so shares add up to the step's losses."""
 
-    policy_loss: Tensor
-    jsd_loss: Tensor
-    kl: Tensor
-    metrics: dict[str, Tensor]
+    terms: Terms[Tensor]
+    metrics: Mapping[str, Tensor]
     """Sums over tokens, and the counts to divide them by; detached."""
-    entropy_loss: Tensor
     credit: CreditRows | None = None
+    """The teacher's verdict on the taught query tokens; None without a teacher."""
+
+    @property
+    def policy_loss(self) -> Tensor:
+        """Scalar, see `Terms.policy_loss`."""
+        return self.terms.policy_loss
+
+    @property
+    def kl(self) -> Tensor:
+        """Scalar, see `Terms.kl`."""
+        return self.terms.kl
+
+    @property
+    def entropy_loss(self) -> Tensor:
+        """Scalar, see `Terms.entropy_loss`."""
+        return self.terms.entropy_loss
+
+    @property
+    def jsd_loss(self) -> Tensor:
+        """Scalar, see `Terms.jsd_loss`."""
+        return self.terms.jsd_loss
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Tokens of the micro-batch that are read alike."""
+
+    targets: Tensor
+    """[R] index into the batch's T tokens."""
+    teacher: TeacherRows | None
+    """[R] rows paired with them; None where no teacher has read them."""
+    reference: Tensor | None = None
+    """[R] log-probs under the initial policy; None without a KL."""
 
 
 _Kept = tuple[dict[str, Tensor], CreditRows | None]
@@ -50,103 +81,95 @@ class Student:
 
     Args:
         batch: with `query_row` aligned to `teacher`.
-        objective: of the policy's tokens.
+        policy_terms: of the policy's tokens.
         divergence: from the teacher at query tokens.
         teacher: its rows; None leaves the JSD out.
         environment_ids: [E] tokens that only the environment writes.
+        project: [R, H] -> [R, V], the output layer of a teacher that is a copy; None for the policy itself, whose rows
+            share the student's pass.
     """
 
     def __init__(
         self,
         batch: SearchBatch,
-        objective: PolicyObjective,
+        policy_terms: PolicyTerms,
         divergence: Divergence,
         teacher: TeacherRows | None,
         environment_ids: Tensor,
-    ) -> None:
-        self._batch, self._objective, self._divergence = batch, objective, divergence
-        self._teacher, self._environment_ids = teacher, environment_ids
-        self._queries = batch.query_row if teacher is not None else batch.query_row[:0]
-        is_other = batch.policy_weight != 0
-        is_other[self._queries] = False
-        self._others = is_other.nonzero()[:, 0]
-
-    def step(
-        self,
-        policy: Policy,
-        jsd_weight: float,
-        reference: Policy | Reference | None = None,
         project: Callable[[Tensor], Tensor] | None = None,
-    ) -> StepSums:
+    ) -> None:
+        self._batch, self._policy_terms, self._divergence = batch, policy_terms, divergence
+        self._environment_ids, self._project = environment_ids, project
+        queries = batch.query_row if teacher is not None else batch.query_row[:0]
+        is_other = batch.policy_weight != 0
+        is_other[queries] = False
+        self._parts = [_Part(queries, teacher), _Part(is_other.nonzero()[:, 0], None)]
+
+    def step(self, policy: Policy, jsd_weight: float, reference: Policy | Reference | None = None) -> StepSums:
         """All terms from one forward pass.
 
         Args:
             policy: who learns.
             jsd_weight: of the JSD in the loss that will be trained on; see `head.read_rows`.
             reference: the initial policy, for the KL; None without one.
-            project: head of a teacher that is a copy; None for the policy itself, whose rows share its pass.
         """
-        known = [None, None] if reference is None else self._reference_logprobs(reference)
-        taught, others = (
-            partial(self._read, targets, logprobs)
-            for targets, logprobs in zip((self._queries, self._others), known, strict=True)
-        )
-        hidden = None
-        if self._teacher is not None:
-            taught = partial(self._read_taught, self._teacher, project, taught)
-            hidden = self._teacher.hidden if project is None else None
-        readings = [Reading(self._queries, taught, hidden), Reading(self._others, others)]
-        mixture = *self._objective.mixture, jsd_weight if self._teacher is not None else 0.0
-        return self._sums(policy(self._batch.sequences, readings, mixture))
+        parts = self._parts if reference is None else self._with_reference(reference)
+        readings = [Reading(part.targets, partial(self._read, part), self._paired(part)) for part in parts]
+        outcome: Outcome = policy(self._batch.sequences, readings, self._policy_terms.coefficients(jsd_weight))
+        return _sums(outcome)
+
+    def _paired(self, part: _Part) -> Tensor | None:
+        """[R, H] hidden rows of the teacher that go through the student's own output layer beside it."""
+        return part.teacher.hidden if part.teacher is not None and self._project is None else None
 
     @torch.no_grad()
-    def _reference_logprobs(self, reference: Policy | Reference) -> list[Tensor]:
-        """[R] log-probs of the policy's tokens, for each reading."""
+    def _with_reference(self, reference: Policy | Reference) -> list[_Part]:
+        """The parts with the reference's log-probs of their tokens."""
 
-        def read(targets: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-            logprobs = log_softmax(chunk.logits, self._objective.temperature)
-            return logprobs.new_zeros(0), _at(logprobs, self._batch.token_ids[targets[chunk.rows]])
+        def read(part: _Part, chunk: Chunk) -> tuple[Tensor, Tensor]:
+            logprobs = log_softmax(chunk.logits, self._policy_terms.temperature)
+            return logprobs.new_zeros(0), at_tokens(logprobs, self._batch.token_ids[part.targets[chunk.rows]])
 
-        parts = (self._queries, self._others)
-        outcome: Outcome = reference(self._batch.sequences, [Reading(part, partial(read, part)) for part in parts])
-        return [torch.cat(kept) for kept in outcome.kept]
+        readings = [Reading(part.targets, partial(read, part)) for part in self._parts]
+        outcome: Outcome = reference(self._batch.sequences, readings)
+        return [
+            _Part(part.targets, part.teacher, torch.cat(kept))
+            for part, kept in zip(self._parts, outcome.kept, strict=True)
+        ]
 
-    def _read(self, targets: Tensor, reference: Tensor | None, chunk: Chunk) -> tuple[Tensor, _Kept]:
-        """The policy's own terms; the JSD's is 0."""
-        known = None if reference is None else reference[chunk.rows]
-        sums = self._objective.sums(chunk.logits, known, self._batch, targets[chunk.rows])
-        terms = (sums.policy_loss, sums.kl, sums.entropy_loss, torch.zeros_like(sums.kl))
-        return torch.stack(terms), (sums.metrics, None)
+    def _read(self, part: _Part, chunk: Chunk) -> tuple[Tensor, _Kept]:
+        """[K] terms of a chunk: the policy's own, and the JSD where a teacher has read it."""
+        targets = part.targets[chunk.rows]
+        reference = None if part.reference is None else part.reference[chunk.rows]
+        terms, metrics = self._policy_terms.read(chunk.logits, reference, self._batch, targets)
+        if part.teacher is None:
+            return terms.stacked(), (metrics, None)
+        jsd, more, credit = self._judge(chunk, part.teacher.at(chunk.rows), self._batch.token_ids[targets])
+        weight = self._batch.query_weight[chunk.rows]
+        return terms._replace(jsd_loss=(jsd * weight).sum()).stacked(), (metrics | more, credit)
 
-    def _read_taught(
-        self, rows: TeacherRows, project: Callable[[Tensor], Tensor] | None, read: Read, chunk: Chunk
-    ) -> tuple[Tensor, _Kept]:
-        """The policy's own terms from `read`, and the JSD."""
-        terms, (metrics, _) = read(chunk)
-        teacher, paired, logits = rows.at(chunk.rows), chunk.paired, wide(chunk.logits)
-        if project is not None and teacher.hidden is not None:
+    def _judge(
+        self, chunk: Chunk, teacher: TeacherRows, tokens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], CreditRows]:
+        """[C] divergence from the teacher, with gradient; sums of its metrics; the verdict for the report."""
+        paired = chunk.paired
+        if self._project is not None and teacher.hidden is not None:
             with torch.no_grad():
-                paired = project(teacher.hidden)
+                paired = self._project(teacher.hidden)
+        logits = chunk.logits.to(wide_dtype(chunk.logits.dtype))
         jsd = divergence_to_teacher(self._divergence, logits, teacher, paired)
-        weight, tokens = self._batch.query_weight[chunk.rows], self._batch.token_ids[self._queries[chunk.rows]]
         with torch.no_grad():
-            student, found = logits.log_softmax(-1), jsd.detach()
-            chosen = _at(student, tokens)
-            metrics = metrics | distillation_sums(found, student, chosen, teacher, self._environment_ids)
-        credit = CreditRows(found, chosen, teacher.logprob, teacher.top_ids, teacher.top_probs)
-        return torch.cat([terms[:-1], (jsd * weight).sum()[None]]), (metrics, credit)
-
-    def _sums(self, outcome: Outcome) -> StepSums:
-        policy_loss, kl, entropy_loss, jsd_loss = outcome.terms.unbind()
-        metrics: dict[str, Tensor] = {}
-        for more, _ in chain(*outcome.kept):
-            for name, value in more.items():
-                metrics[name] = metrics[name] + value if name in metrics else value
-        credit = [rows for _, rows in outcome.kept[0] if rows is not None]
-        joined = CreditRows.join(credit) if credit else None
-        return StepSums(policy_loss, jsd_loss, kl, metrics, entropy_loss, joined)
+            logprobs, found = log_softmax(logits), jsd.detach()
+            student = at_tokens(logprobs, tokens)
+            sums = distillation_sums(found, logprobs, student, teacher, self._environment_ids)
+        return jsd, sums, CreditRows(found, student, teacher.logprob, teacher.top_ids, teacher.top_probs)
 
 
-def _at(logprobs: Tensor, tokens: Tensor) -> Tensor:
-    """[R] from [R, V]."""
-    return logprobs.gather(1, tokens[:, None])[:, 0]
+def _sums(outcome: Outcome) -> StepSums:
+    """The chunks' shares, added up."""
+    metrics: dict[str, Tensor] = {}
+    for more, _ in chain(*outcome.kept):
+        for name, value in more.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+    credit = [rows for _, rows in chain(*outcome.kept) if rows is not None]
+    return StepSums(Terms.unstacked(outcome.terms), metrics, join(credit) if credit else None)

@@ -2,20 +2,17 @@
 
 With a top-k divergence the k logits of its support stay; with the full vocabulary its hidden rows do, and the head is
 run on them again beside the student's. Everything here is without gradient.
-
-Next: divergences.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sdsearch_lightning.losses.divergences import Divergence
+from sdsearch_lightning.losses.logprobs import at_tokens, entropy, log_softmax
+from sdsearch_lightning.step.rows import select
 
 NUM_TOP = 5
 """Tokens of the teacher that are kept for the report."""
@@ -44,16 +41,7 @@ class TeacherRows:
 
     def at(self, rows: slice) -> TeacherRows:
         """Some of the rows."""
-        chosen: Any = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen = {name: None if column is None else column[rows] for name, column in chosen.items()}
-        return TeacherRows(**chosen)
-
-    @classmethod
-    def join(cls, parts: Sequence[TeacherRows]) -> TeacherRows:
-        """All rows of all parts, in order."""
-        columns: dict[str, list[Any]] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        joined: Any = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
-        return cls(**joined)
+        return select(self, rows)
 
 
 def summarize_teacher(
@@ -68,7 +56,7 @@ def summarize_teacher(
         top_k: support of the divergence; None, or one beyond V, = full vocabulary.
         environment_ids: [E] tokens that only the environment writes.
     """
-    logprobs = logits.float().log_softmax(-1) if logits.dtype != torch.float64 else logits.log_softmax(-1)
+    logprobs = log_softmax(logits)
     probs = logprobs.exp()
     top = probs.topk(min(NUM_TOP, logits.shape[-1]), dim=-1)
     limited = top_k is not None and top_k < logits.shape[-1]
@@ -78,16 +66,11 @@ def summarize_teacher(
         logits=kept,
         hidden=None if limited else hidden,
         entropy=entropy(logprobs),
-        logprob=logprobs.gather(1, tokens[:, None])[:, 0],
+        logprob=at_tokens(logprobs, tokens),
         environment_mass=probs[:, environment_ids].sum(-1),
         top_ids=top.indices,
         top_probs=top.values,
     )
-
-
-def entropy(logprobs: Tensor) -> Tensor:
-    """[Q] nats from log-probs [Q, V]; a token of probability 0 adds nothing."""
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def divergence_to_teacher(

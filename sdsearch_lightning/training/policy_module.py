@@ -9,68 +9,45 @@ Next: module.py and supervised.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.policy import loading as models
+from sdsearch_lightning.policy import loading
 from sdsearch_lightning.policy.loading import ScratchModel
-from sdsearch_lightning.policy.lora import LoRA, add_adapter
-from sdsearch_lightning.policy.lora_folder import fingerprint
-from sdsearch_lightning.policy.packing import LayoutName
+from sdsearch_lightning.policy.lora import LoRA, add_adapter, is_learned
+from sdsearch_lightning.policy.lora_folder import fingerprint, write_adapter
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.templates import PROTOCOLS, Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
-from sdsearch_lightning.schedules import Schedule
-from sdsearch_lightning.training.fsdp2 import shard
+from sdsearch_lightning.schedules import Constant, Schedule
+from sdsearch_lightning.training.fsdp2 import shard, whole_weights
 from sdsearch_lightning.training.manual_step import ManualStep
 from sdsearch_lightning.training.master_weights import BFloat16Weights, MasterWeights
-from sdsearch_lightning.training.saved_weights import PolicyCheckpoints
+from sdsearch_lightning.training.options import Compute, DtypeName, OptimizerSpec, ProtocolName
+from sdsearch_lightning.training.saved_weights import check_base, check_model, write_model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ProtocolName = Literal["search_r1", "autorefine"]
 
-
-@dataclass
-class OptimizerSpec:
-    """An optimizer and the parameters it gets."""
-
-    optimizer: OptimizerCallable
-    """As everywhere in Lightning: class_path and init_args without the parameters."""
-    parameters: str = ".*"
-    """Regular expression searched in parameter names; the first optimizer that matches takes the parameter."""
-
-
-@dataclass
-class Compute:
-    """How passes through the model are run; nothing here changes a loss."""
-
-    layout: LayoutName = "shared_prefix"
-    """shared_prefix reads a group's prompt once, packed has no padding, padded is the reference; see packing.py."""
-    gradient_checkpointing: bool = False
-    """Keep the layers' inputs only and compute the rest again: a third more time for much less memory."""
-
-
-class PolicyModule(PolicyCheckpoints, ManualStep):
+class PolicyModule(ManualStep):
     """Base of both modules; `__init__` is light, the model is built in `configure_model`.
 
     Args:
         model_name_or_path: Hugging Face folder or hub name of a causal LM with its tokenizer.
+        optimizers: at least one; together they take every parameter, each entry those that no entry before it took.
         scratch: instead, a new model; its word-level tokenizer is made of the datamodule's vocabulary.
-        protocol: short name, or an object by class_path.
-        optimizers: at least one; together they take every parameter.
+        protocol: prompt, tags and observations: search_r1, autorefine, or an object by class_path.
         lr_schedule: factor on every learning rate by step.
-        gradient_clip_val: gradients are clipped to this norm; None turns it off. (The trainer's own clipping does not
+        gradient_clip_val: gradients are clipped to this norm; null turns it off. (The trainer's own clipping does not
             work with manual optimisation.)
         max_micro_batch_tokens: tokens of one forward and backward pass; bounds memory, never changes a loss.
         compute: how a pass is run.
@@ -80,19 +57,24 @@ class PolicyModule(PolicyCheckpoints, ManualStep):
     """
 
     learns_from = "questions"
+    model_name_or_path: str | None
+    base_fingerprint: str
+    """Of the model beneath the adapters; there once it is loaded, with adapters only."""
+    tokenizer: PreTrainedTokenizerBase
 
     def __init__(
         self,
-        model_name_or_path: str | None,
-        scratch: ScratchModel | None,
-        protocol: Protocol | ProtocolName,
+        model_name_or_path: str | None = None,
+        *,
         optimizers: Sequence[OptimizerSpec],
-        lr_schedule: Schedule,
-        gradient_clip_val: float | None,
-        max_micro_batch_tokens: int,
-        compute: Compute,
-        dtype: Literal["float32", "float64", "bfloat16"],
-        seed: int,
+        scratch: ScratchModel | None = None,
+        protocol: Protocol | ProtocolName = "autorefine",
+        lr_schedule: Schedule = Constant(),  # noqa: B008  (stateless)
+        gradient_clip_val: float | None = 1.0,
+        max_micro_batch_tokens: int = 32768,
+        compute: Compute = Compute(),  # noqa: B008  (frozen)
+        dtype: DtypeName = "float32",
+        seed: int = 0,
         lora: LoRA | None = None,
     ) -> None:
         super().__init__()
@@ -110,7 +92,7 @@ class PolicyModule(PolicyCheckpoints, ManualStep):
                 "A protocol of your own is an object, or a YAML file with class_path and init_args."
             )
         self.model_name_or_path, self.scratch = model_name_or_path, scratch
-        self.protocol = PROTOCOLS[protocol]() if isinstance(protocol, str) else protocol  # type: ignore[call-arg]
+        self.protocol = PROTOCOLS[protocol]() if isinstance(protocol, str) else Protocol.adopt(protocol)  # type: ignore[call-arg]
         self._optimizer_specs, self._lr_schedule = list(optimizers), lr_schedule
         self.gradient_clip_val = gradient_clip_val
         self.max_micro_batch_tokens, self.compute = max_micro_batch_tokens, compute
@@ -129,8 +111,8 @@ class PolicyModule(PolicyCheckpoints, ManualStep):
             self.attach(*self._load(self.model_name_or_path, dtype))
         else:
             assert self.scratch is not None
-            tokenizer = models.word_level_tokenizer(self._vocabulary(), self.protocol.tags)
-            self.attach(models.from_scratch(self.scratch, tokenizer, dtype, self._seed), tokenizer)
+            tokenizer = loading.word_level_tokenizer(self._vocabulary(), self.protocol.tags)
+            self.attach(loading.from_scratch(self.scratch, tokenizer, dtype, self._seed), tokenizer)
         if self.device_mesh is not None and not self.policy.is_sharded:
             compute_dtype = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else None
             for policy in [module for module in self.modules() if isinstance(module, Policy)]:
@@ -161,10 +143,10 @@ class PolicyModule(PolicyCheckpoints, ManualStep):
     def _load(self, name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Model and tokenizer; where weights will be sharded, rank 0 alone reads them."""
         if self.device_mesh is None:
-            return models.load(name_or_path, dtype)
+            return loading.load(name_or_path, dtype)
         strategy, loaded, failure = self.trainer.strategy, None, ""
         try:
-            loaded = (models.load if self.global_rank == 0 else models.load_skeleton)(name_or_path, dtype)
+            loaded = (loading.load if self.global_rank == 0 else loading.load_skeleton)(name_or_path, dtype)
         except ConfigError as error:
             failure = str(error)
         if told := strategy.broadcast(failure) or failure:
@@ -215,6 +197,63 @@ class PolicyModule(PolicyCheckpoints, ManualStep):
                 "Use model.model_name_or_path with ordinary data."
             )
         return tuple(words)
+
+    # Checkpoints
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint tells of the model that its weights belong to: its name, with adapters its fingerprint."""
+        name = self.model_name_or_path or f"scratch {self.scratch.model_type if self.scratch else ''}"
+        return {"name": name} | ({"base": self.base_fingerprint} if self.lora is not None else {})
+
+    def is_saved(self, name: str) -> bool:
+        """Whether checkpoints hold the weight of this name; what a run makes again when it starts stays out."""
+        return self.lora is None or is_learned(name)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what a resumed run makes again, and say whose weights these are."""
+        checkpoint["origin"] = self.origin
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if self.is_saved(k)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another model; keep what checkpoints do not hold as it was made."""
+        if "state_dict" not in checkpoint:  # under fsdp2, whose strategy has taken the weights already
+            check_base(checkpoint, self.origin)
+            return
+        mine = self.state_dict()
+        self.check_checkpoint(checkpoint, {k: v.shape for k, v in checkpoint["state_dict"].items()}, mine)
+        checkpoint["state_dict"] |= {k: v for k, v in mine.items() if not self.is_saved(k)}
+
+    def check_checkpoint(
+        self, facts: Mapping[str, Any], found: Mapping[str, torch.Size], wanted: Mapping[str, Tensor]
+    ) -> None:
+        """Raise ConfigError where a checkpoint belongs to another model.
+
+        Args:
+            facts: what it holds besides weights.
+            found: shapes of its weights, by name.
+            wanted: weights of this module that are asked of it; those that are not saved do not count.
+        """
+        check_model(facts, self.origin, found, {k: v.shape for k, v in wanted.items() if self.is_saved(k)})
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's weights for `save_pretrained`; a collective under fsdp2."""
+        return whole_weights(self.policy.model)
+
+    def save_pretrained(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write model and tokenizer as a Hugging Face folder, adapters merged; see `write_model_folder`."""
+        write_model_folder(self.policy.model, self.tokenizer, path, weights)
+
+    def save_adapter(self, path: str | Path) -> None:
+        """Write the adapter as a folder that peft loads, with the tokenizer.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.lora is None:
+            raise ConfigError("adapter: this run trained all weights: it has no adapter. Leave --adapter out.")
+        write_adapter(self.policy.model, Path(path), self.origin, self.model_name_or_path)
+        self.tokenizer.save_pretrained(path)
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
         """One optimizer per spec that any parameter matches, each with the same learning-rate schedule."""

@@ -28,7 +28,7 @@ from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.policy.lora import LoRA, is_learned
 from sdsearch_lightning.policy.teachers import EMATeacher
 from sdsearch_lightning.supervised import SupervisedModule
-from sdsearch_lightning.training.policy_module import Compute
+from sdsearch_lightning.training.options import Compute
 
 pytest.importorskip("peft")
 pytestmark = [

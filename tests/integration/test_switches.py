@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_data import DIRECT, ONE, PROTOCOL, TOKENIZER, TWO, tiny_model, weights_of
+from training_data import DIRECT, ONE, PROTOCOL, QUESTION, TOKENIZER, TWO, tiny_model, weights_of
 from training_run import Record, ScriptedEngine, ToyData, fit
 
 from sdsearch_lightning import SDSearchModule
@@ -23,7 +23,10 @@ from sdsearch_lightning.losses.divergences import LogitMSE
 from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, LiveTeacher
 from sdsearch_lightning.report import read_trajectories
-from sdsearch_lightning.scoring.rewards import ExactMatchReward, Reward
+from sdsearch_lightning.rollout.groups import GroupSampler, Scoring
+from sdsearch_lightning.scoring.rewards import ExactMatchReward, F1LabelRule, Reward
+
+SCORING = Scoring(ExactMatchReward(), F1LabelRule())
 
 
 def module(**options):
@@ -98,12 +101,13 @@ def test_a_rank_without_empty_groups_meets_the_others_in_their_refills(monkeypat
     (batch,) = record.batches
     full = tuple(group for group in batch.groups if group.has_signal)
     calls = []
-    monkeypatch.setattr(RolloutGrouping, "run", lambda self, trainer, module, requests: calls.append(requests) or [])
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(training_questions=[1]), global_step=0, global_rank=1)
+    nothing = SimpleNamespace(trajectories=[])
+    monkeypatch.setattr(GroupSampler, "run", lambda self, requests: calls.append(requests) or nothing)
     for empty_elsewhere, expected in ((1, [[]] * 3), (0, [])):
-        others = SimpleNamespace(sum_over_ranks=lambda mine, more=empty_elsewhere: mine + more)
+        sampler = GroupSampler(None, PROTOCOL, None, None, None, SCORING)  # type: ignore[arg-type]
+        sampler.sum_over_ranks = lambda mine, more=empty_elsewhere: mine + more
         calls.clear()
-        assert grouping(refill_attempts=3)._refill(trainer, others, batch, full) == full
+        assert sampler.refill(full, [QUESTION], 1, attempts=3, rank=1) == full
         assert calls == expected
 
 

@@ -30,7 +30,6 @@ from training_data import DIRECT, PROTOCOL, TOKENIZER, make_module, tiny_model  
 from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
 
 from sdsearch_lightning import SDSearchModule  # noqa: E402
-from sdsearch_lightning.policy import loading  # noqa: E402
 from sdsearch_lightning.callbacks import (  # noqa: E402
     HindsightConstruction,
     JSDWeightScheduler,
@@ -38,10 +37,11 @@ from sdsearch_lightning.callbacks import (  # noqa: E402
     TeacherDiagnostics,
 )
 from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO  # noqa: E402
+from sdsearch_lightning.policy import loading  # noqa: E402
 from sdsearch_lightning.policy.lora import LoRA  # noqa: E402
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher  # noqa: E402
 from sdsearch_lightning.scoring.rewards import ExactMatchReward  # noqa: E402
-from sdsearch_lightning.training.policy_module import Compute  # noqa: E402
+from sdsearch_lightning.training.options import Compute  # noqa: E402
 from sdsearch_lightning.types import RolloutRequest, Trajectory  # noqa: E402
 
 KEYS = ("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd", "distill/teacher_rows")

@@ -25,7 +25,7 @@ from sdsearch_lightning.policy.lora_folder import CONFIG, ORIGIN, WEIGHTS, finge
 from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, Teacher
-from sdsearch_lightning.training.policy_module import Compute
+from sdsearch_lightning.training.options import Compute
 
 pytest.importorskip("peft")
 

@@ -25,7 +25,7 @@ from sdsearch_lightning.policy.attention import (
 )
 from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.training.policy_module import Compute
+from sdsearch_lightning.training.options import Compute
 
 HEADS = {"head_dim": 8}
 
@@ -221,7 +221,7 @@ def test_checkpointed_gradients_are_the_same(family: str, layout: Any) -> None:
         count = []
         first = next(part for part in module.policy.modules() if part.__class__.__name__.endswith("Attention"))
         first.register_forward_hook(lambda *_, count=count: count.append(1))
-        loss = module.objective.total(sums.policy_loss, sums.kl, sums.entropy_loss) + sums.jsd_loss
+        loss = sums.terms.total(module.policy_terms.coefficients(1.0))
         pulls.append(gradient(module, loss))
         passes.append(len(count))
         assert module.policy.model.config._attn_implementation != NAME

@@ -22,7 +22,7 @@ from training_data import (
 
 from sdsearch_lightning.step.collate import split_groups, weigh
 from sdsearch_lightning.step.credit import CreditRows, Credits, credit_rollouts, credit_table
-from sdsearch_lightning.step.teacher_sequences import plan_lessons
+from sdsearch_lightning.step.taught_spans import find_taught_spans
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, SpanKind, TokenCredit
 
 
@@ -36,8 +36,8 @@ def numbered(count: int) -> CreditRows:
 def deal(groups: list[RolloutGroup], blocks: list[HindsightBlock | None], rows: int) -> Credits:
     weighed = weigh(groups, blocks, "token-mean")
     rollouts = [r for g in weighed for r in g]
-    lessons = plan_lessons([(r.trajectory, r.block) for r in rollouts], "queries")
-    return credit_rollouts(rollouts, lessons, numbered(rows))
+    taught = find_taught_spans([(r.trajectory, r.block) for r in rollouts], "queries")
+    return credit_rollouts(rollouts, taught, numbered(rows))
 
 
 def expected(rows: range, span: int) -> TokenCredit:
@@ -93,7 +93,7 @@ def test_the_verdicts_of_a_step_are_about_their_own_tokens() -> None:
     (batch,) = micro_batches(module, groups, blocks)
     credit = step(module, batch).credit
     assert credit is not None
-    table = credit_table(groups, credit_rollouts(rollouts, batch.lessons, credit))
+    table = credit_table(groups, credit_rollouts(rollouts, batch.taught, credit))
     found = 0
     for g, block, row in zip(groups, blocks, table, strict=True):
         for t, verdicts in zip(g.trajectories, row, strict=True):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
+from sdsearch_lightning.losses.logprobs import entropy
 from sdsearch_lightning.losses.terms import jensen_shannon
-from sdsearch_lightning.step.teacher_rows import NUM_TOP, TeacherRows, divergence_to_teacher, entropy, summarize_teacher
+from sdsearch_lightning.step.teacher_rows import NUM_TOP, TeacherRows, divergence_to_teacher, summarize_teacher
 
 Q, V, H = 6, 11, 4
 NONE = torch.zeros(0, dtype=torch.long)

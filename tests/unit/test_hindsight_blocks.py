@@ -24,7 +24,7 @@ from sdsearch_lightning.hindsight import (
 )
 from sdsearch_lightning.losses.weights import group_weight
 from sdsearch_lightning.protocol.tokenization import TokenCodec
-from sdsearch_lightning.step.teacher_sequences import plan_lessons
+from sdsearch_lightning.step.taught_spans import find_taught_spans
 from sdsearch_lightning.types import Label, Question, RolloutGroup, SpanKind
 
 HEADER = "\nSearch queries and outcomes of several attempts at this question:\n"
@@ -118,9 +118,9 @@ def test_current_documents(byte_codec: TokenCodec) -> None:
 def test_documents_stand_before_the_query_that_returned_them(byte_codec: TokenCodec) -> None:
     block = block_of(byte_codec, CurrentDocuments())
     for trajectory in MIXED.trajectories:
-        for lesson in plan_lessons([(trajectory, block)], "queries"):
-            (span,) = (trajectory.spans[index] for index in lesson.spans)
-            assert span.kind is SpanKind.QUERY and f"of {byte_codec.decode(span.token_ids)}\n" in lesson.block_text
+        for part in find_taught_spans([(trajectory, block)], "queries"):
+            (span,) = (trajectory.spans[index] for index in part.spans)
+            assert span.kind is SpanKind.QUERY and f"of {byte_codec.decode(span.token_ids)}\n" in part.block_text
 
 
 def test_documents_of_unclear_origin_are_told_to_nobody(byte_codec: TokenCodec) -> None:

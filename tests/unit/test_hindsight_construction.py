@@ -27,6 +27,7 @@ from sdsearch_lightning.hindsight import (
     SuccessfulSibling,
     UnmaskedRollouts,
 )
+from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.types import HindsightBlock, Label, RolloutGroup, StepBatch, Trajectory
 
@@ -135,18 +136,19 @@ def test_a_text_per_query_needs_queries() -> None:
     HindsightConstruction(block=LeaveOneOut()).setup(TRAINER, module, "fit")
 
 
-def test_a_block_that_the_protocol_cannot_word_is_refused() -> None:
+def test_a_protocol_of_ones_own_need_not_word_every_block() -> None:
     class Bare:
         render_block, format_passages = PROTOCOL.render_block, PROTOCOL.format_passages
 
     module: Any = Module()
-    module.protocol = Bare()
+    module.protocol = Protocol.adopt(Bare())
     batch = StepBatch([g.question for g in three_groups()])
     batch.groups = tuple(three_groups())
-    with pytest.raises(ConfigError, match="needs a protocol with BlockTemplates as its attribute `block`, found Bare"):
-        HindsightConstruction(block=GoldAnswer()).on_train_batch_start(TRAINER, module, batch, 0)
-    HindsightConstruction(block=NoLabels()).on_train_batch_start(TRAINER, module, batch, 0)
-    assert batch.hindsight is not None and None not in batch.hindsight
+    HindsightConstruction(block=GoldAnswer()).on_train_batch_start(TRAINER, module, batch, 0)
+    assert batch.hindsight is not None
+    assert [block.text for block in batch.hindsight if block] == [
+        f"\nThe correct answer is: {g.question.answers[0]}\n" for g in three_groups()
+    ]
 
 
 # The budget. Tokens of the three blocks: header 1, then 7 + 5 + 3, 5 + 5 + 3, 7 + 3

@@ -22,13 +22,14 @@ from training_data import (
     tiny_model,
 )
 
+from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import JensenShannon
+from sdsearch_lightning.losses.terms import Terms
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.policy.teachers import EMATeacher, LiveTeacher
 from sdsearch_lightning.step.collate import SearchBatch
-from sdsearch_lightning.step.policy_terms import EntropyCoefs
-from sdsearch_lightning.training.policy_module import Compute
+from sdsearch_lightning.training.options import Compute
 from sdsearch_lightning.types import Label, RolloutGroup
 
 TERMS = ("policy_loss", "jsd_loss", "kl", "entropy_loss")
@@ -79,8 +80,7 @@ def make(family: str, dtype: torch.dtype, layout: Any, **options: Any) -> SDSear
 def run(module: SDSearchModule, batches: Sequence[SearchBatch], terms: Sequence[str] = TERMS) -> Found:
     sums = [step(module, batch) for batch in batches]
     values = {term: torch.stack([getattr(s, term) for s in sums]).sum() for term in TERMS}
-    loss = module.objective.total(values["policy_loss"], values["kl"], values["entropy_loss"])
-    loss = loss + JSD_WEIGHT * values["jsd_loss"]
+    loss = Terms(**values).total(module.policy_terms.coefficients(JSD_WEIGHT))
     pulls = {term: gradient(module, values[term]) for term in terms} | {"loss": gradient(module, loss)}
     credit = [s.credit.jsd for s in sums if s.credit is not None]
     metrics: dict[str, float] = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_data import CODEC, ONE, PROTOCOL, TWO, blocks_of, group, make_module, micro_batches, rollout, step
 
-from sdsearch_lightning.step.teacher_sequences import distilled_spans, num_distilled_tokens, plan_lessons
+from sdsearch_lightning.step.taught_spans import distilled_spans, find_taught_spans, num_distilled_tokens
 from sdsearch_lightning.types import HindsightBlock, SpanKind, TeacherView
 
 
@@ -28,18 +28,18 @@ def test_queries_alone_or_all_that_the_policy_wrote():
 def test_a_block_without_views_is_read_by_every_rollout():
     groups = [group(rollout(ONE), rollout(TWO, 1))]
     (block,) = blocks_of(groups)
-    lessons = plan_lessons([(t, block) for t in groups[0].trajectories], "queries")
-    assert [(x.rollout, x.block_text, len(x.spans)) for x in lessons] == [(0, block.text, 1), (1, block.text, 2)]
-    assert plan_lessons([(t, None) for t in groups[0].trajectories], "queries") == ()
+    taught = find_taught_spans([(t, block) for t in groups[0].trajectories], "queries")
+    assert [(x.rollout, x.block_text, len(x.spans)) for x in taught] == [(0, block.text, 1), (1, block.text, 2)]
+    assert find_taught_spans([(t, None) for t in groups[0].trajectories], "queries") == ()
 
 
 def test_a_view_is_for_one_rollout_and_one_query():
     first, second = rollout(TWO), rollout(TWO, 1)
     views = (TeacherView(1, 0, "a"), TeacherView(1, 1, "b"))
     block = HindsightBlock((0, 0), (), "", views=views)
-    lessons = plan_lessons([(first, block), (second, block)], "queries")
+    taught = find_taught_spans([(first, block), (second, block)], "queries")
     queries = distilled_spans(second, "queries")
-    assert [(x.rollout, x.block_text, x.spans) for x in lessons] == [(1, "a", queries[:1]), (1, "b", queries[1:])]
+    assert [(x.rollout, x.block_text, x.spans) for x in taught] == [(1, "a", queries[:1]), (1, "b", queries[1:])]
 
 
 def test_each_query_is_judged_by_a_teacher_that_read_its_own_text():

@@ -27,7 +27,7 @@ from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.step.collate import SearchBatch
-from sdsearch_lightning.training.policy_module import Compute
+from sdsearch_lightning.training.options import Compute
 from sdsearch_lightning.types import HindsightBlock
 
 WHOLE = JensenShannon(top_k=None)

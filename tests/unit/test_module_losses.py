@@ -29,7 +29,7 @@ from training_data import (
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import StepSums
 from sdsearch_lightning.step.collate import filler
-from sdsearch_lightning.training.policy_module import Compute
+from sdsearch_lightning.training.options import Compute
 
 WHOLE = JensenShannon(top_k=None)
 TERMS = ("policy_loss", "jsd_loss", "kl")

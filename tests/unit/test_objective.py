@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
-from training_data import blocks_of, drifted, gradient, make_module, micro_batches, step, three_groups
+from training_data import (
+    blocks_of,
+    closed_form,
+    drifted,
+    gradient,
+    make_module,
+    micro_batches,
+    step,
+    taught_batch,
+    three_groups,
+)
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.by_kind import EntropyCoefs
+from sdsearch_lightning.losses.divergences import JensenShannon
+from sdsearch_lightning.losses.terms import Terms
 from sdsearch_lightning.step.collate import SPAN_KINDS
-from sdsearch_lightning.step.policy_terms import EntropyCoefs, PolicyObjective
+from sdsearch_lightning.step.policy_terms import PolicyTerms
 from sdsearch_lightning.types import SpanKind
 
 
-def objective(**options) -> PolicyObjective:
+def policy_terms(**options) -> PolicyTerms:
     defaults = dict(clip_low=0.2, clip_high=0.2, policy_coef=1.0, kl_coef=0.0, entropy_coef=EntropyCoefs())
-    return PolicyObjective(**defaults | dict(tis_cap=None, temperature=1.0) | options)
+    return PolicyTerms(**defaults | dict(tis_cap=None, temperature=1.0) | options)
 
 
 def sums(module, batch):
@@ -51,7 +65,7 @@ def test_without_coefficients_there_is_no_entropy_term(monkeypatch):
     monkeypatch.setattr(
         "sdsearch_lightning.step.policy_terms.entropy", lambda logprobs: asked.append(1) or logprobs.sum(-1)
     )
-    alone = module.objective.sums(logits, None, batch, rows)
+    alone, _ = module.policy_terms.read(logits, None, batch, rows)
     assert alone.policy_loss.requires_grad
     assert not alone.entropy_loss.requires_grad and alone.entropy_loss.item() == 0
     result = sums(module, batch)
@@ -76,12 +90,53 @@ def test_truncated_importance_sampling_by_hand():
     assert sums(capped, batch).policy_loss.item() != pytest.approx(sums(wide, batch).policy_loss.item())
 
 
+def total(terms, jsd_weight=0.0, **options):
+    return terms.total(policy_terms(**options).coefficients(jsd_weight)).item()
+
+
 def test_the_total_has_every_coefficient():
-    a, b, c = (torch.tensor(x, dtype=torch.float64) for x in (2.0, 3.0, 5.0))
-    assert objective().total(a, b, c) is a
-    assert objective(policy_coef=0.0).total(a, b, c).item() == 0.0
-    assert objective(kl_coef=0.1).total(a, b, c).item() == pytest.approx(2.3)
-    assert objective(entropy_coef=EntropyCoefs(query=1.0)).total(a, b, c).item() == 7.0
+    terms = Terms(*(torch.tensor(x, dtype=torch.float64) for x in (2.0, 3.0, 5.0, 7.0)))
+    assert total(terms) == 2.0
+    assert total(terms, policy_coef=0.0) == 0.0
+    assert total(terms, kl_coef=0.1) == pytest.approx(2.3)
+    assert total(terms, entropy_coef=EntropyCoefs(query=1.0)) == 7.0
+    assert total(terms, jsd_weight=0.5) == 5.5
+    nan = torch.tensor(math.nan, dtype=torch.float64)
+    assert total(terms._replace(kl=nan, entropy_loss=nan, jsd_loss=nan)) == 2.0, "what is off is left out"
+    with pytest.raises(AssertionError):
+        assert total(terms._replace(kl=terms.jsd_loss, jsd_loss=terms.kl), kl_coef=0.1) == pytest.approx(2.3)
+
+
+def swapped(one, other):
+    """`Terms.stacked` as it would be if two terms changed places."""
+
+    def stacked(terms):
+        mine = terms._replace(**{one: getattr(terms, other), other: getattr(terms, one)})
+        return torch.stack(tuple(mine))
+
+    return stacked
+
+
+@pytest.mark.parametrize(("one", "other"), list(combinations(Terms._fields, 2)))
+def test_a_term_reaches_the_loss_under_its_own_name(one, other, monkeypatch):
+    """Each against its closed form, or against its own definition; a swap of any two is seen."""
+    groups = three_groups()
+
+    def difference():
+        module = drifted(entropy_coef=EntropyCoefs(query=0.3), divergence=JensenShannon(top_k=None))
+        batch = taught_batch(module, groups)
+        found = sums(module, batch)
+        policy, jsd, kl = closed_form(module, groups, [1.0] * len(groups), [b.text for b in blocks_of(groups)])
+        rows = (batch.policy_weight != 0).nonzero()[:, 0]
+        logprobs = module.policy.logits(batch.sequences, rows).log_softmax(-1)
+        is_query = batch.span_kind[rows] == SPAN_KINDS.index(SpanKind.QUERY)
+        entropy = -(logprobs.exp() * logprobs).sum(-1) * is_query * 0.3 * batch.policy_weight[rows]
+        expected = Terms(policy_loss=policy, kl=kl, entropy_loss=-entropy.sum(), jsd_loss=jsd)
+        return max(abs(getattr(found, name) - getattr(expected, name)).item() for name in Terms._fields)
+
+    assert difference() < 1e-10
+    monkeypatch.setattr(Terms, "stacked", swapped(one, other))
+    assert difference() > 1e-6
 
 
 @pytest.mark.parametrize("micro", [60, 100_000])
@@ -104,7 +159,7 @@ def test_entropy_and_tis_do_not_depend_on_micro_batches(micro):
 )
 def test_coefficients_without_meaning(options, message):
     with pytest.raises(ConfigError, match=message):
-        objective(**options)
+        policy_terms(**options)
 
 
 def test_an_entropy_coefficient_has_to_be_finite():

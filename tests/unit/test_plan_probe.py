@@ -18,7 +18,6 @@ if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import plan_accuracy  # noqa: E402
-from sdsearch_lightning.policy import head  # noqa: E402
 from sdsearch_lightning.cli.commands import quieten  # noqa: E402
 from sdsearch_lightning.cli.plan import PlanCLI  # noqa: E402
 from sdsearch_lightning.errors import ConfigError  # noqa: E402
@@ -28,6 +27,7 @@ from sdsearch_lightning.plan.live_bytes import LiveBytes  # noqa: E402
 from sdsearch_lightning.plan.memory import GIB, Settings, plan_parts  # noqa: E402
 from sdsearch_lightning.plan.probe import Adapters, Precision, Shape, adapt, count_model, probe_optimizer  # noqa: E402
 from sdsearch_lightning.plan.settings import adapters_of, num_devices, precision_of, settings_of  # noqa: E402
+from sdsearch_lightning.policy import head  # noqa: E402
 
 SMALL = {
     "model_type": "qwen2",

@@ -20,7 +20,7 @@ from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.supervised import SupervisedModule
-from sdsearch_lightning.training.policy_module import Compute, OptimizerSpec
+from sdsearch_lightning.training.options import Compute, OptimizerSpec
 
 SEQUENCES = [(3, 4, 5, 6, 7, 8, 9, 10, 11), (14, 0, 1, 2, 18), (19, 20, 3, 5, 1, 9)]
 HEADS = {"head_dim": 8}

@@ -42,6 +42,7 @@ class Module:
     def __init__(self, codec: TokenCodec, policy: nn.Module | None = None) -> None:
         self.codec, self.protocol, self.policy = codec, PROTOCOL, policy or nn.Linear(1, 1)
         self.logged: dict[str, float] = {}
+        self.sampler = None
 
     def log_dict(self, metrics: dict[str, float], **options: object) -> None:
         self.logged |= metrics

@@ -46,10 +46,10 @@ class RowsPolicy(ScriptedPolicy):
         # Marks count sampled tokens: one opens every feed but a prompt's, or is all that its row reads.
         marks = torch.zeros_like(cells)
         if isinstance(attention, RowsAttention):
-            fed, at = {feed.row for feed in attention._feeds}, 0
-            for feed in attention._feeds:
-                marks[0, 0, at, 0] = float(feed.start > 0)
-                at += feed.length
+            fed, at = {part.row for part in attention._new}, 0
+            for part in attention._new:
+                marks[0, 0, at, 0] = float(part.start > 0)
+                at += part.length
             for row in range(len(last)):
                 marks[0, 0, at + row, 0] = float(row not in fed)
         attention.attend(0, torch.zeros_like(cells), cells, marks, None)

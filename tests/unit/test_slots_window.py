@@ -136,7 +136,7 @@ def test_out_of_memory_with_one_slot_stops(
     policy: TalkativePolicy, word_codec: TokenCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(tokens: Any, attention: Any) -> None:
-        if hasattr(attention, "_feeds"):
+        if hasattr(attention, "_new"):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     spy(policy, monkeypatch, exhausted)

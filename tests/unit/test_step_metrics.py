@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdsearch_lightning.losses.terms import Terms
 from sdsearch_lightning.step.metrics import (
     DISTILLATION_SUMS,
-    LOSS_TERMS,
     POLICY_SUMS,
     distillation_sums,
     policy_sums,
@@ -96,7 +96,7 @@ def test_sums_add_up_over_micro_batches(cuts: tuple[int, ...]) -> None:
 
 
 def totals(**values: float) -> dict[str, float]:
-    return dict.fromkeys(("loss", *LOSS_TERMS, *POLICY_SUMS, *DISTILLATION_SUMS), 0.0) | values
+    return dict.fromkeys(("loss", *Terms._fields, *POLICY_SUMS, *DISTILLATION_SUMS), 0.0) | values
 
 
 def test_step_means_by_hand() -> None:

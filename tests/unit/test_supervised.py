@@ -20,6 +20,7 @@ from sdsearch_lightning.datamodules.synthetic_world_demonstrations import WorldD
 from sdsearch_lightning.datamodules.synthetic_world_encoder import word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.losses.by_kind import LossWeights
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer
 from sdsearch_lightning.policy.packing import PackedSequences
@@ -28,8 +29,8 @@ from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.schedules import Linear
-from sdsearch_lightning.supervised import LossWeights, SupervisedModule
-from sdsearch_lightning.training.policy_module import OptimizerSpec
+from sdsearch_lightning.supervised import SupervisedModule
+from sdsearch_lightning.training.options import OptimizerSpec
 from sdsearch_lightning.types import (
     Demonstration,
     Label,
@@ -169,10 +170,10 @@ def test_a_prompt_weighs_nothing() -> None:
     ) | {"PROMPT": 0}
 
 
-@pytest.mark.parametrize("weights", [LossWeights(query=-1.0), LossWeights(0, 0, 0, 0, 0, 0)])
-def test_weights_that_cannot_work_are_refused(weights: LossWeights) -> None:
+@pytest.mark.parametrize("weights", [{"query": -1.0}, dict.fromkeys(("reasoning", "query", "answer", "scaffold"), 0)])
+def test_weights_that_cannot_work_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"model.loss_weights: .*LossWeights\(reasoning="):
-        supervised(loss_weights=weights)
+        LossWeights(**{"refine": 0.0} | weights)
 
 
 def test_a_batch_in_which_nothing_weighs_changes_nothing() -> None:

@@ -1,7 +1,4 @@
-"""Who is taught where: one lesson is one teacher sequence, a block text before a rollout, and the spans it judges.
-
-Next: collate.py.
-"""
+"""Who is taught where: which block stands before a rollout, and at which of its spans the readings are compared."""
 
 from __future__ import annotations
 
@@ -16,8 +13,13 @@ Positions = Literal["queries", "policy"]
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """One teacher sequence."""
+class TaughtSpans:
+    """One sequence that the teacher reads, and where it is compared with the student's.
+
+    Example:
+        A rollout of spans 0 PROMPT, 1 SCAFFOLD, 2 QUERY, 3 SCAFFOLD, 4 OBSERVATION, 5 SCAFFOLD, 6 QUERY, ... that reads
+        one block for both of its queries is `TaughtSpans(rollout=0, block_text="...", spans=(2, 6))`.
+    """
 
     rollout: int
     """Index into the rollouts of the micro-batch."""
@@ -40,9 +42,9 @@ def num_distilled_tokens(trajectory: Trajectory, positions: Positions) -> int:
     return sum(len(trajectory.spans[index].token_ids) for index in distilled_spans(trajectory, positions))
 
 
-def plan_lessons(
+def find_taught_spans(
     rollouts: Sequence[tuple[Trajectory, HindsightBlock | None]], positions: Positions
-) -> tuple[Lesson, ...]:
+) -> tuple[TaughtSpans, ...]:
     """The lessons of a micro-batch, in the order of its rollouts; a rollout whose group is not taught has none.
 
     A view of one query judges that query's span alone. A taught rollout without a query still gets its lesson, an
@@ -53,5 +55,5 @@ def plan_lessons(
         spans = distilled_spans(trajectory, positions)
         for view in block.views_of(trajectory.rollout_index) if block is not None else ():
             judged = spans if view.query_index is None else spans[view.query_index : view.query_index + 1]
-            lessons.append(Lesson(number, view.text, judged))
+            lessons.append(TaughtSpans(number, view.text, judged))
     return tuple(lessons)

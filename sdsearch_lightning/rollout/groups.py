@@ -1,0 +1,197 @@
+"""From questions to groups of scored rollouts, without a Trainer: prompts, seeds, rewards, advantages, refill.
+
+Invariant: what a rollout draws depends on its seed alone, which is made of the run's seed, the phase, the step, the
+instance_id and the rollout's index; so neither batch composition nor the number of processes changes a result.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sdsearch_lightning.errors import RolloutError, SDSearchError
+from sdsearch_lightning.policy.policy import Policy
+from sdsearch_lightning.protocol.conversation import Conversation
+from sdsearch_lightning.protocol.templates import Protocol
+from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.rollout.engine import Engine, run_awake
+from sdsearch_lightning.rollout.progress import RolloutProgress
+from sdsearch_lightning.rollout.sampling import derive_seed
+from sdsearch_lightning.rollout.search_pool import SearchCounts, SearchPool
+from sdsearch_lightning.scoring.advantages import AdvantageScale, group_relative
+from sdsearch_lightning.scoring.rewards import LabelRule, Reward
+from sdsearch_lightning.types import InstanceId, Limits, Question, RolloutGroup, RolloutRequest, Sampling, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What rollouts are worth."""
+
+    reward: Reward
+    label: LabelRule
+    advantage_scale: AdvantageScale = "std"
+
+    def group(self, rollouts: Sequence[Trajectory]) -> RolloutGroup:
+        """The rollouts of one question with rewards, labels and group-relative advantages.
+
+        A rollout that ended in a retrieval error has no label and no part in the baseline: its advantage is 0.
+        """
+        rewards = [float(self.reward.score(rollout)) for rollout in rollouts]
+        judged = [i for i, rollout in enumerate(rollouts) if not rollout.stop_reason.is_error]
+        values = torch.tensor([[rewards[i] for i in judged]], dtype=torch.float64)
+        advantages = dict(zip(judged, group_relative(values, self.advantage_scale)[0].tolist(), strict=True))
+        scored = [
+            replace(
+                rollout,
+                reward=rewards[i],
+                advantage=advantages.get(i, 0.0),
+                label=self.label.label(rollout) if i in advantages else None,
+            )
+            for i, rollout in enumerate(rollouts)
+        ]
+        return RolloutGroup(rollouts[0].question, rollouts[0].instance_id, tuple(scored))
+
+    def groups(self, trajectories: Sequence[Trajectory], size: int) -> tuple[RolloutGroup, ...]:
+        """Groups of `size` rollouts, in the order in which they were asked for."""
+        return tuple(self.group(trajectories[at : at + size]) for at in range(0, len(trajectories), size))
+
+
+@dataclass(frozen=True, slots=True)
+class WindowResult:
+    """What one run of the engine gave, and what it cost."""
+
+    trajectories: list[Trajectory]
+    progress: RolloutProgress
+    searches: SearchCounts
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass
+class GroupSampler:
+    """Runs and scores the rollouts of questions with the policy's present weights.
+
+    requests = sampler.requests(questions, instance_ids, count=5)        prompts and seeds
+    window = sampler.run(requests)                                       rollouts, and their cost
+    groups = sampler.scoring.groups(window.trajectories, size=5)         rewards, labels, advantages
+    """
+
+    policy: Policy
+    protocol: Protocol
+    codec: TokenCodec
+    engine: Engine
+    searches: SearchPool
+    scoring: Scoring
+    limits: Limits = Limits()
+    sampling: Sampling = Sampling()
+    """Of training rollouts."""
+    seed: int = 0
+    """Of the run."""
+    opened: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Around every run of the engine: gathers sharded weights, sets the precision."""
+    sum_over_ranks: Callable[[Tensor], Tensor] = field(default=_alone)
+    """Where several processes run rollouts side by side: they stop together where one cannot go on."""
+
+    def requests(
+        self,
+        questions: Sequence[Question],
+        instance_ids: Sequence[InstanceId],
+        count: int,
+        phase: str = "train",
+        step: int = 0,
+        sampling: Sampling | None = None,
+    ) -> list[RolloutRequest]:
+        """`count` requests per question, each with a seed of its own.
+
+        Args:
+            questions: B of them.
+            instance_ids: one each.
+            count: rollouts per question.
+            phase: requests of different phases draw different numbers.
+            step: the rollout batch; 0 in evaluation, which draws the same numbers every time.
+            sampling: None: that of training.
+        """
+        requests = []
+        for question, instance_id in zip(questions, instance_ids, strict=True):
+            prompt_ids = self.protocol.prompt_ids(self.codec, question.text)
+            for index in range(count):
+                seed = derive_seed(self.seed, phase, step, instance_id, index)
+                drawn = sampling or self.sampling
+                requests.append(RolloutRequest(question, instance_id, index, prompt_ids, seed, drawn))
+        return requests
+
+    def run(self, requests: Sequence[RolloutRequest], show_progress: bool = False) -> WindowResult:
+        """Run requests to their end, in eval mode and without gradients.
+
+        Raises:
+            SDSearchError: on all ranks, where the engine failed on one: the others would wait for it in the next step.
+        """
+        progress = RolloutProgress(len(requests), show_progress)
+        self.engine.attach(
+            self.policy,
+            lambda request: Conversation(request, self.protocol, self.codec, self.limits),
+            self.searches,
+            progress.report,
+        )
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            # Not inference_mode: its tensors cannot enter autograd later.
+            with torch.no_grad(), self.opened():
+                trajectories, failure = self._attempt(requests)
+        finally:
+            self.policy.train(training)
+            progress.close()
+        failures = int(self.sum_over_ranks(torch.tensor(int(failure is not None))))
+        if failure is not None:
+            raise failure
+        if failures:
+            raise RolloutError(f"The rollouts failed on {failures} other ranks; their messages say why.")
+        return WindowResult(trajectories, progress, self.searches.take_counts())
+
+    def _attempt(self, requests: Sequence[RolloutRequest]) -> tuple[list[Trajectory], SDSearchError | None]:
+        try:
+            return run_awake(self.engine, self.policy, requests), None
+        except SDSearchError as error:
+            return [], error
+
+    def refill(
+        self,
+        groups: Sequence[RolloutGroup],
+        pool: Sequence[Question],
+        epoch_length: int,
+        attempts: int,
+        step: int = 0,
+        rank: int = 0,
+    ) -> tuple[RolloutGroup, ...]:
+        """Replace groups whose rewards do not differ by groups of other questions (DAPO, arXiv:2503.14476).
+
+        Args:
+            groups: of one step.
+            pool: questions to draw from, by a seed of this step and rank.
+            epoch_length: instance ids of the new groups continue behind it, so they meet no other.
+            attempts: how often; what still has no signal after the last one stays.
+            step: the rollout batch.
+            rank: of this process.
+        """
+        filled = list(groups)
+        for attempt in range(1, attempts + 1):
+            empty = [i for i, group in enumerate(filled) if not group.has_signal]
+            if not int(self.sum_over_ranks(torch.tensor(len(empty)))):
+                break  # on all ranks: rollouts are where they meet
+            seed = derive_seed(self.seed, "refill", step, attempt, rank)
+            drawn = random.Random(seed).sample(range(len(pool)), min(len(empty), len(pool)))
+            ids = [groups[i].instance_id for i in empty[: len(drawn)]]
+            more = [(epoch, position + attempt * epoch_length) for epoch, position in ids]
+            size = len(groups[0].trajectories)
+            window = self.run(self.requests([pool[i] for i in drawn], more, size, "train", step))
+            for i, group in zip(empty, self.scoring.groups(window.trajectories, size), strict=False):
+                filled[i] = group
+        return tuple(filled)
