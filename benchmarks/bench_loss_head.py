@@ -27,6 +27,7 @@ from torch.nn.functional import linear  # noqa: E402
 
 from sdsearch_lightning.losses.by_kind import EntropyCoefs  # noqa: E402
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon  # noqa: E402
+from sdsearch_lightning.losses.terms import total_loss  # noqa: E402
 from sdsearch_lightning.policy.head import Chunk, Head, Outcome, Reading, read_rows  # noqa: E402
 from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.step.collate import SearchBatch  # noqa: E402
@@ -201,7 +202,7 @@ def our_step(inputs: Inputs, divergence: Divergence = EXACT, is_fused: bool = Tr
         inputs.batch, POLICY_TERMS, divergence, teacher_rows(inputs, divergence), inputs.batch.query_row[:0]
     )
     sums = student.step(policy, jsd_weight=1.0)  # type: ignore[arg-type]  # called, no more
-    return sums.terms.total(POLICY_TERMS.coefficients(1.0))
+    return total_loss(sums.terms, POLICY_TERMS.coefficients(1.0))
 
 
 JSD: Mapping[str, Loss] = {NAIVE: naive_jsd, TRL: trl_jsd, LIGER: liger_jsd, OURS: our_jsd}

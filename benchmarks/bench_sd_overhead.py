@@ -40,6 +40,7 @@ from benchmarks.bench_train_step import (  # noqa: E402
     student_loss,
 )
 from benchmarks.workload import Workload, make_workload, run  # noqa: E402
+from sdsearch_lightning.losses.terms import total_loss  # noqa: E402
 from sdsearch_lightning.module import SDSearchModule  # noqa: E402
 from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.rollout import SlotEngine  # noqa: E402
@@ -99,7 +100,7 @@ def distilled_loss(module: SDSearchModule, batch: SearchBatch, teacher: TeacherR
         teacher: its rows; None lets it read.
     """
     sums = module.student_step(batch, teacher or module.teacher_step(batch))
-    return sums.terms.total(module.policy_terms.coefficients(module.jsd_weight))
+    return total_loss(sums.terms, module.policy_terms.coefficients(module.jsd_weight))
 
 
 def compare_teachers(report: Report, options: argparse.Namespace, group_size: int, case: Case) -> None:

@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.workload import make_policy  # noqa: E402
+from sdsearch_lightning.losses.terms import total_loss  # noqa: E402
 from sdsearch_lightning.module import SDSearchModule  # noqa: E402
 from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer  # noqa: E402
 from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
@@ -186,7 +187,7 @@ class LeftPadded:
 def student_loss(module: SDSearchModule, batch: SearchBatch) -> Tensor:
     """The policy's loss by the library, with all that it counts for the report."""
     sums = module.student_step(batch)
-    return sums.terms.total(module.policy_terms.coefficients(module.jsd_weight))
+    return total_loss(sums.terms, module.policy_terms.coefficients(module.jsd_weight))
 
 
 def losses(model: Any, batch: SearchBatch) -> dict[str, Callable[[], Tensor]]:

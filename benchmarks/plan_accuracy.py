@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 
 from sdsearch_lightning.cli.plan import PlanCLI  # noqa: E402
+from sdsearch_lightning.losses.terms import total_loss  # noqa: E402
 from sdsearch_lightning.plan.architecture import find_architecture  # noqa: E402
 from sdsearch_lightning.plan.memory import GIB, Part, plan_parts  # noqa: E402
 from sdsearch_lightning.plan.probe import MakeModel, adapt  # noqa: E402
@@ -162,7 +163,7 @@ def measure(cli: PlanCLI, make: MakeModel, where: AbstractContextManager[Any]) -
         step = tracker.fullest()
         with torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=is_mixed, cache_enabled=False):
             sums = module.student_step(batch, module.teacher_step(batch))
-            loss = sums.terms.total(module.policy_terms.coefficients(1e-3))
+            loss = total_loss(sums.terms, module.policy_terms.coefficients(1e-3))
         loss.backward()
         backward = tracker.fullest()
     return {"step": step, "backward": backward}

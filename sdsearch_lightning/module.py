@@ -23,7 +23,7 @@ from torch import Tensor
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
-from sdsearch_lightning.losses.terms import Terms
+from sdsearch_lightning.losses.terms import Terms, total_loss
 from sdsearch_lightning.losses.weights import AggregationMode, token_weights
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.loading import disable_dropout
@@ -210,7 +210,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """The micro-batch's share of the loss; adds its sums to `tally` and its verdicts to `credits`."""
         teacher = self.teacher_step(micro.batch) if micro.batch.teacher is not None else None
         sums = self.student_step(micro.batch, teacher)
-        loss = sums.terms.total(self.policy_terms.coefficients(self.jsd_weight))
+        loss = total_loss(sums.terms, self.policy_terms.coefficients(self.jsd_weight))
         tally.add({"loss": loss, **sums.terms._asdict(), **sums.metrics})
         if sums.credit is not None:
             tally.jsd.append(sums.credit.jsd)

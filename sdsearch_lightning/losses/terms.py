@@ -22,8 +22,14 @@ Value = TypeVar("Value")
 class Terms(NamedTuple, Generic[Value]):
     """One value per term of the loss: a sum of weighted values over tokens, or the coefficient of that sum.
 
-    The output layer hands terms on as one tensor [K]; `stacked` and `unstacked` are the only places where their order
-    means anything.
+    The output layer hands terms on as one tensor [K]; `stack_terms` and `unstack_terms` are the only places where their
+    order means anything.
+
+    Example:
+        >>> terms = Terms(policy_loss=torch.tensor(2.0), kl=torch.tensor(3.0), entropy_loss=torch.tensor(0.0),
+        ...               jsd_loss=torch.tensor(0.5))
+        >>> total_loss(terms, Terms(policy_loss=1.0, kl=0.1, entropy_loss=0.0, jsd_loss=2.0))
+        tensor(3.3000)
     """
 
     policy_loss: Value
@@ -35,25 +41,27 @@ class Terms(NamedTuple, Generic[Value]):
     jsd_loss: Value
     """The divergence from the teacher, at the JSD positions."""
 
-    def stacked(self: Terms[Tensor]) -> Tensor:
-        """[K], in the order of the fields."""
-        return torch.stack(tuple(self))
 
-    @classmethod
-    def unstacked(cls, values: Tensor) -> Terms[Tensor]:
-        """What `stacked` made [K]."""
-        return Terms(*values.unbind())
+def stack_terms(terms: Terms[Tensor]) -> Tensor:
+    """[K], in the order of the fields."""
+    return torch.stack(tuple(terms))
 
-    def total(self: Terms[Tensor], coefficients: Terms[float]) -> Tensor:
-        """The loss: the terms with their coefficients. One of 0 is left out, so that not even a NaN of it counts.
 
-        The policy's own term always stays: it ties the loss to the weights, where nothing else does.
-        """
-        loss = coefficients.policy_loss * self.policy_loss
-        for value, coefficient in zip(self[1:], coefficients[1:], strict=True):
-            if coefficient:
-                loss = loss + coefficient * value
-        return loss
+def unstack_terms(values: Tensor) -> Terms[Tensor]:
+    """What `stack_terms` made [K]."""
+    return Terms(*values.unbind())
+
+
+def total_loss(terms: Terms[Tensor], coefficients: Terms[float]) -> Tensor:
+    """The loss: the terms with their coefficients. One of 0 is left out, so that not even a NaN of it counts.
+
+    The policy's own term always stays: it ties the loss to the weights, where nothing else does.
+    """
+    loss = coefficients.policy_loss * terms.policy_loss
+    for value, coefficient in zip(terms[1:], coefficients[1:], strict=True):
+        if coefficient:
+            loss = loss + coefficient * value
+    return loss
 
 
 def clipped_surrogate(

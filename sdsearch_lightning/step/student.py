@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdsearch_lightning.losses.divergences import Divergence
 from sdsearch_lightning.losses.logprobs import at_tokens, log_softmax, wide_dtype
-from sdsearch_lightning.losses.terms import Terms
+from sdsearch_lightning.losses.terms import Terms, stack_terms, unstack_terms
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.lora import Reference
 from sdsearch_lightning.policy.policy import Policy
@@ -143,10 +143,10 @@ class Student:
         reference = None if part.reference is None else part.reference[chunk.rows]
         terms, metrics = self._policy_terms.read(chunk.logits, reference, self._batch, targets)
         if part.teacher is None:
-            return terms.stacked(), (metrics, None)
+            return stack_terms(terms), (metrics, None)
         jsd, more, credit = self._judge(chunk, part.teacher.at(chunk.rows), self._batch.token_ids[targets])
-        weight = self._batch.query_weight[chunk.rows]
-        return terms._replace(jsd_loss=(jsd * weight).sum()).stacked(), (metrics | more, credit)
+        terms = terms._replace(jsd_loss=(jsd * self._batch.query_weight[chunk.rows]).sum())
+        return stack_terms(terms), (metrics | more, credit)
 
     def _judge(
         self, chunk: Chunk, teacher: TeacherRows, tokens: Tensor
@@ -172,4 +172,4 @@ def _sums(outcome: Outcome) -> StepSums:
         for name, value in more.items():
             metrics[name] = metrics[name] + value if name in metrics else value
     credit = [rows for _, rows in chain(*outcome.kept) if rows is not None]
-    return StepSums(Terms.unstacked(outcome.terms), metrics, join(credit) if credit else None)
+    return StepSums(unstack_terms(outcome.terms), metrics, join(credit) if credit else None)

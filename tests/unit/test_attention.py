@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointError
 from training_data import drifted, gradient, step, taught_batch, tiny_model
 
 from sdsearch_lightning.losses.divergences import JensenShannon
+from sdsearch_lightning.losses.terms import total_loss
 from sdsearch_lightning.policy.attention import (
     NAME,
     AttentionLayout,
@@ -221,7 +222,7 @@ def test_checkpointed_gradients_are_the_same(family: str, layout: Any) -> None:
         count = []
         first = next(part for part in module.policy.modules() if part.__class__.__name__.endswith("Attention"))
         first.register_forward_hook(lambda *_, count=count: count.append(1))
-        loss = sums.terms.total(module.policy_terms.coefficients(1.0))
+        loss = total_loss(sums.terms, module.policy_terms.coefficients(1.0))
         pulls.append(gradient(module, loss))
         passes.append(len(count))
         assert module.policy.model.config._attn_implementation != NAME

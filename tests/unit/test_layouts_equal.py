@@ -24,7 +24,7 @@ from training_data import (
 
 from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import JensenShannon
-from sdsearch_lightning.losses.terms import Terms
+from sdsearch_lightning.losses.terms import Terms, total_loss
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.policy.teachers import EMATeacher, LiveTeacher
@@ -80,7 +80,7 @@ def make(family: str, dtype: torch.dtype, layout: Any, **options: Any) -> SDSear
 def run(module: SDSearchModule, batches: Sequence[SearchBatch], terms: Sequence[str] = TERMS) -> Found:
     sums = [step(module, batch) for batch in batches]
     values = {term: torch.stack([getattr(s, term) for s in sums]).sum() for term in TERMS}
-    loss = Terms(**values).total(module.policy_terms.coefficients(JSD_WEIGHT))
+    loss = total_loss(Terms(**values), module.policy_terms.coefficients(JSD_WEIGHT))
     pulls = {term: gradient(module, values[term]) for term in terms} | {"loss": gradient(module, loss)}
     credit = [s.credit.jsd for s in sums if s.credit is not None]
     metrics: dict[str, float] = {}

@@ -22,7 +22,7 @@ from training_data import (
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import JensenShannon
-from sdsearch_lightning.losses.terms import Terms
+from sdsearch_lightning.losses.terms import Terms, total_loss
 from sdsearch_lightning.step.collate import SPAN_KINDS
 from sdsearch_lightning.step.policy_terms import PolicyTerms
 from sdsearch_lightning.types import SpanKind
@@ -91,7 +91,7 @@ def test_truncated_importance_sampling_by_hand():
 
 
 def total(terms, jsd_weight=0.0, **options):
-    return terms.total(policy_terms(**options).coefficients(jsd_weight)).item()
+    return total_loss(terms, policy_terms(**options).coefficients(jsd_weight)).item()
 
 
 def test_the_total_has_every_coefficient():
@@ -108,7 +108,7 @@ def test_the_total_has_every_coefficient():
 
 
 def swapped(one, other):
-    """`Terms.stacked` as it would be if two terms changed places."""
+    """`stack_terms` as it would be if two terms changed places."""
 
     def stacked(terms):
         mine = terms._replace(**{one: getattr(terms, other), other: getattr(terms, one)})
@@ -135,7 +135,7 @@ def test_a_term_reaches_the_loss_under_its_own_name(one, other, monkeypatch):
         return max(abs(getattr(found, name) - getattr(expected, name)).item() for name in Terms._fields)
 
     assert difference() < 1e-10
-    monkeypatch.setattr(Terms, "stacked", swapped(one, other))
+    monkeypatch.setattr("sdsearch_lightning.step.student.stack_terms", swapped(one, other))
     assert difference() > 1e-6
 
 
