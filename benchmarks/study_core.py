@@ -30,7 +30,8 @@ from benchmarks.measures import mean, measure
 from benchmarks.study_plan import COLD_START, FULL, SMOKE, Plan, Record, Run
 from benchmarks.study_table import render
 from sdsearch_lightning.errors import SDSearchError
-from sdsearch_lightning.report.summary import installed_versions, write_text
+from sdsearch_lightning.files import write_text
+from sdsearch_lightning.report.summary import installed_versions
 from sdsearch_lightning.report.trajectories import append_records, cut_torn_line
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,6 @@ it, and published at the start of the next.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from sdsearch_lightning.checkpoints.writing import retire, save
+from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.runs.folder import RunFolder
 
 
@@ -62,10 +62,8 @@ class RunCheckpoint(Checkpoint):
     def publish(self, trainer: Trainer) -> None:
         """Points last.ckpt at the checkpoint saved last, now that its step is wholly written."""
         if self._saved is not None and trainer.is_global_zero:
-            link = self.folder / ".last.ckpt.draft"
-            link.unlink(missing_ok=True)
-            link.symlink_to(self._saved.name)
-            os.replace(link, self.folder / "last.ckpt")
+            with written_whole(self.folder / "last.ckpt") as link:
+                link.symlink_to(self._saved.name)
             for old in sorted(self.folder.glob("step_*.ckpt"))[:-2]:
                 retire(old)
         self._saved, self.is_requested = None, False

@@ -1,15 +1,14 @@
 """Checkpoints are written whole or not at all, named a second time for free, and removed at once.
 
-A checkpoint is a file (one process, DDP) or a folder of shards (fsdp2). Invariant: whatever has a name that does not
-begin with a dot was once wholly written; it is a draft before that. Disks fail all the same, so stored_checkpoint.py
-finds out what was cut or lost afterwards. Next: run_folder.py, which checkpoint a run goes on from.
+A checkpoint is a file (one process, DDP) or a folder of shards (fsdp2). Disks fail all the same, so reading.py finds
+out what was cut or lost afterwards.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO
 from sdsearch_lightning.errors import CheckpointError
+from sdsearch_lightning.files import draft_of, remove, written_whole
 
 
 class PlainFiles(AnyCheckpointIO):
@@ -82,42 +82,22 @@ def _reason(error: OSError | CheckpointException) -> str:
     return error.strerror or str(error)
 
 
-def draft_of(path: Path) -> Path:
-    """The name that `path` has until it is whole."""
-    return path.with_name(f".{path.name}.draft")
-
-
-def drafted(path: Path, write: Callable[[Path], None]) -> Path:
-    """Has `write` make a folder under the draft name of `path`; the caller gives it its name."""
-    draft = draft_of(path.absolute())
-    remove(draft)
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    write(draft)
-    return draft
-
-
 def name_again(path: Path, name: Path) -> None:
     """Makes `name` a second name of the checkpoint `path`, in place of what it named before.
 
     It outlives the first name and takes no space where the file system has hard links.
     """
-    draft = draft_of(name)
-    remove(draft)
     if not path.is_dir():
-        _link(path.resolve(), draft)
-        os.replace(draft, name)
+        with written_whole(name) as draft:
+            _link(path.resolve(), draft)
         return
     # Folders have no second names and cannot replace each other: one of its own with linked files, and a link to it.
     twin = name.with_name(f"{name.stem}_{path.resolve().name.removeprefix('step_')}")
     if not twin.exists():
-        half = draft_of(twin)
-        remove(half)
-        shutil.copytree(path.resolve(), half, copy_function=_link)
-        half.rename(twin)
-    draft.symlink_to(twin.name)
-    if name.is_dir() and not name.is_symlink():
-        remove(name)
-    os.replace(draft, name)
+        with written_whole(twin) as draft:
+            shutil.copytree(path.resolve(), draft, copy_function=_link)
+    with written_whole(name) as draft:
+        draft.symlink_to(twin.name)
     for old in name.parent.glob(f"{name.stem}_*"):
         if old != twin:
             remove(old)
@@ -128,14 +108,6 @@ def _link(source: Any, target: Any) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)  # a file system without links
-
-
-def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder; nothing there is fine too."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def retire(path: Path) -> None:

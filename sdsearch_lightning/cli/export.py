@@ -17,11 +17,11 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
-from sdsearch_lightning.checkpoints.writing import drafted
 from sdsearch_lightning.cli.common import link_seed, say
 from sdsearch_lightning.cli.errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report.summary import read_summary
 from sdsearch_lightning.runs.folder import RunFolder
@@ -55,7 +55,8 @@ def export(argv: Sequence[str]) -> None:
         (module.save_adapter if options.adapter else module.save_pretrained)(folder)
         write_card(folder, Training(config, checkpoint.facts["global_step"], read_summary(run.path)))
 
-    drafted(output, write).rename(output)  # a killed export leaves nothing under the name
+    with written_whole(output) as draft:
+        write(draft)
     what = "an adapter of peft" if options.adapter else "a Hugging Face folder"
     say(f"step {checkpoint.facts['global_step']} of {path} is now {what}: {output}")
     if options.push_to_hub is not None:

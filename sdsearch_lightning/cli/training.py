@@ -30,13 +30,14 @@ from sdsearch_lightning.callbacks import (
 )
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
 from sdsearch_lightning.callbacks.run_start import RunStart
-from sdsearch_lightning.checkpoints.writing import PlainFiles, remove
+from sdsearch_lightning.checkpoints.writing import PlainFiles
 from sdsearch_lightning.cli.common import link_seed, say
 from sdsearch_lightning.cli.errors import ShortErrorParser
 from sdsearch_lightning.cli.processes import ending_together, watch_processes
 from sdsearch_lightning.cli.resume import explaining_loads, find_checkpoint
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.files import remove
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.console import duration

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from sdsearch_lightning.files import write_text
 from sdsearch_lightning.report.charts import SMOOTHING, Curve, chart
 from sdsearch_lightning.report.console import comparison, duration, number, self_distillation_line, verdict_of
 from sdsearch_lightning.report.example import Example, is_correct, printable, rows
 from sdsearch_lightning.report.metrics import Metrics
 from sdsearch_lightning.report.style import CSS
-from sdsearch_lightning.report.summary import Summary, write_text
+from sdsearch_lightning.report.summary import Summary
 from sdsearch_lightning.report.trajectories import Record
 
 OBSERVATION_LENGTH = 300

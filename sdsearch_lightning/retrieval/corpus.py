@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.retrieval.index_folder import CorpusFile
 from sdsearch_lightning.retrieval.jsonl import parse_object
 from sdsearch_lightning.retrieval.rows import read_rows
@@ -85,9 +86,8 @@ def write_corpus(source: CorpusFile, folder: Path) -> dict[str, Any]:
             say(f"reading {source.path} ({size / 1e9:.1f} GB{packed})")
         offsets = _offsets(source.path, folder)
         source.check()
-        unfinished = folder / f"new.{_OFFSETS}"
-        np.save(unfinished, np.frombuffer(offsets, dtype=np.int64))
-        unfinished.replace(folder / _OFFSETS)
+        with written_whole(folder / _OFFSETS) as draft, draft.open("wb") as file:
+            np.save(file, np.frombuffer(offsets, dtype=np.int64))
     num_passages = len(np.load(folder / _OFFSETS, mmap_mode="r"))
     return {"corpus_file": str(source.path), "corpus_stamp": source.stamp, "num_passages": num_passages}
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdsearch_lightning.errors import ConfigError, DataError
+from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.retrieval.faiss_library import import_faiss
 
 Vectors = NDArray[np.float32]
@@ -94,9 +95,8 @@ def write_faiss_index(path: Path, vectors: Vectors, factory: str, seed: int = 0)
             index.train(_training_sample(vectors, index, factory, seed))
         for start in range(0, len(vectors), _ROWS):
             index.add(np.ascontiguousarray(vectors[start : start + _ROWS]))
-    unfinished = path.with_name(f"{path.name}.new")
-    faiss.write_index(index, str(unfinished))
-    unfinished.replace(path)
+    with written_whole(path) as draft:
+        faiss.write_index(index, str(draft))
 
 
 def make_faiss_index(dimension: int, factory: str) -> Any:

@@ -16,10 +16,10 @@ from contextlib import closing
 from pathlib import Path
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.files import write_text
 from sdsearch_lightning.retrieval.corpus import Corpus, say
 from sdsearch_lightning.retrieval.encoder import TextEncoder
 from sdsearch_lightning.retrieval.faiss_index import bytes_per_vector, write_faiss_index
-from sdsearch_lightning.retrieval.index_folder import write_atomically
 from sdsearch_lightning.retrieval.torch_index import MappedVectors, reopen_vectors, write_vectors
 
 VECTORS = "vectors.npy"
@@ -98,7 +98,7 @@ def encode_corpus(corpus: Corpus, encoder: TextEncoder, folder: Path) -> MappedV
         done += len(texts)
         if time.monotonic() - noted > _CHECKPOINT_SECONDS or done == len(corpus):
             vectors.flush()  # before the note: it must not promise what a power cut can take
-            write_atomically(note, json.dumps({"rows": done}))
+            write_text(note, json.dumps({"rows": done}))
             noted = time.monotonic()
     assert done == len(corpus), "every passage has its vector"
     return vectors

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sdsearch_lightning.errors import ConfigError, DataError, SDSearchError
+from sdsearch_lightning.files import write_text
 from sdsearch_lightning.retrieval.jsonl import require_file
 
 _MANIFEST = "manifest.json"
@@ -62,7 +63,7 @@ class IndexFolder:
         with self._alone():
             if self.is_finished:  # by the process before us
                 return
-            unfinished = self.root / f".{self.path.name}.unfinished"
+            unfinished = self.root / f".{self.path.name}.unfinished"  # no draft: what is in it is kept
             is_new = not unfinished.exists()
             unfinished.mkdir(exist_ok=True)
             try:
@@ -71,7 +72,7 @@ class IndexFolder:
                 if is_new:  # else it holds hours of somebody's work, perhaps
                     shutil.rmtree(unfinished)
                 raise
-            write_atomically(unfinished / _MANIFEST, json.dumps(told, indent=2) + "\n")
+            write_text(unfinished / _MANIFEST, json.dumps(told, indent=2) + "\n")
             unfinished.rename(self.path)
 
     @contextmanager
@@ -146,13 +147,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder / _MANIFEST}: expected a JSON object ({error}). Delete the folder; it is built again."
         ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old text or the new, never a part."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
 
 
 @dataclass(frozen=True)

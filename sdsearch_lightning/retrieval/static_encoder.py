@@ -8,7 +8,6 @@ is an ordinary sentence-transformers folder (module StaticEmbedding), loaded by 
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.retrieval.corpus import Corpus
 
 if TYPE_CHECKING:
@@ -29,11 +29,8 @@ def write_static_encoder(source: Path, folder: Path) -> None:
     """The encoder of the corpus that stands ready in `folder`, in `folder`/encoder, unless it is there."""
     if (folder / "encoder").is_dir():
         return
-    unfinished = folder / "encoder.new"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed call
-    with closing(Corpus.open(source, folder)) as corpus:
-        build_static_encoder(corpus.contents(1024), unfinished)
-    unfinished.rename(folder / "encoder")
+    with written_whole(folder / "encoder") as draft, closing(Corpus.open(source, folder)) as corpus:
+        build_static_encoder(corpus.contents(1024), draft)
 
 
 def build_static_encoder(

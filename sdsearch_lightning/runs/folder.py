@@ -16,8 +16,8 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
-from sdsearch_lightning.checkpoints.writing import drafted, remove
 from sdsearch_lightning.errors import ConfigError, DataError
+from sdsearch_lightning.files import remove, written_whole
 
 IGNORED = ("run.", "config", "ckpt_path", "weights_only", "trainer.enable_progress_bar", "trainer.enable_model_summary",
            "trainer.logger", "trainer.profiler", "trainer.log_every_n_steps",
@@ -148,9 +148,8 @@ class RunFolder:
 
     def replace_model(self, save: Callable[[Path], None]) -> None:
         """Has `save` write the model folder; a folder half written is never left under its name."""
-        draft = drafted(self.model, save)
-        remove(self.model)
-        draft.rename(self.model)
+        with written_whole(self.model) as draft:
+            save(draft)
 
     @rank_zero_only
     def clear(self) -> None:

@@ -7,7 +7,6 @@ moment and started again leaves the rows of the uninterrupted one.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from sdsearch_lightning.files import written_whole
 
 
 class MetricsLogger(Logger):
@@ -89,10 +90,7 @@ class MetricsLogger(Logger):
 
     def _write(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes the file whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f".{self.path.name}.draft")
-        with draft.open("w", newline="", encoding="utf-8") as file:
+        with written_whole(self.path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(draft, self.path)

@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from sdsearch_lightning.files import write_text
 from sdsearch_lightning.policy.lora_folder import CONFIG as ADAPTER_CONFIG
 from sdsearch_lightning.report.metrics import read_metrics
-from sdsearch_lightning.report.summary import Summary, build_summary, installed_versions, write_text
+from sdsearch_lightning.report.summary import Summary, build_summary, installed_versions
 from sdsearch_lightning.runs.folder import RunFolder
 
 CARD, SETTINGS = "README.md", "sdsearch_config.yaml"

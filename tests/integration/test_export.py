@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
-from sdsearch_lightning.checkpoints.writing import drafted
+from sdsearch_lightning.files import written_whole
 
 pytestmark = pytest.mark.slow
 
@@ -224,10 +224,11 @@ def test_an_export_that_is_cut_off_leaves_nothing_under_the_name(tmp_path: Path)
         (folder / "half").touch()
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        drafted(tmp_path / "model", cut).rename(tmp_path / "model")
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "model") as draft:
+        cut(draft)
     assert not (tmp_path / "model").exists()
-    drafted(tmp_path / "model", lambda folder: folder.mkdir()).rename(tmp_path / "model")
+    with written_whole(tmp_path / "model") as draft:
+        draft.mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
