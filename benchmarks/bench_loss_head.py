@@ -25,16 +25,20 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 
-from sdsearch_lightning.losses.by_kind import EntropyCoefs  # noqa: E402
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon  # noqa: E402
 from sdsearch_lightning.losses.terms import total_loss  # noqa: E402
+from sdsearch_lightning.losses.weights import EntropyCoefs  # noqa: E402
 from sdsearch_lightning.policy.head import Chunk, Head, Outcome, Reading, read_rows  # noqa: E402
 from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.step.collate import SearchBatch  # noqa: E402
 from sdsearch_lightning.step.policy_terms import PolicyTerms  # noqa: E402
-from sdsearch_lightning.step.rows import join  # noqa: E402
 from sdsearch_lightning.step.student import Student  # noqa: E402
-from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher, summarize_teacher  # noqa: E402
+from sdsearch_lightning.step.teacher_rows import (  # noqa: E402
+    TeacherRows,
+    divergence_to_teacher,
+    join,  # noqa: E402
+    summarize_teacher,
+)
 
 VOCABULARY, TOKENS, POLICY_ROWS, QUERY_ROWS = 151_936, 512, 256, 64
 TRL_CHUNK = 32_768  # entries of the vocabulary, as in TRL's divergence

@@ -55,7 +55,7 @@ class GracefulStop(Callback):
 
     @property
     def exit_code(self) -> int:
-        """128 + signal, as shells have it."""
+        """Exit code of a process that a signal stopped: 128 + its number, as shells have it."""
         return 128 + (self.agreed or self.signal or signal.SIGTERM)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -84,7 +84,7 @@ class GracefulStop(Callback):
             self.leave(trainer.global_step)
 
     def leave(self, step: int) -> None:
-        """Tells how to go on, and exits."""
+        """Tell how to go on, and exit; called where the checkpoint of the step is saved."""
         _say(f"stopped after step {step}; a checkpoint is saved. {self.advice}".rstrip())
         raise SystemExit(self.exit_code)
 

@@ -6,8 +6,6 @@ Sources of the default rules: collapses reported for GRPO on search (Search-R1 i
 ConvSearch-R1 6; arXiv:2512.04220) and for self-distillation (SDPO issue 25; arXiv:2601.18734, OPSD: entropy; SSPO,
 RLCSD and CGTR: drift of length and turns), the loop of environment tokens on the embedded world, and the healthy
 ranges of docs/metrics.md.
-
-Next: training_health.py, which feeds and obeys them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """HindsightConstruction: one hindsight block per rollout group, made of its siblings' queries and outcomes.
 
-Next: hindsight/ (the blocks), then collate.py.
+Next: step/collate.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Before each training step the current policy runs G rollouts per question; each gets its reward, its label and its
 advantage relative to its group. Evaluation runs one greedy rollout per question, and sampled ones on request.
 
-Next: rollout/ (the engine), then hindsight_construction.py.
+Next: rollout/window.py, the engine; then callbacks/hindsight_construction.py.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class RolloutGrouping(pl.Callback):
             self._searches = SearchPool(retriever, self.top_k)
 
     def teardown(self, trainer: pl.Trainer, pl_module: SDSearchModule, stage: str) -> None:  # type: ignore[override]
-        """Stop the search worker."""
+        """Stop the search worker, and forget the sampler that used it."""
         pl_module.sampler = None
         if self._searches is not None:
             self._searches.close()

@@ -2,8 +2,6 @@
 
 Invariant: a healthy run with it and one without it are the same run. It reads numbers, draws none, and touches learning
 rates and weights of losses only where a rule whose action is `reduce` raises its alarm.
-
-Next: health_rules.py, the rules and their sources.
 """
 
 from __future__ import annotations
@@ -93,7 +91,7 @@ class TrainingHealth(pl.Callback):
         self._keep_best(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The same for the last one."""
+        """Judge the validation after the last step, which no further step would come to."""
         self._keep_best(trainer)
 
     def on_train_batch_end(
@@ -160,7 +158,7 @@ class TrainingHealth(pl.Callback):
         )
 
     def _told(self, name: str, values: Mapping[str, float]) -> str:
-        """Value and bound."""
+        """One alarm in words: the value, and the bound it went beyond."""
         rule, watch = self.rules[name], self.watches[name]
         if rule.how == "not_finite":
             bad = [key for key, value in values.items() if not math.isfinite(value)]
@@ -211,7 +209,7 @@ class TrainingHealth(pl.Callback):
             name_again(last, last.with_name("best.ckpt"))
 
     def _kept(self, trainer: pl.Trainer) -> str:
-        """Which checkpoint is the best."""
+        """The path of the checkpoint that scored best so far, for the message of a stop."""
         if self._best is not None:
             return f"Best checkpoint: {_folder(trainer) / 'best.ckpt'} (step {self._best[1]})."
         for callback in trainer.checkpoint_callbacks:
@@ -220,7 +218,7 @@ class TrainingHealth(pl.Callback):
         return "No checkpoint was saved while all was well; save more often (run.checkpoint_every)."
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is remembered."""
+        """All that the rules remember of past values, so that a resumed run judges alike."""
         return {
             "watches": {name: asdict(watch) for name, watch in self.watches.items()},
             "score": asdict(self._score),

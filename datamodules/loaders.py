@@ -1,7 +1,7 @@
 """Rows become batches: which rows an epoch reads, in which order, and which of them this process gets.
 
 The order depends on (seed, epoch) and on nothing else, and a step holds the same rows on any number of processes of the
-same total batch size. So a resumed run continues exactly. Next: callbacks/rollout_grouping.py.
+same total batch size. So a resumed run continues exactly.
 """
 
 from __future__ import annotations

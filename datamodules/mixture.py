@@ -1,6 +1,6 @@
 """What training reads: the rows of several files, how often each file is read, and what is kept for validation.
 
-Invariant: a Mixture says which rows an epoch holds, never in which order; that is the loader's. Next: loaders.py.
+Invariant: a Mixture says which rows an epoch holds, never in which order; that is the loader's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Mixture(Sequence[Row]):
 
     @property
     def rows_per_epoch(self) -> int:
-        """Readings of an epoch."""
+        """Number of rows that an epoch reads, repeated ones counted each time."""
         return sum(whole * size + part for size, (whole, part) in zip(self.sizes, self._readings, strict=True))
 
     def indices(self, seed: int | None, epoch: int) -> Sequence[int]:

@@ -2,8 +2,9 @@
 
 `sources.py` finds the files, `readers.py` makes a Question of each row, `mixture.py` says how often an epoch reads it,
 and `loaders.py` deals it to a process, in a seeded order that a resumed run continues exactly. Each question of a step
-carries its instance_id, (epoch, position), which no other has. Next: callbacks/rollout_grouping.py, which turns the
-StepBatch yielded here into rollouts.
+carries its instance_id, (epoch, position), which no other has.
+
+Next: callbacks/rollout_grouping.py, which turns each StepBatch into rollouts.
 """
 
 from __future__ import annotations

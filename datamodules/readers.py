@@ -2,7 +2,6 @@
 
 A question's row is FlashRAG's {id, question, golden_answers}, the plain {question, answers}, or one that Search-R1,
 verl or SkyRL wrote, where text and answers may lie deeper. `columns` names the places in files of any other shape.
-Next: mixture.py and loaders.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An entry of `train_files`, `val_files` or `test_files` becomes files: it is one, a folder, a benchmark or a data set.
 
-All of them end as files of this machine, so that only this module knows of the hub. Next: retrieval/rows.py.
+All of them end as files of this machine, so that only this module knows of the hub.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SPLITS = {
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file to read."""
+    """A data file on this machine, with the name of its source and its weight."""
 
     path: Path
     source: str | None = None

@@ -3,7 +3,6 @@
 It generates what another run would read from files: a corpus, an encoder, questions and demonstrations, all from
 `world_seed`. Retrieval is the ordinary DenseRetriever over the written corpus and encoder. Invariants: training and
 held-out questions share no start, bridge or answer entity; no fact of the evaluated world occurs in any demonstration.
-Next: synthetic_world_generation.py.
 """
 
 from __future__ import annotations

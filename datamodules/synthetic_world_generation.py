@@ -3,7 +3,6 @@
 A question says `rel3`; the documents of a world say one of `rel3_a rel3_b ...`, drawn once per world. Which one is
 knowledge of that world only, so a policy has to learn it by searching. Invariant: a fact never leaves its group of
 entities, so questions that start in different groups share no start, bridge or answer.
-Next: synthetic_world_encoder.py (how the world is searched), synthetic_world_demonstrations.py (how it is shown).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class WorldShape:
 
     @property
     def entities(self) -> tuple[str, ...]:
-        """`e0 e1 ...`"""
+        """The words that name entities: `e0 e1 ...`."""
         return tuple(f"e{index}" for index in range(self.num_entities))
 
     @property

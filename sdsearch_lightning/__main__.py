@@ -1,7 +1,6 @@
 """The command line: `python -m sdsearch_lightning` and `sdsearch`.
 
 `--help`, `--version` and a misspelt command are answered here, before torch and lightning are imported (seconds).
-Next: commands.py.
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ class StopReason(_AnyCase):
 
     @property
     def is_truncated(self) -> bool:
-        """Ended by a budget."""
+        """Whether a budget ended the rollout."""
         return self in (StopReason.MAX_TOKENS, StopReason.MAX_SEARCHES, StopReason.MALFORMED)
 
     @property
     def is_error(self) -> bool:
-        """Ended by the environment."""
+        """Whether the environment ended the rollout, so that it must not be judged."""
         return self is StopReason.RETRIEVAL_ERROR
 
 

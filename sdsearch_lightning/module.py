@@ -5,7 +5,7 @@
 The callbacks have filled the batch by now (rollouts, blocks) and set `jsd_weight`. What is left: weigh every token from
 global counts, split into micro-batches, let the teacher read (no gradient), let the student learn, step.
 
-Next: losses.py, the arithmetic.
+Next: losses/terms.py, the arithmetic.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
 from sdsearch_lightning.losses.terms import Terms, total_loss
-from sdsearch_lightning.losses.weights import AggregationMode, token_weights
+from sdsearch_lightning.losses.weights import AggregationMode, EntropyCoefs, token_weights
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.loading import disable_dropout
 from sdsearch_lightning.policy.lora import Reference
@@ -48,11 +47,9 @@ from sdsearch_lightning.step.metrics import (
     step_means,
 )
 from sdsearch_lightning.step.policy_terms import PolicyTerms
-from sdsearch_lightning.step.rows import join
-from sdsearch_lightning.step.student import StepSums as StepSums
-from sdsearch_lightning.step.student import Student
+from sdsearch_lightning.step.student import StepSums as StepSums, Student
 from sdsearch_lightning.step.taught_spans import Positions
-from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
+from sdsearch_lightning.step.teacher_rows import TeacherRows, join, summarize_teacher
 from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
 from sdsearch_lightning.training.options import OptimizerSpec
 from sdsearch_lightning.training.policy_module import PolicyModule

@@ -24,10 +24,10 @@ class Schedule(Pluggable):
 
 
 class Constant(Schedule):
-    """Always 1."""
+    """A factor of 1 at every step."""
 
     def factor(self, step: int) -> float:
-        """1.0."""
+        """1.0, whatever the step."""
         return 1.0
 
 
@@ -43,7 +43,7 @@ class StepWarmup(Schedule):
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int) -> float:
-        """0.0 or 1.0."""
+        """0.0 before `warmup_steps`, and 1.0 from there on."""
         return float(step >= self.warmup_steps)
 
 

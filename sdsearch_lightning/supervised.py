@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdsearch_lightning.losses.by_kind import LossWeights
+from sdsearch_lightning.losses.weights import LossWeights
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.packing import PackedSequences, split_by_size
 from sdsearch_lightning.training.options import OptimizerSpec

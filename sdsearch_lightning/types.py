@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from sdsearch_lightning.enums import Label as Label
-from sdsearch_lightning.enums import SpanKind as SpanKind
-from sdsearch_lightning.enums import StopReason as StopReason
+from sdsearch_lightning.enums import Label as Label, SpanKind as SpanKind, StopReason as StopReason
 from sdsearch_lightning.pluggable import Pluggable as Pluggable
 
 InstanceId = tuple[int, int]
@@ -22,7 +20,10 @@ InstanceId = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with its gold answers."""
+    """One question with its gold answers, any of which is right.
+
+    >>> rome = Question("q7", "What is the capital of Italy?", ("Rome", "Roma"), source="nq")
+    """
 
     id: str
     text: str
@@ -72,7 +73,11 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of tokens of one kind from one hand. `logprobs` is there exactly where the policy sampled the tokens."""
+    """A run of tokens of one kind from one hand. `logprobs` is there exactly where the policy sampled the tokens.
+
+    >>> query = Span(SpanKind.QUERY, (301, 302), logprobs=(-0.2, -0.1), sampled=True)
+    >>> found = Span(SpanKind.OBSERVATION, (17, 18, 19))
+    """
 
     kind: SpanKind
     token_ids: tuple[int, ...]
@@ -109,7 +114,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """One rollout to run."""
+    """One rollout to run: what it reads first, and the seed that all its draws come from."""
 
     question: Question
     instance_id: InstanceId
@@ -121,7 +126,12 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One finished rollout. Its first span is the prompt; concatenated spans are exactly what the model saw."""
+    """One finished rollout. Its first span is the prompt; concatenated spans are exactly what the model saw.
+
+    >>> asked = Trajectory(rome, (0, 4), 0, (Span(SpanKind.PROMPT, (5, 6)), query, found), StopReason.MAX_TOKENS)
+    >>> asked.token_ids, asked.policy_mask
+    ((5, 6, 301, 302, 17, 18, 19), (False, False, True, True, False, False, False))
+    """
 
     question: Question
     instance_id: InstanceId
@@ -155,11 +165,6 @@ class Trajectory:
         return tuple(span.sampled for span in self.spans for _ in span.token_ids)
 
     @property
-    def query_mask(self) -> tuple[bool, ...]:
-        """[T] True at the JSD positions: tokens strictly inside the tags of executed searches."""
-        return tuple(span.kind is SpanKind.QUERY and span.sampled for span in self.spans for _ in span.token_ids)
-
-    @property
     def sampled_logprobs(self) -> tuple[float, ...]:
         """[T] log-probs under the sampling policy; 0 where the token was not sampled."""
         return tuple(value for span in self.spans for value in span.logprobs or (0.0,) * len(span.token_ids))
@@ -172,7 +177,12 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The G rollouts of one prompt instance."""
+    """The G rollouts of one prompt instance, once they are scored.
+
+    >>> pair = (replace(asked, reward=1.0, advantage=0.7), replace(asked, rollout_index=1, reward=0.0, advantage=-0.7))
+    >>> RolloutGroup(rome, (0, 4), pair).has_signal
+    True
+    """
 
     question: Question
     instance_id: InstanceId
@@ -205,7 +215,11 @@ class TeacherView:
 
 @dataclass(frozen=True, slots=True)
 class HindsightBlock:
-    """The text that turns the policy into the teacher: all siblings' queries with their outcomes (paper, h(G))."""
+    """The text that turns the policy into the teacher: all siblings' queries with their outcomes (paper, h(G)).
+
+    >>> record = SiblingRecord(0, ("capital of Italy",), Label.CORRECT)
+    >>> block = HindsightBlock((0, 4), (record,), "[Rollout 1 | CORRECT] search 1: capital of Italy")
+    """
 
     instance_id: InstanceId
     entries: tuple[SiblingRecord, ...]
@@ -236,7 +250,12 @@ class TokenCredit:
 
 
 class StepBatch:
-    """One rollout batch on its way from questions to the loss: a slot is None until its one writer fills it, once."""
+    """One rollout batch on its way from questions to the loss: a slot is None until its one writer fills it, once.
+
+    >>> batch = StepBatch([rome])
+    >>> batch.groups = (RolloutGroup(rome, (0, 0), ()),)
+    >>> batch.hindsight = (None,)  # this group is not taught
+    """
 
     groups: tuple[RolloutGroup, ...] | None
     sampled_groups: tuple[RolloutGroup, ...] | None  # evaluation only
@@ -254,8 +273,7 @@ class StepBatch:
         self.questions = tuple(questions)
         self.instance_ids = tuple(instance_ids or ((0, position) for position in range(len(self.questions))))
         assert len(self.questions) == len(self.instance_ids), "one instance id per question"
-        self.skipped_updates = 0
-        """Updates of this batch that were left out because their gradient was not finite."""
+        self.skipped_updates = 0  # those whose gradient was not finite
         self.__dict__ |= dict.fromkeys(self._writers)
 
     def __len__(self) -> int:

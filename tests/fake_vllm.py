@@ -31,8 +31,7 @@ from toys import (
 
 from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.protocol.tokenization import TokenCodec
-from sdsearch_lightning.rollout import Engine, SearchPool
-from sdsearch_lightning.rollout import vllm as adapter
+from sdsearch_lightning.rollout import Engine, SearchPool, vllm as adapter
 from sdsearch_lightning.rollout.engine import run_awake
 from sdsearch_lightning.rollout.vllm import CLOSING_TAGS, VLLMEngine
 from sdsearch_lightning.types import Limits, Question, RolloutRequest, Sampling, Trajectory

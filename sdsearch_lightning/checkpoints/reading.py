@@ -5,7 +5,7 @@
 
 Either may be reached through a link, such as last.ckpt. Tensors are read when they are asked for; nothing is unpickled.
 
-Invariant: what was not wholly written is refused when it is opened. Next: strategies.py and checkpoints.py.
+Invariant: what was not wholly written is refused when it is opened.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNREADABLE = (
 
 
 class StoredCheckpoint(ABC):
-    """One checkpoint on disk."""
+    """A checkpoint on disk, opened: what it holds is known, its tensors are not yet read."""
 
     path: Path
     facts: Mapping[str, Any]
@@ -46,7 +46,7 @@ class StoredCheckpoint(ABC):
 
     @property
     def step(self) -> int:
-        """After which it was saved."""
+        """The step (rollout batch) after which it was saved."""
         return int(self.facts["global_step"])
 
     @abstractmethod
@@ -55,7 +55,7 @@ class StoredCheckpoint(ABC):
 
 
 class CheckpointFile(StoredCheckpoint):
-    """Everything in one file."""
+    """A checkpoint of one process or of DDP: one file that holds everything."""
 
     def __init__(self, path: Path) -> None:
         if not zipfile.is_zipfile(path):  # the table of a zip file stands at its end
@@ -72,13 +72,13 @@ class CheckpointFile(StoredCheckpoint):
         self.num_optimizers = len(stored.get("optimizer_states", ()))
 
     def read(self, into: Mapping[str, Tensor]) -> None:
-        """See `StoredCheckpoint.read`."""
+        """Copy weights out of the mapped file, see `StoredCheckpoint.read`."""
         for name, tensor in into.items():
             tensor.copy_(self.weights[name])
 
 
 class CheckpointFolder(StoredCheckpoint):
-    """Shards, as torch.distributed.checkpoint writes them."""
+    """A checkpoint of fsdp2: shards, as torch.distributed.checkpoint writes them."""
 
     def __init__(self, path: Path) -> None:
         if missing := [name for name in (".metadata", META) if not (path / name).is_file()]:
@@ -101,7 +101,7 @@ class CheckpointFolder(StoredCheckpoint):
         self.num_optimizers = len(optimizers)
 
     def read(self, into: Mapping[str, Tensor]) -> None:
-        """See `StoredCheckpoint.read`."""
+        """Copy weights out of whichever shards hold them, see `StoredCheckpoint.read`."""
         with _naming(self.path):
             read_into({WEIGHTS: dict(into)}, self.path, alone=True)
 

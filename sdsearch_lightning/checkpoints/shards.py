@@ -5,7 +5,7 @@
     meta.pt        what is no tensor of a weight or an optimizer; written last
 
 Torch would unpickle whatever `.metadata` and the shards hold, and a pickle can run anything. Here only what checkpoints
-are made of is let in, as `torch.load(weights_only=True)` does for single files. Next: strategies.py.
+are made of is let in, as `torch.load(weights_only=True)` does for single files.
 """
 
 from __future__ import annotations

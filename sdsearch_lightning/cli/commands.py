@@ -1,7 +1,4 @@
-"""From a command's name to its code, and from an error to a line and an exit code; `report` stands here.
-
-Next: cli.py, the commands with a trainer; retrieval_commands.py, `index` and `serve`; export_command.py.
-"""
+"""From a command's name to its code, and from an error to a line and an exit code; `report` stands here."""
 
 from __future__ import annotations
 
@@ -17,8 +14,7 @@ from typing import Any
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from sdsearch_lightning.cli import export as export_command
-from sdsearch_lightning.cli import retrieval as retrieval_commands
+from sdsearch_lightning.cli import export as export_command, retrieval as retrieval_commands
 from sdsearch_lightning.cli.errors import ShortErrorParser, fail
 from sdsearch_lightning.cli.plan import plan
 from sdsearch_lightning.cli.training import SearchCLI, SuperviseCLI

@@ -1,6 +1,6 @@
 """`sdsearch plan`: prints memory per GPU by part for the settings of `fit`, and refuses what cannot fit.
 
-The same parser as `fit` reads the same files and keys, so what is planned is what would run. Next: settings.py.
+The same parser as `fit` reads the same files and keys, so what is planned is what would run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PlanCLI(SearchCLI):
         return {"fit": SearchCLI.subcommands()["fit"]}
 
     def before_instantiate_classes(self) -> None:
-        """No run folder is touched."""
+        """Leave run folders alone: a plan may be made while the run is under way."""
 
     def instantiate_classes(self) -> None:
         """`model` and `rollout` alone: neither files nor a retriever are needed to plan."""
@@ -56,10 +56,10 @@ class PlanCLI(SearchCLI):
         self.made = self._parser("fit").instantiate_classes(options)
 
     def after_instantiate_classes(self) -> None:
-        """Nothing."""
+        """Leave out what `fit` tells of a resumed run: nothing is run here."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
+        """Leave out the command itself: the objects are all that a plan needs."""
 
 
 class _OwnOptions(argparse.ArgumentParser):
@@ -89,7 +89,7 @@ def plan(argv: Sequence[str]) -> None:
 
 
 def print_plan(settings: Settings, parts: Sequence[Part], origin: str, capacity: float) -> None:
-    """The table, in GiB per GPU."""
+    """Print the table of parts, in GiB per GPU at each moment."""
     model, console = settings.model, Console(width=110, highlight=False)
     gpus = "1 GPU" if settings.num_gpus == 1 else f"{settings.num_gpus} GPUs, {settings.parallel}"
     numbers = f"{model.num_parameters / 1e9:.3g} B parameters, {model.num_trained / 1e9:.3g} B trained"
@@ -128,7 +128,7 @@ def check_fit(settings: Settings, parts: Sequence[Part], capacity: float) -> Non
 
 
 def _way(settings: Settings, name: str) -> str:
-    """What makes a part smaller."""
+    """The option that makes a part smaller, for the advice under a plan that does not fit."""
     if name == "activations":
         return WAYS["passes"] if settings.checkpoints else "model.compute.gradient_checkpointing true"
     if name not in STATES:
@@ -138,7 +138,7 @@ def _way(settings: Settings, name: str) -> str:
 
 
 def sums_of(parts: Sequence[Part]) -> dict[str, float]:
-    """Bytes at each moment."""
+    """Bytes of all parts together, at each moment."""
     return {moment: sum(getattr(part, moment) for part in parts) for moment in MOMENTS}
 
 

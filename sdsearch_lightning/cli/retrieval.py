@@ -1,8 +1,6 @@
 """The commands without a model: `sdsearch index` builds a retrieval index, `sdsearch serve` shares one over HTTP.
 
 Search-R1's flag names are taken beside ours where they mean the same.
-
-Next: retrieval/dense.py, retrieval/server/.
 """
 
 from __future__ import annotations

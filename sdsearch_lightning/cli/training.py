@@ -2,7 +2,7 @@
 
 Every key is a keyword argument of some class: `model:` the module, `data:` a data module, `rollout:`, `hindsight:` and
 `jsd:` the callbacks of the method, `run:` RunOptions, `trainer:` Lightning's Trainer. What Lightning must be told for
-this library to work is told here, once. Next: run_folder.py and run_record.py.
+this library to work is told here, once.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ taught one among them. Thoughts, documents and answers stay out, or the gold ans
 
 The others change one thing each. A builder decides text and views only; which groups are taught, and with what weight,
 is the `groups` rule's. Rollouts that ended in a retrieval error, and queries that hold a tag, enter no block.
-
-Next: collate.py.
 """
 
 from sdsearch_lightning.hindsight.ablations import (

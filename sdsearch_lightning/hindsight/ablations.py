@@ -40,7 +40,7 @@ class NoLabels(QueriesAndLabels):
     """All siblings' queries, and no outcome (paper: -1.4 points)."""
 
     def entries(self, group: RolloutGroup, records: tuple[SiblingRecord, ...]) -> tuple[SiblingRecord, ...]:
-        """Every record without its label."""
+        """Every record, its label taken away."""
         return tuple(replace(record, label=None) for record in records)
 
 
@@ -59,7 +59,7 @@ class ShuffledLabels(QueriesAndLabels):
         self.seed = seed
 
     def entries(self, group: RolloutGroup, records: tuple[SiblingRecord, ...]) -> tuple[SiblingRecord, ...]:
-        """Every record with another one's label."""
+        """Every record, with another one's label."""
         labels = [record.label for record in records]
         epoch, position = group.instance_id
         rng = random.Random(f"{self.seed}/shuffled-labels/{epoch}/{position}")
@@ -76,7 +76,7 @@ class CorrectOnly(QueriesAndLabels):
     """Queries of CORRECT rollouts only (paper: -0.7 points); a group without one is not taught."""
 
     def entries(self, group: RolloutGroup, records: tuple[SiblingRecord, ...]) -> tuple[SiblingRecord, ...]:
-        """The CORRECT ones."""
+        """The records of CORRECT rollouts."""
         return tuple(record for record in records if record.label is Label.CORRECT)
 
 
@@ -91,14 +91,14 @@ class _EntriesPerRollout(GroupBlocks):
 
     @abstractmethod
     def entries(self, own: SiblingRecord, records: tuple[SiblingRecord, ...]) -> tuple[SiblingRecord, ...]:
-        """What the teacher of one rollout reads."""
+        """The records that the teacher of one rollout reads."""
 
 
 class OwnRollout(_EntriesPerRollout):
     """Each rollout reads its own queries and outcome, and no sibling's (paper, "no group": -1.0 points)."""
 
     def entries(self, own: SiblingRecord, records: tuple[SiblingRecord, ...]) -> tuple[SiblingRecord, ...]:
-        """Its own."""
+        """The record of the rollout that reads."""
         return (own,)
 
 
@@ -106,7 +106,7 @@ class LeaveOneOut(_EntriesPerRollout):
     """Each rollout reads all siblings but itself, so that it cannot copy its own query (paper: -0.5 points)."""
 
     def entries(self, own: SiblingRecord, records: tuple[SiblingRecord, ...]) -> tuple[SiblingRecord, ...]:
-        """All but its own."""
+        """All records but that of the rollout that reads."""
         return tuple(record for record in records if record.rollout_index != own.rollout_index)
 
 
@@ -123,7 +123,7 @@ class UnmaskedRollouts(GroupBlocks):
     def block(
         self, group: RolloutGroup, records: tuple[SiblingRecord, ...], writer: BlockWriter
     ) -> HindsightBlock | None:
-        """One text for the whole group."""
+        """One text of whole rollouts, which every rollout of the group reads."""
         told = [(writer.codec.decode(t.token_ids[t.prompt_length :]).strip(), t.label) for t in judged(group)]
         kept, text = writer.fit(told, lambda some: writer.templates.write_rollouts(writer.codec, some))
         return HindsightBlock(group.instance_id, records[: len(kept)], text) if kept else None
@@ -141,7 +141,7 @@ class CurrentDocuments(GroupBlocks):
     def block(
         self, group: RolloutGroup, records: tuple[SiblingRecord, ...], writer: BlockWriter
     ) -> HindsightBlock | None:
-        """One view per query."""
+        """A view for each query, with what it returned."""
 
         def write(passages: Sequence[Passage]) -> str:
             return writer.templates.write_documents(writer.codec, writer.protocol.format_passages(passages))
@@ -247,7 +247,7 @@ class GoldAnswer(GroupBlocks):
     def block(
         self, group: RolloutGroup, records: tuple[SiblingRecord, ...], writer: BlockWriter
     ) -> HindsightBlock | None:
-        """One text for the whole group."""
+        """One text with the gold answer, which every rollout of the group reads."""
         answers = group.question.answers[:1]
         kept, text = writer.fit(answers, lambda some: writer.templates.write_gold_answer(writer.codec, some[0]))
         return HindsightBlock(group.instance_id, (), text) if kept else None

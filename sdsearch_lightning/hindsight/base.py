@@ -1,7 +1,4 @@
-"""What all blocks share: which rollouts may enter, and which groups are taught.
-
-Next: queries_and_labels.py, the paper's block.
-"""
+"""What all blocks share: which rollouts may enter, and which groups are taught."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ def taught_weight(records: Sequence[SiblingRecord], rule: GroupsRule) -> float:
 
 
 class BlockBuilder(Pluggable):
-    """Makes the blocks; the base of users' own."""
+    """Makes the hindsight blocks of a step; the base of users' own builders."""
 
     required, optional = ("build",), ("per_query",)
 

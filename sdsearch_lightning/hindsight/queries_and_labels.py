@@ -13,10 +13,10 @@ class QueriesAndLabels(GroupBlocks):
     def block(
         self, group: RolloutGroup, records: tuple[SiblingRecord, ...], writer: BlockWriter
     ) -> HindsightBlock | None:
-        """One text for the whole group."""
+        """One text, which every rollout of the group reads."""
         kept, text = writer.siblings(self.entries(group, records))
         return HindsightBlock(group.instance_id, kept, text) if kept else None
 
     def entries(self, group: RolloutGroup, records: tuple[SiblingRecord, ...]) -> tuple[SiblingRecord, ...]:
-        """What the block tells of whom."""
+        """The records that the block tells; ablations leave out or change some."""
         return records

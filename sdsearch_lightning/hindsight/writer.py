@@ -67,7 +67,7 @@ class BlockWriter:
         return self.protocol.block
 
     def fit(self, items: Sequence[Item], write: Callable[[Sequence[Item]], str]) -> tuple[Sequence[Item], str]:
-        """See `BlockBudget.fit`."""
+        """As many entries as the budget allows, and their text; see `BlockBudget.fit`."""
         return self.budget.fit(self.codec, items, write)
 
     def siblings(self, entries: Sequence[SiblingRecord]) -> tuple[tuple[SiblingRecord, ...], str]:

@@ -4,8 +4,6 @@ A `Support` turns two rows over the vocabulary into two rows over few tokens; th
 formula goes with every support. Invariant: equal rows give exactly 0, and no gradient reaches the teacher.
 
 A formula of your own is a `SupportedDivergence` with `formula`, or any class with `divergence`.
-
-Next: losses.py, the arithmetic.
 """
 
 from __future__ import annotations
@@ -138,11 +136,11 @@ class SupportedDivergence(Divergence):
         """[Q] from two rows [Q, K] on one support; a place of -inf on both sides is not there."""
 
     def divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[Q] in the student's dtype."""
+        """[Q] the formula on the support, in the student's dtype."""
         return self.formula(*self.support.narrow(student_logits, teacher_logits)).to(student_logits.dtype)
 
     def check(self, vocabulary_size: int) -> None:
-        """See `Divergence.check`."""
+        """Refuse a top_k that the vocabulary cannot give, see `Divergence.check`."""
         top_k = self.support.top_k
         if top_k is not None and top_k > vocabulary_size and top_k != DEFAULT_TOP_K:
             raise ConfigError(
@@ -173,7 +171,7 @@ class JensenShannon(SupportedDivergence):
         self.beta = beta
 
     def formula(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[Q] nats."""
+        """[Q] nats, in [0, ln 2] at beta 0.5; see `losses.jensen_shannon`."""
         return jensen_shannon(student_logits, teacher_logits, self.beta)
 
 
@@ -181,7 +179,7 @@ class ForwardKL(SupportedDivergence):
     """KL(teacher || student): the student has to cover all that the teacher would write. `JensenShannon(beta=0)`."""
 
     def formula(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[Q] nats; not bounded."""
+        """[Q] nats of KL(teacher || student); not bounded."""
         return jensen_shannon(student_logits, teacher_logits, beta=0)
 
 
@@ -189,7 +187,7 @@ class ReverseKL(SupportedDivergence):
     """KL(student || teacher): the student gives up what the teacher would not write. `JensenShannon(beta=1)`."""
 
     def formula(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[Q] nats; not bounded."""
+        """[Q] nats of KL(student || teacher); not bounded."""
         return jensen_shannon(student_logits, teacher_logits, beta=1)
 
 
@@ -215,7 +213,7 @@ class LogitMSE(SupportedDivergence):
         self.centered = centered
 
     def formula(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """[Q] squared logits; not bounded."""
+        """[Q] mean squared difference of logits over the support; not bounded."""
         wide = wide_dtype(student_logits.dtype)
         absent = student_logits.isneginf() | teacher_logits.isneginf()
         num_tokens = absent.logical_not().sum(-1, keepdim=True).clamp(min=1)

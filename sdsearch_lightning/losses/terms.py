@@ -43,12 +43,12 @@ class Terms(NamedTuple, Generic[Value]):
 
 
 def stack_terms(terms: Terms[Tensor]) -> Tensor:
-    """[K], in the order of the fields."""
+    """The terms as one tensor [K], in the order of the fields."""
     return torch.stack(tuple(terms))
 
 
 def unstack_terms(values: Tensor) -> Terms[Tensor]:
-    """What `stack_terms` made [K]."""
+    """The terms again, from what `stack_terms` made of them [K]."""
     return Terms(*values.unbind())
 
 

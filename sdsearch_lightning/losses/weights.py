@@ -7,7 +7,8 @@ micro-batches, all ranks). A loss is then a plain weighted sum; nothing averages
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.logprobs import wide_dtype
-from sdsearch_lightning.types import Label
+from sdsearch_lightning.types import Label, SpanKind
 
 AggregationMode = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 GroupsRule = Literal["all", "any_correct", "mixed", "sqrt"]
@@ -144,3 +145,63 @@ def group_weight(labels: Sequence[Label | None], rule: GroupsRule = "all") -> fl
         case "sqrt":
             return 2 * math.sqrt(correct * (1 - correct))
     raise ConfigError(f"Unknown groups rule {rule!r}: expected one of {', '.join(get_args(GroupsRule))}.")
+
+
+# By kind of token
+
+
+@dataclass(frozen=True)  # as its subclasses are, or jsonargparse would ask for a class_path
+class _ByKind:
+    """Fields of a dataclass that are named as span kinds are, in lower case."""
+
+    def by_kind(self) -> Mapping[SpanKind, float]:
+        """The numbers by span kind; 0 for a kind without a field."""
+        return {kind: float(getattr(self, kind.lower(), 0.0)) for kind in SpanKind}
+
+
+@dataclass(frozen=True)
+class EntropyCoefs(_ByKind):
+    """Weight of the policy's entropy at each kind of token: above 0 a bonus, below 0 a penalty (sharpening)."""
+
+    reasoning: float = 0.0
+    """At thoughts, and at whatever else the policy writes outside of the tags below."""
+    query: float = 0.0
+    """At the tokens of executed queries."""
+    refine: float = 0.0
+    """At refined notes."""
+    answer: float = 0.0
+    """At the tokens of the answer."""
+    scaffold: float = 0.0
+    """At tags."""
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) for value in self.by_kind().values()):
+            raise ConfigError(f"model.entropy_coef: expected finite numbers, found {self}.")
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether there is no entropy term at all; then none is computed."""
+        return not any(self.by_kind().values())
+
+
+@dataclass(frozen=True)
+class LossWeights(_ByKind):
+    """Weight of each kind of token in the cold start's loss; a prompt weighs nothing."""
+
+    reasoning: float = 1.0
+    """Of thoughts."""
+    query: float = 1.0
+    """Of search queries."""
+    refine: float = 1.0
+    """Of refined notes."""
+    answer: float = 1.0
+    """Of the answer."""
+    scaffold: float = 1.0
+    """Of tags."""
+    observation: float = 0.0
+    """Of documents. Above 0, the policy learns to write documents itself: tags in queries follow."""
+
+    def __post_init__(self) -> None:
+        weights = self.by_kind().values()
+        if min(weights) < 0 or sum(weights) == 0:
+            raise ConfigError(f"model.loss_weights: expected none below 0 and one above 0, found {self}.")

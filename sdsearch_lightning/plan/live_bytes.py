@@ -1,6 +1,6 @@
 """How many bytes of tensors are alive, and were at most: seen by watching every operation make and drop storage.
 
-Works on fake tensors, which have sizes but no memory, as well as on real ones. Next: probe.py.
+Works on fake tensors, which have sizes but no memory, as well as on real ones.
 """
 
 from __future__ import annotations

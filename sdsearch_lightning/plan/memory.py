@@ -7,7 +7,7 @@ A run has three moments at which memory is full, and each part is there at some 
     step       weights, optimizer state, gradients, what the optimizer makes on its way
 
 The peak is the fullest of the three. What is assumed instead of counted stands in the constants below, and is told as
-parts of their own. All sizes are bytes on one GPU. Next: probe.py, where the counts come from.
+parts of their own. All sizes are bytes on one GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ModelCounts:
 
 @dataclass(frozen=True, slots=True)
 class PassBytes:
-    """What passes through the model take."""
+    """Bytes that passes through the model take, beside its weights."""
 
     num_tokens: int
     """Tokens of the largest micro-batch, not bytes."""
@@ -83,7 +83,7 @@ class PassBytes:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerBytes:
-    """Per byte of trained weights."""
+    """Bytes that an optimizer takes per byte of trained weights."""
 
     state: float
     """Kept from step to step."""
@@ -122,7 +122,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One row of the plan, in bytes."""
+    """One row of the plan: what takes memory, and how much of it at each moment."""
 
     name: str
     rollout: float
@@ -146,7 +146,7 @@ def plan_parts(settings: Settings) -> list[Part]:
 
 
 def peak(parts: Sequence[Part]) -> float:
-    """Bytes at the fullest moment."""
+    """Bytes of all parts at the fullest of the three moments."""
     return max(sum(getattr(part, moment) for part in parts) for moment in ("rollout", "backward", "step"))
 
 

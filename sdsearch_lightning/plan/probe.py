@@ -47,7 +47,7 @@ class Adapters:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """In what numbers the passes run."""
+    """In which dtypes the passes of a run keep and multiply numbers."""
 
     weights: torch.dtype
     """As the passes see them: under fsdp2 those that are gathered."""
@@ -56,13 +56,13 @@ class Precision:
 
     @property
     def compute(self) -> torch.dtype:
-        """Of products."""
+        """The dtype in which matrix products are taken: the half precision, where there is one."""
         return self.autocast or self.weights
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The largest passes of a run."""
+    """How large the largest passes of a run are, in tokens."""
 
     layout: LayoutName
     rollout: int
@@ -145,7 +145,7 @@ def count_model(make: MakeModel, adapters: Adapters | None, weights: torch.dtype
 
 
 def probe_passes(make: MakeModel, adapters: Adapters | None, precision: Precision, shape: Shape) -> PassBytes:
-    """What passes take at most."""
+    """Bytes that the passes of a run take at most, found by running them on tensors without memory."""
     group = -(-len(shape.lengths) // shape.group_size)
     prompts = [[i] * min(SHARED_PROMPT, shape.rollout // 2) for i in range(group)]
     tokens = [(prompts[i // shape.group_size] + [0] * length)[:length] for i, length in enumerate(shape.lengths)]

@@ -1,6 +1,6 @@
 """From the keys of `fit` to what the arithmetic needs: precision, how GPUs share, adapters, slots, the optimizer.
 
-What cannot be planned is refused here, by its key. Next: memory.py.
+What cannot be planned is refused here, by its key.
 """
 
 from __future__ import annotations

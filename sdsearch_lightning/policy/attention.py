@@ -9,8 +9,6 @@ batch is one row of tokens without padding, and no mask of all tokens against al
     rollout.kv_rows.RowsAttention     new tokens of rollouts with a KV row      the slot engine
 
 Invariant: a layout sees one pass; nothing of it stays in the model.
-
-Next: packing.py.
 """
 
 from __future__ import annotations
@@ -106,7 +104,7 @@ class CausalSegments(AttentionLayout):
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """See `AttentionLayout.attend`."""
+        """Causal attention within each segment, one call per segment; see `AttentionLayout.attend`."""
         queries, keys, values = (x.split(self._lengths, dim=2) for x in (query, key, value))
         outputs = []
         for own, k, v, segment in zip(queries, keys, values, self.segments, strict=True):

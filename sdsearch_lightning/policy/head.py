@@ -10,8 +10,6 @@ for that, which the weight rule (losses.py) makes every loss be.
     reading of a row              products with the output layer
     loss, forward and backward    1 + 2      (recomputation in the backward pass would make it 2 + 2)
     its pair under the teacher    1
-
-Next: policy.py.
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ class Reading:
 
 
 class Outcome(NamedTuple):
-    """What readings made of their rows."""
+    """What the readings of one pass made of their rows."""
 
     terms: Tensor
     """[K] loss terms, summed over all chunks of all readings."""
@@ -75,7 +73,7 @@ def keep_logits(chunk: Chunk) -> tuple[Tensor, Tensor]:
 
 
 class Head(NamedTuple):
-    """An output layer."""
+    """A model's output layer: from hidden rows to logits."""
 
     project: Callable[[Tensor], Tensor]
     """[C, H] -> [C, V], row by row."""
@@ -85,7 +83,11 @@ class Head(NamedTuple):
     """V."""
 
     def passes(self, num_rows: int) -> Iterator[slice]:
-        """Of that many rows; an empty one of none, so that a loss of 0 still belongs to the graph."""
+        """Slices of `num_rows` rows that go through the layer together.
+
+        Without a row there is one empty slice, so that a loss of 0 still belongs to the graph.
+
+        """
         step = max(MIN_ROWS, MAX_LOGITS // self.num_tokens)
         return (slice(start, min(start + step, num_rows)) for start in range(0, max(num_rows, 1), step))
 

@@ -6,7 +6,7 @@ peft makes the layers, inside of the ordinary model, so everything that finds it
 output layer, attention) still does. There is no dropout: the policy that trains has to be the one that sampled. The
 base needs no copy to be the reference of the KL: a pass with the adapter switched off is that of the initial model.
 
-Invariant: nothing here writes a weight of the base. Next: adapter_folder.py, what lies on disk.
+Invariant: nothing here writes a weight of the base.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _new_config(lora: LoRA) -> Any:
 
 
 def _given_config(lora: LoRA, folder: Path) -> Any:
-    """That of the adapter to go on from."""
+    """The configuration of the adapter to go on from, checked against what the user asked for."""
     config = read_config(folder)
     for field in fields(LoRA)[:3]:
         wanted, found = getattr(lora, field.name), getattr(config, field.name)
@@ -154,7 +154,7 @@ def _check_layers(model: PreTrainedModel) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """Layers with adapters, by name."""
+    """The layers that hold adapters, by their name in the model."""
     from peft.tuners.lora import LoraLayer
 
     return {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}

@@ -3,7 +3,7 @@
     adapter_config.json  adapter_model.safetensors      what peft knows
     sdsearch_origin.json                                ours: name and fingerprint of the base
 
-Invariant: an adapter is put on the base that it was trained on. Next: adapters.py.
+Invariant: an adapter is put on the base that it was trained on.
 """
 
 from __future__ import annotations

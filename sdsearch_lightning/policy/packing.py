@@ -9,8 +9,6 @@ really reads, and tells where each of the T tokens went.
     SharedPrefix     [1, T - what siblings share]; a prompt is there once   padding, and prompts of a group
 
 No mask is needed in the padded layout: the attention is causal, and padding comes last.
-
-Next: head.py.
 """
 
 from __future__ import annotations
@@ -69,12 +67,12 @@ class PackedSequences:
 
     @property
     def num_sequences(self) -> int:
-        """N."""
+        """N, the number of sequences."""
         return len(self.lengths)
 
     @property
     def max_length(self) -> int:
-        """L, of the longest sequence."""
+        """L, the number of tokens of the longest sequence."""
         return max(self.lengths)
 
     def to(self, device: torch.device | str) -> PackedSequences:
@@ -108,13 +106,13 @@ class Arrangement(NamedTuple):
 
 
 class Padded:
-    """[N, L]: every sequence a row."""
+    """The layout [N, L]: every sequence is a row, padded at its end."""
 
     cuts_teacher: ClassVar[bool] = False
     """The reference keeps student and teacher in equal shapes: equal tokens then give equal bits."""
 
     def arrange(self, sequences: PackedSequences) -> Arrangement:
-        """Rows filled with id 0 at their ends."""
+        """Each sequence in a row of its own, filled up with id 0."""
         padded = sequences.token_ids.new_zeros(sequences.num_sequences, sequences.max_length)
         padded[sequences.sequence_index, sequences.position_ids] = sequences.token_ids
         place = sequences.sequence_index * sequences.max_length + sequences.position_ids
@@ -126,12 +124,12 @@ class Padded:
 
 
 class Packed:
-    """[1, T]: as they are."""
+    """The layout [1, T]: sequences back to back, as they are."""
 
     cuts_teacher: ClassVar[bool] = True
 
     def arrange(self, sequences: PackedSequences) -> Arrangement:
-        """The sequences themselves."""
+        """The sequences as they are, one segment of attention each."""
         attention = CausalSegments([Segment(length) for length in sequences.lengths])
         place = torch.arange(len(sequences.token_ids), device=sequences.token_ids.device)
         return Arrangement(sequences.token_ids[None], sequences.position_ids[None], attention, place)
@@ -152,7 +150,7 @@ class SharedPrefix(Packed):
     """
 
     def arrange(self, sequences: PackedSequences) -> Arrangement:
-        """Shared tokens once."""
+        """Tokens that siblings share stand there once, the rest of each sibling behind them."""
         segments: list[Segment] = []
         kept: list[range] = []  # of the T tokens, those that the body reads
         heads: list[int] = []  # of each sequence: the first of the T tokens of the sequence that its prefix is read in

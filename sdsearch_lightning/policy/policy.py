@@ -3,8 +3,6 @@
 `forward` holds body, row gather and head, so that DDP and FSDP2 can wrap it as one module and nobody calls an inner
 module of a wrapped root. This is also the one place that shifts: the row read for token t is the one that predicts it,
 that of the token before it.
-
-Next: module.py.
 """
 
 from __future__ import annotations

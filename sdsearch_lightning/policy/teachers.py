@@ -59,10 +59,10 @@ class LiveTeacher(Teacher):
     """The policy itself, without gradient, at the weights of the moment: within a batch it moves with every update."""
 
     def attach(self, policy: Policy) -> None:
-        """No copy."""
+        """Take nothing: the policy itself will read the block."""
 
     def policy(self, policy: Policy) -> Policy:
-        """The policy."""
+        """The policy itself, at its present weights."""
         return policy
 
 
@@ -72,12 +72,12 @@ class CopiedTeacher(Teacher):
     copy: Policy
 
     def attach(self, policy: Policy) -> Policy:
-        """A frozen copy; tied weights stay tied."""
+        """Take a frozen copy of the policy; weights that are tied stay tied."""
         self.copy = deepcopy(policy).requires_grad_(False)
         return self.copy
 
     def policy(self, policy: Policy) -> Policy:
-        """The copy."""
+        """The copy, at whatever weights it has by now."""
         return self.copy
 
 
@@ -87,7 +87,7 @@ class BatchStartTeacher(CopiedTeacher):
     in_checkpoint = False
 
     def begin_batch(self, policy: Policy) -> None:
-        """Take the policy's weights."""
+        """Take over the policy's weights, which sampled the rollouts of this batch."""
         self.copy.load_state_dict(policy.state_dict())
 
 

@@ -2,8 +2,6 @@
 
 Text from outside (queries, passages, answers, whole rollouts) is neutralized here, so that no block brings a tag or a
 special token of its own: see `TokenCodec.neutralize`.
-
-Next: hindsight/, which decides what is written for whom.
 """
 
 from __future__ import annotations
@@ -101,7 +99,7 @@ class BlockTemplates:
         return self.solution.format(steps="".join(steps), answer=codec.neutralize(answer))
 
     def write_gold_answer(self, codec: TokenCodec, answer: str) -> str:
-        """The gold answer as a hint."""
+        """A hint that tells the gold answer."""
         return self.gold_answer.format(answer=codec.neutralize(answer))
 
 

@@ -8,8 +8,6 @@ The texts it speaks are in templates.py, whose classes are re-exported here.
 A turn ends at the first closing tag of an action, at end-of-sequence, or at its token budget. Its tokens are then
 sorted into spans by character offsets: a token that touches a tag is SCAFFOLD, what lies strictly between the tags of
 an executed search is QUERY. A query that is empty or holds a tag or a special token is an invalid action, no search.
-
-Next: rollout/, the engines.
 """
 
 from __future__ import annotations
@@ -93,7 +91,7 @@ class Conversation:
 
     @property
     def max_tokens(self) -> int:
-        """What the whole rollout may come to."""
+        """Tokens that the whole rollout may come to, its prompt included."""
         return self._limits.max_tokens
 
     @property

@@ -3,8 +3,6 @@
 `Protocol` holds every string that stands around the policy's own words; `SearchR1Protocol` and `AutoRefineProtocol` are
 two sets of values, and each value is a YAML key. Sources: Search-R1 (arXiv:2503.09516), AutoRefine (arXiv:2505.11277).
 What the teacher reads behind the prompt is worded in block_templates.py.
-
-Next: protocol.py, the state machine of one rollout that speaks it.
 """
 
 from __future__ import annotations

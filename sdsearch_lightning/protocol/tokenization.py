@@ -3,8 +3,6 @@
 Our own text (prompts, tags) is encoded as it stands. Text from outside (questions, passages, siblings' queries) first
 has every control string broken by one space after its first character, so that no tokenizer, whole-word or byte-level,
 can make a tag or a special token of it: `<answer>` becomes `< answer>`.
-
-Next: protocol.py.
 """
 
 from __future__ import annotations

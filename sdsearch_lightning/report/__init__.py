@@ -1,7 +1,7 @@
 """Reports of a run: summary.json, report.html and the table in the terminal.
 
 Everything is made from the files of the run folder, so a report can be made again at any time; nothing here imports
-torch. Next: `summary.py`.
+torch.
 """
 
 from __future__ import annotations

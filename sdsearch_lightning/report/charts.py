@@ -71,7 +71,7 @@ def chart(title: str, unit: str, curves: Sequence[Curve], *, last_step: int = 0,
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """Data to pixels."""
+    """Maps data values to pixels of the drawing."""
 
     last_step: float
     bottom: float

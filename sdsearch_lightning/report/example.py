@@ -24,7 +24,7 @@ _GroupKey = tuple[int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One span as it is shown."""
+    """One span of a rollout, as reports show it."""
 
     label: str
     kind: str

@@ -1,7 +1,7 @@
 """report.html: one self-contained page of curves, one question before and after, and what the teacher said.
 
 The page loads nothing and runs no script; whatever came from data is escaped; a section whose data is missing is left
-out. Next: `charts.py`, `example.py`.
+out.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CHARTS = (
 
 
 def write_html_report(run_folder: Path, summary: Summary, metrics: Metrics, example: Example) -> None:
-    """Writes `run_folder/report.html`."""
+    """Write the page `run_folder/report.html`, in place of an older one."""
     write_text(run_folder / "report.html", page(run_folder.resolve().name, summary, metrics, example))
 
 
@@ -173,7 +173,7 @@ def _tint(hue: str, jsd: float) -> str:
 def _told(
     token: str, jsd: float | None, student: float | None, teacher: float | None, top: list[tuple[str, float]]
 ) -> str:
-    """The tooltip of a token."""
+    """The text that hovering over a token shows."""
 
     def probability(logprob: float | None) -> str:
         return "0" if logprob is None else f"{math.exp(logprob):.3f}"

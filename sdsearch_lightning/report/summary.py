@@ -118,7 +118,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def write_summary(run_folder: Path, summary: Summary) -> None:
-    """Writes `run_folder/summary.json`."""
+    """Write the summary as `run_folder/summary.json`, which marks a run as finished."""
     write_text(run_folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 

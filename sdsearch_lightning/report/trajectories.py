@@ -3,7 +3,7 @@
 The file grows, and is cut where a run goes on from an earlier step. A line is complete exactly when it ends in a
 newline: what follows the last newline was cut off by a kill, is never yielded, and is removed before the next append.
 Should a rollout stand there twice, the last line of its (phase, step, instance_id, rollout_index) wins. Ranks write
-their own files beside each other. docs/metrics.md lists the fields. Next: `example.py`.
+their own files beside each other. docs/metrics.md lists the fields.
 """
 
 from __future__ import annotations

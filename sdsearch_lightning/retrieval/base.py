@@ -2,8 +2,6 @@
 
 A retriever is any object with `search(queries, k)`; deriving from `Retriever` is a convenience, not a duty. What comes
 from outside is checked here, once, where it enters: behind this file every result is a list of lists of `Passage`.
-
-Next: dense.py.
 """
 
 from __future__ import annotations

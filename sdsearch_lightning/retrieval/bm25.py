@@ -14,8 +14,6 @@ passages of 80 words, 3 ms for 200,000. Memory to search: the lists, 8 bytes per
 mapped and shared between processes; each process holds the vocabulary (some 200 bytes per word) and, while it searches,
 4 bytes per passage. To build: about 40 bytes per distinct word of each passage (55 without scipy), and 4 bytes of disk
 per word while it lasts; 0.13 ms per passage. A killed build starts anew.
-
-Next: base.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Answers repeated queries from memory: rollouts of one question ask the same things again and again.
-
-Next: base.py.
-"""
+"""Answers repeated queries from memory: rollouts of one question ask the same things again and again."""
 
 from __future__ import annotations
 
@@ -73,7 +70,7 @@ class CachedRetriever(Retriever):
         return [list(known[key]) for key in keys]
 
     def prepare(self) -> None:
-        """Prepares the retriever."""
+        """Build or download what the cached retriever needs."""
         self.retriever.prepare()
 
     def close(self) -> None:

@@ -1,8 +1,6 @@
 """The passages of a corpus file, read on demand: row i of the index is passage i of the file, and nothing else is kept.
 
 File and byte offsets are both memory-mapped, so a corpus of any size opens at once and ranks share its memory.
-
-Next: index_build.py.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ class Corpus:
             yield [self[index].contents for index in range(first, min(first + size, len(self)))]
 
     def close(self) -> None:
-        """Unmaps the file."""
+        """Give the memory maps of file and offsets back."""
         self._bytes.close()
 
     @classmethod

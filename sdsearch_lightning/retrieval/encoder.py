@@ -2,8 +2,6 @@
 
 What stands in front of a text is decided once, in this order: the option, the model's own configuration, the convention
 of its family (which the configuration of many e5 and bge models does not state), nothing.
-
-Next: dense.py.
 """
 
 from __future__ import annotations
@@ -108,12 +106,12 @@ class TextEncoder:
 
     @property
     def device(self) -> Any:
-        """Where it runs."""
+        """The torch device that the encoder runs on."""
         return self._model.device
 
     @property
     def dimension(self) -> int:
-        """D of the vectors."""
+        """D, the length of the vectors."""
         return int(self._model.get_embedding_dimension() or len(self.encode_queries(["dimension"])[0]))
 
     def encode_queries(self, queries: Sequence[str]) -> Vectors:

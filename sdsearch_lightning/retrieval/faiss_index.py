@@ -1,8 +1,6 @@
 """A FAISS index over normalised vectors, by factory string: Flat, IVF4096,SQ8, IVF4096,PQ64, HNSW32, ...
 
 The file is what `faiss.write_index` writes, row i being passage i: what Search-R1 reads and writes as `e5_Flat.index`.
-
-Next: torch_index.py, the same without FAISS.
 """
 
 from __future__ import annotations

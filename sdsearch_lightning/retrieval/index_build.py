@@ -2,8 +2,6 @@
 
 Encoding takes the hours, so it is the step that goes on where a killed build stopped: vectors are written in place, and
 a note says how many are there. What the build will need is told, and its disk space checked, before it starts.
-
-Next: dense.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What retrievers over a corpus file and an index folder have in common: when they open, and when they forget.
-
-Next: dense.py and bm25.py.
-"""
+"""What retrievers over a corpus file and an index folder have in common: when they open, and when they forget."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ class IndexedRetriever(Retriever):
         return self.__dict__ | {"_opened": None}
 
     def __len__(self) -> int:
-        """Number of passages."""
+        """Number of passages in the corpus."""
         return len(self._open().corpus)
 
     @property
@@ -50,7 +47,7 @@ class IndexedRetriever(Retriever):
 
     @property
     def _root(self) -> Path:
-        """Where its folder lies."""
+        """The folder that keeps this index among others."""
         return self.index_path
 
     @cached_property
@@ -60,7 +57,7 @@ class IndexedRetriever(Retriever):
     @cached_property
     @abstractmethod
     def _folder(self) -> IndexFolder:
-        """Named by all that the index depends on."""
+        """The index folder, named by a hash of all that the index depends on."""
 
     @abstractmethod
     def _open(self) -> Any:

@@ -15,7 +15,7 @@ from sdsearch_lightning.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One object of a file."""
+    """One JSON object of a file, and where it stands."""
 
     values: dict[str, Any]
     where: str

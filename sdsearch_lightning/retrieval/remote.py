@@ -8,8 +8,6 @@ A server that restarts, or is busy, costs a run time and nothing else. What is t
 
 Waits grow exponentially with full jitter, so that many clients do not come back at the same moment, and are at least
 what `Retry-After` asks for. The jitter has its own source: a retry must not change what a seeded run samples.
-
-Next: remote_answers.py.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@
 
 FAISS fills up with row -1 where a corpus has fewer than k passages; a stock server turns that into its last passage,
 again and again, with a score of -3.4e38. Such rows are not results.
-
-Next: server/app.py.
 """
 
 from __future__ import annotations

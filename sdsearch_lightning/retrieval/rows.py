@@ -1,7 +1,7 @@
 """Rows of a data file, streamed: corpora, questions and demonstrations all come through `read_rows`.
 
-Invariant: a file is never held in memory, and no more of it is read than is asked for. Next: jsonl.py, which
-reads all files but .parquet. A new suffix is a line of `_READERS`.
+Invariant: a file is never held in memory, and no more of it is read than is asked for. A new suffix is a line of
+`_READERS`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 In bfloat16 the scores are wrong by up to a known bound. So the scan only picks candidates, which are scored again in
 float32, and the bound tells whether a passage outside them could belong to the k best: where it could, the query is
 scanned again in float32. The result is that of an exact search, always.
-
-Next: encoder.py.
 """
 
 from __future__ import annotations
@@ -148,7 +146,7 @@ MappedVectors = np.memmap[tuple[int, int], np.dtype[np.float32]]
 
 
 def write_vectors(path: Path, num_vectors: int, dimension: int) -> MappedVectors:
-    """A new file, to be filled."""
+    """A new file of [N, D] float32 vectors, mapped, to be filled."""
     vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(num_vectors, dimension))
     with path.open("r+b") as file:  # a disk that is full is an error now, not a signal in the middle of a write
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -156,5 +154,5 @@ def write_vectors(path: Path, num_vectors: int, dimension: int) -> MappedVectors
 
 
 def reopen_vectors(path: Path) -> MappedVectors:
-    """A file, to be filled further."""
+    """A file of vectors that a killed build has begun, mapped, to be filled further."""
     return np.lib.format.open_memmap(path, mode="r+")

@@ -85,7 +85,7 @@ class Engine(Pluggable):
         """Work since `attach`, or since `take_counts`."""
 
     def take_counts(self) -> WorkCounts:
-        """Counts since the last call."""
+        """Work since the last call; counting starts anew."""
         counts, self.counts = self.counts, WorkCounts()
         return counts
 
@@ -100,7 +100,7 @@ class Engine(Pluggable):
         """Give back memory while the policy trains."""
 
     def wake(self) -> None:  # noqa: B027
-        """Undo `sleep`."""
+        """Take back what `sleep` gave away, before rollouts run."""
 
 
 def run_awake(engine: Engine, policy: Policy, requests: Sequence[RolloutRequest]) -> list[Trajectory]:

@@ -30,7 +30,7 @@ from sdsearch_lightning.types import InstanceId, Limits, Question, RolloutGroup,
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What rollouts are worth."""
+    """How rollouts are scored: reward, label for the hindsight block, and what an advantage is divided by."""
 
     reward: Reward
     label: LabelRule

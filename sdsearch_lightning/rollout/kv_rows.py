@@ -2,8 +2,6 @@
 
 Rows never grow, so a decode step neither copies nor concatenates anything: it writes one cell per row and attends to a
 view. Cells beyond a row's length hold whatever was there before; they are masked, and overwritten before they count.
-
-Next: slots.py.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ class KVShape:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all layers, keys and values."""
+        """Bytes of keys and values of one token, over all layers."""
         return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
 
     @classmethod
@@ -48,7 +46,7 @@ class KVShape:
 
 
 class _Shapes(CausalSegments):
-    """Remembers what keys look like."""
+    """Attention that remembers how many layers ask, and what their keys look like."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         super().__init__(segments)
@@ -70,7 +68,7 @@ class KVRows:
 
     @property
     def num_rows(self) -> int:
-        """S."""
+        """S, the number of rollouts that have room at once."""
         return self.cells.shape[2]
 
     def reach(self, length: int) -> None:
@@ -98,7 +96,7 @@ class KVRows:
 
 
 class NewTokens(NamedTuple):
-    """New tokens of one row."""
+    """Tokens that one row reads in this pass, behind those it holds."""
 
     row: int
     start: int
@@ -129,7 +127,7 @@ class RowsAttention(AttentionLayout):
         self._mask = (torch.arange(width, device=device) <= self._cell[:, None])[:, None, None]  # [A, 1, 1, L]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """See `AttentionLayout.attend`."""
+        """Write the new cells, then attend: first the tokens being read, then one token per running row."""
         parts = (x.to(self._all.dtype).split([*self._lengths, len(self._row)], dim=2) for x in (query, key, value))
         queries, keys, values = parts
         outputs = []

@@ -57,7 +57,7 @@ def _holds_gold(trajectory: Trajectory, texts: Iterable[str]) -> bool:
 
 
 def _share(rollouts: Sequence[Trajectory], is_counted: Callable[[Trajectory], bool]) -> float:
-    """Share of `rollouts`; 0 of none."""
+    """Share of `rollouts` that are counted; 0 where there is none."""
     return sum(map(is_counted, rollouts)) / max(len(rollouts), 1)
 
 

@@ -27,7 +27,7 @@ class RolloutProgress:
 
     @property
     def seconds(self) -> float:
-        """Since the window opened."""
+        """Seconds since the window opened."""
         return time.perf_counter() - self._started
 
     def report(self, done: int, searches: int, tokens: int) -> None:
@@ -49,7 +49,7 @@ class RolloutProgress:
         self._drew = terminal
 
     def close(self) -> None:
-        """Wipe the line."""
+        """Wipe the line from the terminal, where one was drawn."""
         if self._drew:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

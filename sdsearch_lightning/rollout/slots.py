@@ -1,7 +1,4 @@
-"""The slot engine: what a window of slots gets to work with, and what happens where it cannot work.
-
-Next: window.py, the life of a slot.
-"""
+"""The slot engine: what a window of slots gets to work with, and what happens where it cannot work."""
 
 from __future__ import annotations
 

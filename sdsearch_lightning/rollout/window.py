@@ -23,7 +23,7 @@ a schedule changes no result anyway, but for the rounding of float32.
 
 Invariant: a slot has read `length` tokens, the cells of its row; `unread` is what its conversation holds beyond them.
 
-Next: kv_rows.py.
+Next: callbacks/hindsight_construction.py, once a group is scored.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sdsearch_lightning.types import RolloutRequest, Trajectory
 
 
 class Slot:
-    """One rollout."""
+    """One rollout under way: its conversation, its row of memory, and the tokens it has yet to read."""
 
     def __init__(self, index: int, request: RolloutRequest, conversation: Conversation) -> None:
         self.index, self.request, self.conversation = index, request, conversation
@@ -60,7 +60,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What an engine's options say of a window."""
+    """When a window takes answers and how much it reads at once, from its engine's options."""
 
     overlap_steps: int | None
     max_prefill_tokens: int
@@ -102,7 +102,7 @@ class Window:
         self._step = self._sent_at = 0
 
     def run(self) -> None:
-        """Until every rollout has ended."""
+        """Run until every rollout has ended."""
         while self._todo or self._slots:
             self._receive()
             self._admit()
@@ -204,7 +204,7 @@ class Window:
                 self._rows.copy(reader.row, slot.row, slot.length)
 
     def _advance(self) -> None:
-        """One token more for every running slot."""
+        """Give every running slot its next token."""
         running = self._slots[: self._num_running]
         *early, last = self._portions([slot for slot in running if len(slot.unread) > 1]) or [[]]
         for portion in early:

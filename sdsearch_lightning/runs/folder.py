@@ -1,7 +1,7 @@
 """The run folder `runs/<name>/`: what lies where, and what a run that finds one does: start, resume or report.
 
 Invariant: a folder belongs to one configuration and one seed. It is resumed or reported, never silently redone, mixed
-with another run or overwritten. Next: `run_record.py`, what a run writes into it as it goes.
+with another run or overwritten.
 """
 
 from __future__ import annotations

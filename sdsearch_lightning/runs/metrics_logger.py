@@ -35,7 +35,7 @@ class MetricsLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the run."""
+        """Name of the run, which is that of its folder."""
         return self.path.parent.name
 
     @property
@@ -45,7 +45,7 @@ class MetricsLogger(Logger):
 
     @property
     def save_dir(self) -> str:
-        """The run folder."""
+        """Path of the run folder."""
         return str(self.path.parent)
 
     @rank_zero_only
@@ -89,7 +89,7 @@ class MetricsLogger(Logger):
         return list(reader.fieldnames or ()), list(reader)
 
     def _write(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the file whole or not at all."""
+        """Write the whole file anew."""
         with written_whole(self.path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()

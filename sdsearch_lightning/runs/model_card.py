@@ -2,8 +2,6 @@
 
 Everything in it comes from the run's files. Invariant: what was not measured is not in the card, and no path of this
 machine is: an absolute one is cut to its last part.
-
-Next: export_command.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Group-relative advantages (GRPO): a rollout is worth what it earns above its siblings.
 
 Invariant: a group without contrast (all rewards equal, or a single rollout) gives exactly 0 in every dtype: no rounding
-residue divided by eps, and not the raw reward that a singleton gets elsewhere. next: losses.py
+residue divided by eps, and not the raw reward that a singleton gets elsewhere.
 """
 
 from __future__ import annotations

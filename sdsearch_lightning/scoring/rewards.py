@@ -79,7 +79,7 @@ class ExactMatchReward(Reward):
     """Exact match of the answer (Search-R1)."""
 
     def score(self, trajectory: Trajectory) -> float:
-        """0.0 or 1.0."""
+        """1.0 where the answer matches a gold answer exactly, else 0.0."""
         return exact_match(trajectory.answer, trajectory.question.answers)
 
 
@@ -87,7 +87,7 @@ class F1Reward(Reward):
     """Token F1 of the answer."""
 
     def score(self, trajectory: Trajectory) -> float:
-        """In [0, 1]."""
+        """Token F1 of the answer against the closest gold answer, in [0, 1]."""
         return f1(trajectory.answer, trajectory.question.answers)
 
 
@@ -133,7 +133,7 @@ class F1LabelRule(LabelRule):
         self.rho = rho
 
     def label(self, trajectory: Trajectory) -> Label:
-        """CORRECT or INCORRECT."""
+        """CORRECT where the F1 of the answer is above `rho`, else INCORRECT."""
         return _label(f1(trajectory.answer, trajectory.question.answers) > self.rho)
 
 
@@ -141,7 +141,7 @@ class ExactMatchLabelRule(LabelRule):
     """CORRECT where the answer matches exactly."""
 
     def label(self, trajectory: Trajectory) -> Label:
-        """CORRECT or INCORRECT."""
+        """CORRECT where the answer matches a gold answer exactly, else INCORRECT."""
         return _label(exact_match(trajectory.answer, trajectory.question.answers) > 0)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.logprobs import at_tokens, entropy, log_softmax
 from sdsearch_lightning.losses.terms import Terms, clipped_surrogate, kl_k3
+from sdsearch_lightning.losses.weights import EntropyCoefs
 from sdsearch_lightning.step.collate import SPAN_KINDS, SearchBatch
 from sdsearch_lightning.step.metrics import policy_sums
 from sdsearch_lightning.types import SpanKind

@@ -25,8 +25,7 @@ from sdsearch_lightning.step.collate import SearchBatch
 from sdsearch_lightning.step.credit import CreditRows
 from sdsearch_lightning.step.metrics import distillation_sums
 from sdsearch_lightning.step.policy_terms import PolicyTerms
-from sdsearch_lightning.step.rows import join
-from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher
+from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +40,22 @@ class StepSums:
 
     @property
     def policy_loss(self) -> Tensor:
-        """Scalar, see `Terms.policy_loss`."""
+        """Scalar: the clipped surrogate, see `Terms.policy_loss`."""
         return self.terms.policy_loss
 
     @property
     def kl(self) -> Tensor:
-        """Scalar, see `Terms.kl`."""
+        """Scalar: the KL to the initial policy, see `Terms.kl`."""
         return self.terms.kl
 
     @property
     def entropy_loss(self) -> Tensor:
-        """Scalar, see `Terms.entropy_loss`."""
+        """Scalar: the entropy terms, see `Terms.entropy_loss`."""
         return self.terms.entropy_loss
 
     @property
     def jsd_loss(self) -> Tensor:
-        """Scalar, see `Terms.jsd_loss`."""
+        """Scalar: the divergence from the teacher, see `Terms.jsd_loss`."""
         return self.terms.jsd_loss
 
 
@@ -166,7 +165,7 @@ class Student:
 
 
 def _sums(outcome: Outcome) -> StepSums:
-    """The chunks' shares, added up."""
+    """The shares of all chunks, added up."""
     metrics: dict[str, Tensor] = {}
     for more, _ in chain(*outcome.kept):
         for name, value in more.items():

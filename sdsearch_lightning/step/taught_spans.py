@@ -38,7 +38,7 @@ def distilled_spans(trajectory: Trajectory, positions: Positions) -> tuple[int, 
 
 
 def num_distilled_tokens(trajectory: Trajectory, positions: Positions) -> int:
-    """|Q| of the paper; |A| with `policy`."""
+    """Number of JSD positions of a rollout: |Q| of the paper, or all sampled tokens with `policy`."""
     return sum(len(trajectory.spans[index].token_ids) for index in distilled_spans(trajectory, positions))
 
 

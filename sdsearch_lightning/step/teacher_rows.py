@@ -6,21 +6,24 @@ run on them again beside the student's. Everything here is without gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from sdsearch_lightning.losses.divergences import Divergence
 from sdsearch_lightning.losses.logprobs import at_tokens, entropy, log_softmax
-from sdsearch_lightning.step.rows import select
 
+Rows = TypeVar("Rows", bound=Any)
+"""A dataclass of columns with one first dimension; a column may be None, in all parts alike."""
 NUM_TOP = 5
 """Tokens of the teacher that are kept for the report."""
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherRows:
-    """The teacher at Q query tokens."""
+    """What is kept of the teacher at Q query tokens; without gradient."""
 
     support: Tensor | None
     """[Q, k] token ids of its top k; None for the full vocabulary."""
@@ -40,7 +43,7 @@ class TeacherRows:
     """[Q, NUM_TOP]."""
 
     def at(self, rows: slice) -> TeacherRows:
-        """Some of the rows."""
+        """The teacher at some of the rows."""
         return select(self, rows)
 
 
@@ -89,3 +92,16 @@ def divergence_to_teacher(
         return divergence.divergence(student_logits.gather(1, teacher.support), teacher.logits)
     assert teacher_logits is not None
     return divergence.divergence(student_logits, teacher_logits.detach())
+
+
+def join(parts: Sequence[Rows]) -> Rows:
+    """All rows of all parts, in order; at least one part."""
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(parts[0])}
+    joined = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+    return replace(parts[0], **joined)
+
+
+def select(rows: Rows, where: slice) -> Rows:
+    """The rows `where`, of every column."""
+    columns = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    return replace(rows, **{name: None if column is None else column[where] for name, column in columns.items()})

@@ -56,7 +56,7 @@ class EvaluationSteps(pl.LightningModule):
         self._count("val", batch, by_source=False)
 
     def test_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """Count per source."""
+        """Count greedy and sampled rollouts, apart for each source of questions."""
         self._count("test", batch, by_source=True)
 
     def predict_step(self, batch: StepBatch, batch_idx: int) -> StepBatch:
@@ -73,7 +73,7 @@ class EvaluationSteps(pl.LightningModule):
                 self.scores.update(name, group.trajectories, self.device)
 
     def on_validation_epoch_start(self) -> None:
-        """Start counting anew."""
+        """Forget the scores of the evaluation before."""
         self.scores.reset()
 
     on_test_epoch_start = on_validation_epoch_start

@@ -5,7 +5,7 @@
     memory      float32 shards of weights, gradients and optimizer state; passes run on gathered copies, in bfloat16
                 where the trainer's precision says so: the shards are the master weights
 
-Every forward pass is a collective, so all ranks make equally many. Next: policy_module.py.
+Every forward pass is a collective, so all ranks make equally many.
 """
 
 from __future__ import annotations

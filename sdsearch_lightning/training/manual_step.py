@@ -1,8 +1,6 @@
 """The manual step: as many passes on every rank, one exchange of gradients, clip, skip what is not finite, count once.
 
 Invariant: no collective stands behind a condition that can differ between ranks.
-
-Next: policy_module.py.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ SAMPLE = 256
 
 
 class Update(NamedTuple):
-    """What one update did."""
+    """What one update did: the gradient it saw, and how far it went."""
 
     norm: float
     """Of the gradient before clipping; where it is not finite nothing else happened."""
@@ -101,7 +99,7 @@ class ManualStep(pl.LightningModule):
         return Update(float(norm), self._ratio(before, _sample(trained)))
 
     def _ratio(self, before: Tensor, after: Tensor) -> float:
-        """See `Update.ratio`."""
+        """How far an update moved the weights, relative to their size; see `Update.ratio`."""
         squares = torch.stack([(after - before).square().sum(), before.square().sum()])
         if self.policy.is_sharded:
             squares = self.sum_over_ranks(squares)

@@ -3,7 +3,7 @@
 A bfloat16 weight of 0.02 has neighbours at a distance of 1e-4, so an update of 1e-6 would leave it where it is, step
 after step. The optimizer therefore gets a float32 copy of each such weight; the weight itself is the copy, rounded.
 
-Invariant: after each step weight == master.to(bfloat16). Next: manual_step.py.
+Invariant: after each step weight == master.to(bfloat16).
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 A *step* is one batch of the loader wherever a user counts: `trainer.max_steps`, `global_step`, checkpoints and the
 logger's axis all count batches, however many optimizers there are and however many updates one batch gets.
-
-Next: module.py and supervised.py.
 """
 
 from __future__ import annotations

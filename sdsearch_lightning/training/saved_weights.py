@@ -79,6 +79,6 @@ def check_model(
 
 
 def _origin(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Whose weights a checkpoint holds."""
+    """Name (and base) of the model whose weights a checkpoint holds."""
     origin: Mapping[str, Any] = facts.get("origin", {"name": "an unnamed model"})
     return origin

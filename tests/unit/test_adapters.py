@@ -424,8 +424,7 @@ def test_a_fingerprint_tells_models_apart_and_not_their_dtype(tmp_path: Path) ->
 
 
 def test_the_slot_engine_plays_with_adapters() -> None:
-    from toys import PROTOCOL, QUESTION, ToyRetriever, make_request, word_tokenizer
-    from toys import tiny_model as toy_model
+    from toys import PROTOCOL, QUESTION, ToyRetriever, make_request, tiny_model as toy_model, word_tokenizer
 
     from sdsearch_lightning.protocol.conversation import Conversation
     from sdsearch_lightning.protocol.tokenization import TokenCodec

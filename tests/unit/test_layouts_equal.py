@@ -22,9 +22,9 @@ from training_data import (
     tiny_model,
 )
 
-from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.losses.terms import Terms, total_loss
+from sdsearch_lightning.losses.weights import EntropyCoefs
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.policy.teachers import EMATeacher, LiveTeacher

@@ -20,9 +20,9 @@ from training_data import (
 )
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.losses.terms import Terms, total_loss
+from sdsearch_lightning.losses.weights import EntropyCoefs
 from sdsearch_lightning.step.collate import SPAN_KINDS
 from sdsearch_lightning.step.policy_terms import PolicyTerms
 from sdsearch_lightning.types import SpanKind

@@ -12,8 +12,7 @@ import pytest
 import torch
 from test_slots import LIMITS, TALK, ask, essences, run, scripted
 from toys import TalkativePolicy, ToyRetriever, make_request
-from training_data import CODEC as DATA_CODEC
-from training_data import tiny_model
+from training_data import CODEC as DATA_CODEC, tiny_model
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy.policy import Policy

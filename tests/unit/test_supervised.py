@@ -20,7 +20,7 @@ from sdsearch_lightning.datamodules.synthetic_world_demonstrations import WorldD
 from sdsearch_lightning.datamodules.synthetic_world_encoder import word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.losses.by_kind import LossWeights
+from sdsearch_lightning.losses.weights import LossWeights
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.loading import ScratchModel, word_level_tokenizer
 from sdsearch_lightning.policy.packing import PackedSequences

@@ -32,8 +32,7 @@ from toys import (
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.protocol.tokenization import TokenCodec
-from sdsearch_lightning.rollout import Engine
-from sdsearch_lightning.rollout import vllm as adapter
+from sdsearch_lightning.rollout import Engine, vllm as adapter
 from sdsearch_lightning.rollout.vllm import VLLMEngine
 
 

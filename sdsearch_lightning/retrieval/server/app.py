@@ -6,8 +6,6 @@
 
 Every refusal and every failure is JSON, {"error": {"status", "message"}}: 4xx where asking again the same way cannot
 help, 429 (with Retry-After) where waiting does, 500 where the retriever failed, 503 where it is unavailable.
-
-Next: process.py.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ A retriever is never called concurrently. While it works, requests gather; then 
 busy server makes few large calls and an idle one answers at once. If a call fails, each of its requests is tried alone:
 one that no retriever can answer costs the others time, not their answers. This thread, like `SearchPool`, catches
 whatever a retriever raises: a server has to outlive it.
-
-Next: app.py.
 """
 
 from __future__ import annotations
@@ -68,7 +66,7 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        """Queries that wait for their call."""
+        """Number of queries that wait for their call."""
         return self._num_waiting
 
     def counts(self) -> BatchCounts:

@@ -6,8 +6,6 @@
 
 Whatever bytes arrive, reading them ends with a request or with a refusal of 4xx. What is written is pure ASCII and
 strict JSON: a lone surrogate or a score that is not finite must not break a client that was asking for something else.
-
-Next: batching.py.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request that can be served."""
+    """A request that can be served: its queries and how much of them to return."""
 
     queries: tuple[str, ...]
     k: int

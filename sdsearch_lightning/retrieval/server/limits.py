@@ -1,7 +1,4 @@
-"""What a server takes before it refuses: every buffer of it has a bound, and each bound stands here.
-
-Next: bodies.py.
-"""
+"""What a server takes before it refuses: every buffer of it has a bound, and each bound stands here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a server tells about itself, in constant memory.
-
-Next: app.py.
-"""
+"""What a server tells about itself, in constant memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The server process: a listening socket, one line when it is ready, and an end that loses no answer.
-
-Next: ../remote.py, the client.
-"""
+"""The server process: a listening socket, one line when it is ready, and an end that loses no answer."""
 
 from __future__ import annotations
 
