@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy.policy import Policy
@@ -64,6 +65,17 @@ def check_context(policy: Policy, conversations: Iterable[Conversation]) -> None
         )
 
 
+class AskingRow(Protocol):
+    """A rollout in an engine that answers searches between turns."""
+
+    query: str | None
+    """What it asks; None where it goes on or has ended."""
+    conversation: Conversation
+
+
+Row = TypeVar("Row", bound=AskingRow)
+
+
 class Engine(Pluggable):
     """Base class of engines."""
 
@@ -88,6 +100,15 @@ class Engine(Pluggable):
         """Work since the last call; counting starts anew."""
         counts, self.counts = self.counts, WorkCounts()
         return counts
+
+    def answer_searches(self, rows: Sequence[Row]) -> Iterator[tuple[Row, tuple[int, ...]]]:
+        """One retrieval call for the queries of all rows; each row that asked, with the tokens it has to read now."""
+        asking = [row for row in rows if row.query is not None]
+        self.report(0, len(asking), 0)
+        results = self.searches.submit([row.query or "" for row in asking]).result() if asking else []
+        for row, result in zip(asking, results, strict=True):
+            row.query = None
+            yield row, row.conversation.observe(result)
 
     @abstractmethod
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:

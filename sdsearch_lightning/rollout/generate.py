@@ -74,18 +74,10 @@ class GenerateEngine(Engine):
             batch = _Batch(self, alive)
             while batch.rows:
                 batch.decode_turn()
-                self._answer_searches(batch.rows)
+                for row, forced in self.answer_searches(batch.rows):
+                    row.unread += forced
                 self.report(batch.drop_ended(), 0, 0)
         return [row.conversation.finish() for row in rows]
-
-    def _answer_searches(self, rows: Sequence[_Row]) -> None:
-        """One retrieval call for every query of this turn."""
-        asking = [row for row in rows if row.query is not None]
-        self.report(0, len(asking), 0)
-        results = self.searches.submit([row.query or "" for row in asking]).result() if asking else []
-        for row, result in zip(asking, results, strict=True):
-            row.unread += row.conversation.observe(result)
-            row.query = None
 
 
 class _Batch:

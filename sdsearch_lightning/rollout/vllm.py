@@ -178,7 +178,8 @@ class VLLMEngine(Engine):
             self.sync(self.policy)
         while alive := [row for row in rows if not row.ended]:
             self._sample_turns(alive)
-            self._answer_searches(alive)
+            for row, forced in self.answer_searches(alive):
+                row.token_ids += forced
             self.report(sum(row.ended for row in alive), 0, 0)
         return [row.conversation.finish() for row in rows]
 
@@ -218,15 +219,6 @@ class VLLMEngine(Engine):
             detokenize=True,
             skip_special_tokens=False,  # a tag may be a special token, and has to show in the text to stop anything
         )
-
-    def _answer_searches(self, rows: Sequence[_Row]) -> None:
-        """One retrieval call for every query of this round."""
-        asking = [row for row in rows if row.query is not None]
-        self.report(0, len(asking), 0)
-        results = self.searches.submit([row.query or "" for row in asking]).result() if asking else []
-        for row, result in zip(asking, results, strict=True):
-            row.token_ids += row.conversation.observe(result)
-            row.query = None
 
     def _check(self, rows: Sequence[_Row]) -> None:
         longest = max((row.conversation.max_tokens for row in rows), default=0)
