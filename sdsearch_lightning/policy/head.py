@@ -5,7 +5,7 @@ which rows are wanted and what to make of them, and no more than `MAX_LOGITS` of
 through the output layer in one pass; readings get them a chunk at a time, small enough for a cache. Where a loss is
 trained on, the gradient of a chunk is taken while its logits are there, and takes their place: each row meets the
 output layer once going forward and never again, whatever number of losses look at it. A loss has to be a sum over rows
-for that, which the weight rule (losses.py) makes every loss be.
+for that, which the weight rule (losses/weights.py) makes every loss be.
 
     reading of a row              products with the output layer
     loss, forward and backward    1 + 2      (recomputation in the backward pass would make it 2 + 2)
