@@ -1,8 +1,8 @@
 """SD-Search (arXiv 2605.18299) as PyTorch Lightning components: train a language model to search while it reasons.
 
 One question is followed from file to loss through seven files: `datamodules/questions.py`,
-`callbacks/rollout_grouping.py`, `rollout/window.py`, `callbacks/hindsight_construction.py`, `step/collate.py`, `module.py`
-and `losses/terms.py`; `types.py` is the glossary.
+`callbacks/rollout_grouping.py`, `rollout/window.py`, `callbacks/hindsight_construction.py`, `step/collate.py`,
+`module.py` and `losses/terms.py`; `types.py` is the glossary.
 """
 
 from __future__ import annotations
