@@ -97,7 +97,7 @@ class _Batch:
             row.length, row.unread = len(row.unread), []
 
     def decode_turn(self) -> None:
-        """NewTokens what each row has to read, then sample until every row waits or has ended."""
+        """Feed what each row has to read, then sample until every row waits or has ended."""
         for row in self.rows:
             row.waiting = False
         while True:
