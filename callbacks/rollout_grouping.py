@@ -90,6 +90,7 @@ class RolloutGrouping(pl.Callback):
         self._searches: SearchPool | None = None
         self._too_long: set[str] = set()
         self._last_error = ""
+        self._is_proven = False  # that the engine samples from the policy
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Warn of settings that cannot learn, and probe the retriever."""
@@ -135,7 +136,18 @@ class RolloutGrouping(pl.Callback):
                 opened,
                 module.sum_over_ranks,
             )
+            if self.engine.draws and not self._is_proven:
+                self._prove(module.sampler)
         return module.sampler
+
+    def _prove(self, sampler: GroupSampler) -> None:
+        gap, reasons = sampler.prove_engine()
+        self._is_proven = True
+        if reasons:
+            rank_zero_warn(
+                f"rollout.engine: rollouts run in a slower way, for models of type "
+                f"{sampler.policy.model.config.model_type!r}, since the faster one does not do: {reasons[0]}."
+            )
 
     def on_train_batch_start(
         self,

@@ -8,7 +8,9 @@ batch is one row of tokens without padding, and no mask of all tokens against al
     CausalSegments                    sequences, or a prefix and its suffixes   training (packing.py)
     rollout.kv_rows.RowsAttention     new tokens of rollouts with a KV row      the slot engine
 
-Invariant: a layout sees one pass; nothing of it stays in the model.
+What a layer asks for beyond softmax(QK)V comes along in its `Call`: a window, a soft cap on the logits, sinks, values
+of another width than keys. What is not known is refused. Invariant: a layout sees one pass; nothing of it stays in the
+model.
 """
 
 from __future__ import annotations
@@ -24,22 +26,43 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from sdsearch_lightning.errors import SDSearchError
+from sdsearch_lightning.losses.logprobs import wide_dtype
 
 NAME = "sdsearch_layout"
-_UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")
-"""Arguments by which a model asks for more than softmax(QK)V; a layout would leave them out without a word."""
+_UNKNOWN = ("position_bias", "indexer", "topk_indices")
+"""Arguments by which a model asks for more than `Call` tells; a layout would leave them out without a word."""
 
 
 class UnknownAttentionError(SDSearchError):
     """A model's attention does more than a layout does; `Policy.unpackable` makes a reason of it."""
 
 
+class Call(NamedTuple):
+    """What one layer asks of a layout. Positions are already applied to queries and keys."""
+
+    layer: int
+    query: Tensor
+    """[1, Hq, T, D]."""
+    key: Tensor
+    """[1, Hkv, T, D]."""
+    value: Tensor
+    """[1, Hkv, T, E]; E is D in most models."""
+    scale: float | None = None
+    """Of the products of queries and keys; None = 1 / sqrt(D)."""
+    window: int | None = None
+    """Tokens that a token looks back at, itself included; None = all before it."""
+    softcap: float | None = None
+    """Logits are cap * tanh(logits / cap) (Gemma 2)."""
+    sinks: Tensor | None = None
+    """[Hq] one more logit per head, which takes probability and gives no value (gpt-oss)."""
+
+
 class AttentionLayout(ABC):
     """Computes the attention of one forward pass, layer by layer."""
 
     @abstractmethod
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """[1, Hq, T, D] from query [1, Hq, T, D], key and value [1, Hkv, T, D], positions already applied."""
+    def attend(self, call: Call) -> Tensor:
+        """[1, Hq, T, E] what each token makes of those that it may look at."""
 
 
 @contextmanager
@@ -72,12 +95,16 @@ def _attend(
     *,
     attention_layout: AttentionLayout,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     if asked := [name for name in _UNKNOWN if options.get(name) is not None]:
         raise UnknownAttentionError(f"its attention uses {', '.join(asked)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return attention_layout.attend(layer, query, key, value, scaling).transpose(1, 2), None
+    call = Call(layer, query, key, value, scaling, sliding_window, softcap, s_aux)
+    return attention_layout.attend(call).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, _attend)
@@ -101,37 +128,61 @@ class CausalSegments(AttentionLayout):
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = segments
         self._lengths = [segment.length for segment in segments]
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """Causal attention within each segment, one call per segment; see `AttentionLayout.attend`."""
-        queries, keys, values = (x.split(self._lengths, dim=2) for x in (query, key, value))
+        queries, keys, values = (x.split(self._lengths, dim=2) for x in (call.query, call.key, call.value))
         outputs = []
         for own, k, v, segment in zip(queries, keys, values, self.segments, strict=True):
-            if segment.prefix is None:
-                outputs.append(causal_attention(own, k, v, scale))
-                continue
-            k, v = (torch.cat([x[segment.prefix], mine], dim=2) for x, mine in ((keys, k), (values, v)))
-            shape = own.shape[2], k.shape[2]
-            if shape not in self._masks:
-                self._masks[shape] = causal_mask(*shape, own.device)
-            outputs.append(masked_attention(own, k, v, self._masks[shape], scale))
+            if segment.prefix is not None:
+                k, v = (torch.cat([x[segment.prefix], mine], dim=2) for x, mine in ((keys, k), (values, v)))
+            outputs.append(self._segment(call._replace(query=own, key=k, value=v)))
         return torch.cat(outputs, dim=2)
 
+    def _segment(self, call: Call) -> Tensor:
+        """Queries that are the last of the keys."""
+        num_queries, num_keys = call.query.shape[2], call.key.shape[2]
+        window = call.window if call.window is not None and call.window < num_keys else None
+        if num_queries == num_keys and window is None and call.softcap is None and call.sinks is None:
+            return scaled_dot_product_attention(
+                call.query, call.key, call.value, is_causal=True, scale=call.scale, enable_gqa=True
+            )
+        shape = num_queries, num_keys, window
+        if shape not in self._masks:
+            self._masks[shape] = causal_mask(*shape, device=call.query.device)
+        return masked_attention(call, self._masks[shape])
 
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """[num_queries, num_keys] bool: the queries are the last of the keys, and look back."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+def causal_mask(num_queries: int, num_keys: int, window: int | None = None, *, device: torch.device) -> Tensor:
+    """[num_queries, num_keys] bool: the queries are the last of the keys, and look back, at most `window` tokens."""
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    return seen if window is None else seen.triu(num_keys - num_queries - window + 1)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """As many queries [B, Hq, T, D] as keys [B, Hkv, T, D], each looking back."""
-    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+def masked_attention(call: Call, mask: Tensor) -> Tensor:
+    """[B, Hq, T, E] under a bool mask that broadcasts to [B, Hq, T, L].
 
-
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """Queries [B, Hq, T, D] and keys [B, Hkv, L, D] under a bool mask that broadcasts to [B, Hq, T, L]."""
-    repeats = query.shape[1] // key.shape[1]
+    Args:
+        call: queries [B, Hq, T, D], keys [B, Hkv, L, D] and values [B, Hkv, L, E]; its window is in the mask already.
+        mask: True where a query may look.
+    """
+    repeats = call.query.shape[1] // call.key.shape[1]
+    key, value = call.key, call.value
     if repeats > 1:  # with a mask, grouped heads would send CUDA to its slowest kernel
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    if call.softcap is None and call.sinks is None:
+        return scaled_dot_product_attention(call.query, key, value, attn_mask=mask, scale=call.scale)
+    return _written_out(call._replace(key=key, value=value), mask)
+
+
+def _written_out(call: Call, mask: Tensor) -> Tensor:
+    """The same for what the fused kernels do not know: a soft cap, sinks."""
+    logits = call.query @ call.key.transpose(-1, -2) * (call.scale or call.query.shape[-1] ** -0.5)
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = logits.to(wide_dtype(logits.dtype)).masked_fill(mask.logical_not(), -torch.inf)
+    if call.sinks is not None:
+        sinks = call.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        return (torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]).to(call.value.dtype) @ call.value
+    return logits.softmax(-1).to(call.value.dtype) @ call.value

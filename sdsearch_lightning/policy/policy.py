@@ -20,6 +20,7 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.logprobs import wide_dtype
 from sdsearch_lightning.policy.attention import (
     AttentionLayout,
+    Call,
     CausalSegments,
     Segment,
     UnknownAttentionError,
@@ -28,9 +29,14 @@ from sdsearch_lightning.policy.attention import (
 )
 from sdsearch_lightning.policy.head import Head, Outcome, Reading, keep_logits, read_rows
 from sdsearch_lightning.policy.packing import LAYOUTS, LayoutName, Packed, PackedSequences, Padded
+from sdsearch_lightning.policy.rope import fix_frequencies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+MAX_WINDOW = 4096
+"""Larger windows are not tried: two passes over so many tokens would take too long."""
 
 
 class Policy(nn.Module):
@@ -39,15 +45,21 @@ class Policy(nn.Module):
     Args:
         model: any Hugging Face causal LM with rotary or learned positions and a linear output layer.
         layout: how the body runs over sequences, see packing.py; a model that cannot pack is padded.
+        long_context: for models with two sets of rotary frequencies, see rope.py.
     """
 
     ENTRANCES = ("advance", "decode", "project", "check", "find_obstacle")
     """What else runs the model, beside `forward`: where weights are sharded, they are gathered for these too."""
 
-    def __init__(self, model: PreTrainedModel, layout: LayoutName = "shared_prefix") -> None:
+    def __init__(
+        self, model: PreTrainedModel, layout: LayoutName = "shared_prefix", long_context: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._layout: LayoutName = layout
+        self._short_context = fix_frequencies(model, long_context)
+        if getattr(model.config, "attn_logit_softcapping", None) is not None:
+            model.set_attn_implementation("eager")  # of transformers' own, it alone caps the logits of attention
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,6 +79,8 @@ class Policy(nn.Module):
     @property
     def max_context(self) -> int | None:
         """Tokens that the model was made to read at most; None where it does not say."""
+        if self._short_context is not None:
+            return self._short_context
         config = self.model.config
         rope = getattr(config, "rope_parameters", None) or {}
         stretch = rope.get("factor", 1.0) if rope.get("rope_type") == "yarn" else 1.0
@@ -113,7 +127,12 @@ class Policy(nn.Module):
 
     def _head(self, rows: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(rows)
-        if (cap := getattr(self.model.config, "final_logit_softcapping", None)) is not None:
+        config = self.model.config
+        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * factor
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = cap * torch.tanh(logits / cap)
         return logits
 
@@ -168,15 +187,18 @@ class Policy(nn.Module):
         """Compare with the model's own logits on four tokens: some families do more in their head than is done here.
 
         Raises:
-            ConfigError: the logits differ.
+            ConfigError: the logits differ, or the model is not made of a body and an output layer.
         """
-        tokens = self._any_tokens(4)
+        tokens, name = self._any_tokens(4), self.model.config.model_type
         with self._without_dropout():
-            mine = self._head(self._body(tokens, None, None))
-            theirs = self.model(input_ids=tokens, use_cache=False).logits[0]
+            try:
+                theirs = self.model(input_ids=tokens, use_cache=False).logits[0]
+                mine = self._head(self._body(tokens, None, None))
+            except (TypeError, AttributeError, RuntimeError) as error:
+                raise ConfigError(f"Models of type {name!r} cannot be trained here: {error}.") from error
         if not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
             raise ConfigError(
-                f"Models of type {self.model.config.model_type!r} scale or shift their logits in a way that is not "
+                f"Models of type {name!r} scale or shift their logits in a way that is not "
                 "known here: training would use other probabilities than the model's. Use another family."
             )
 
@@ -187,21 +209,35 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def find_obstacle(self) -> str | None:
-        """What `unpackable` remembers, by trying: two sequences packed have to give what each gives alone."""
-        name, tokens = self.model.config.model_type, self._any_tokens(8)
-        witness = _Witness([Segment(5), Segment(3)])
-        positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=tokens.device)
+        """What `unpackable` remembers, by trying: sequences packed have to give what each gives alone.
+
+        The second is a suffix of the first one's beginning, as siblings are; both reach beyond the model's window.
+        """
+        name, shared = self.model.config.model_type, 3
+        longest = (self.window_to_try or 0) + 8
+        tokens, rest = self._any_tokens(longest), self._any_tokens(longest + 7)[:, 7 + shared :]
+        witness = _Witness([Segment(shared), Segment(longest - shared, 0), Segment(rest.shape[1], 0)])
+        positions = torch.arange(longest, device=tokens.device)
         with self._without_dropout():
             try:
-                packed = self._body(tokens, positions, witness)
-            # The last two come from a model's own code where it counts on a mask of its own, as Falcon's does.
-            except (UnknownAttentionError, TypeError, AttributeError) as error:
+                packed = self._body(
+                    torch.cat([tokens, rest], dim=1), torch.cat([positions, positions[shared:]])[None], witness
+                )
+            # What a model's own code raises where it counts on a mask of its own, as Falcon's does.
+            except (UnknownAttentionError, TypeError, AttributeError, RuntimeError) as error:
                 return f"models of type {name} cannot: {str(error).splitlines()[0]}"
-            alone = torch.cat([self._body(part, None, None) for part in tokens.split([5, 3], dim=1)])
+            sibling = torch.cat([tokens[:, :shared], rest], dim=1)
+            alone = torch.cat([self._body(tokens, None, None), self._body(sibling, None, None)[shared:]])
         tolerance = (1e-4 if alone.dtype in (torch.float32, torch.float64) else 5e-2) * float(alone.abs().max())
         if witness.layers != self.model.config.num_hidden_layers or not torch.allclose(packed, alone, 0, tolerance):
             return f"models of type {name} cannot: a layer does more across tokens than attend"
         return None
+
+    @property
+    def window_to_try(self) -> int | None:
+        """The model's window, where it has one that is small enough to be tried; None where it has not."""
+        windows = (getattr(self.model.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        return max([window for window in windows if window and window <= MAX_WINDOW], default=None)
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
@@ -234,6 +270,6 @@ class _Witness(CausalSegments):
 
     layers = 0
 
-    def attend(self, *args: Any) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         self.layers += 1
-        return super().attend(*args)
+        return super().attend(call)

@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy.policy import Policy
@@ -79,7 +79,12 @@ Row = TypeVar("Row", bound=AskingRow)
 class Engine(Pluggable):
     """Base class of engines."""
 
-    required, optional = ("attach", "run"), ("sync", "sleep", "wake")
+    required, optional = ("attach", "run"), ("is_exact", "draws", "step_back", "sync", "sleep", "wake")
+
+    draws: ClassVar[bool] = True
+    """False for an engine that replays written rollouts: it is not tried against the policy."""
+    is_exact: ClassVar[bool] = True
+    """False for an engine with numerics of its own, such as half precision beside a trainer in float32."""
 
     def attach(
         self, policy: Policy, start: StartConversation, searches: SearchPool, report: ReportProgress = lambda *_: None
@@ -116,6 +121,10 @@ class Engine(Pluggable):
 
     def sync(self, policy: Policy) -> None:  # noqa: B027  (optional, not abstract)
         """Bring the engine's weights up to date; nothing to do where they are shared."""
+
+    def step_back(self) -> bool:  # noqa: B027
+        """Go on in a slower way that asks less of a model; False where there is none. See probe.py."""
+        return False
 
     def sleep(self) -> None:  # noqa: B027
         """Give back memory while the policy trains."""

@@ -51,12 +51,25 @@ class _Row:
 class GenerateEngine(Engine):
     """Lock-step engine; other engines are compared with it.
 
+    Where a model cannot decode with holes (windows count cells, recurrent layers eat the padding), each rollout runs by
+    itself; where it cannot go on from a cache by several tokens either, they are fed one at a time.
+
     Args:
         max_batch_size: rollouts decoded together; more are run in several batches.
     """
 
     def __init__(self, max_batch_size: int = 256) -> None:
         self.max_batch_size = max_batch_size
+        self.one_token = False
+        """Whether tokens behind the prompt are fed one at a time."""
+
+    def step_back(self) -> bool:
+        """One rollout at a time, then one token at a time."""
+        if self.max_batch_size > 1:
+            self.max_batch_size = 1
+            return True
+        was, self.one_token = self.one_token, True
+        return not was
 
     @torch.no_grad()
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
@@ -86,7 +99,9 @@ class _Batch:
     def __init__(self, engine: GenerateEngine, rows: list[_Row]) -> None:
         self._policy, self._report, self._counts = engine.policy, engine.report, engine.counts
         self._device = next(engine.policy.parameters()).device
-        self._cache = DynamicCache()
+        # With holes a window would have to count tokens, not cells: caches of a model's own kind are for single rows.
+        config = engine.policy.model.config if engine.max_batch_size == 1 else None
+        self._cache, self._one_token = DynamicCache(config=config), engine.one_token
         prompts = list(dict.fromkeys(row.request.prompt_ids for row in rows))
         self.rows = rows
         self._mask = torch.zeros(len(prompts), 0, dtype=torch.bool, device=self._device)  # [A, L] True = a real token
@@ -130,12 +145,18 @@ class _Batch:
         return ended
 
     def _select(self, index: list[int]) -> None:
+        if index == list(range(len(self._mask))):
+            return  # not all kinds of cache can select rows, and a single row never needs it
         rows = torch.tensor(index, device=self._device)
         self._cache.batch_select_indices(rows)
         self._mask = self._mask[rows]
 
     def _feed(self, chunks: list[list[int]], lengths: list[int]) -> Tensor:
         """[A, V] logits after each row's chunk; rows without one get a hole, and logits that nobody reads."""
+        if self._one_token and lengths[0] and len(chunks[0]) > 1:  # a single row
+            for i, token in enumerate(chunks[0]):
+                logits = self._feed([[token]], [lengths[0] + i])
+            return logits
         width = max(map(len, chunks))
         if width > 1:
             self._counts.prefill_tokens += width * len(chunks)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout.engine import Engine, run_awake
+from sdsearch_lightning.rollout.probe import Gap, find_exact
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.sampling import derive_seed
 from sdsearch_lightning.rollout.search_pool import SearchCounts, SearchPool
 from sdsearch_lightning.scoring.advantages import AdvantageScale, group_relative
 from sdsearch_lightning.scoring.rewards import LabelRule, Reward
 from sdsearch_lightning.types import InstanceId, Limits, Question, RolloutGroup, RolloutRequest, Sampling, Trajectory
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,27 +144,39 @@ class GroupSampler:
             self.searches,
             progress.report,
         )
+        with closing(progress):
+            trajectories = self._together(lambda: run_awake(self.engine, self.policy, requests))
+        return WindowResult(trajectories, progress, self.searches.take_counts())
+
+    def prove_engine(self) -> tuple[Gap, list[str]]:
+        """Try that the engine samples from the policy, before it is relied on; see `probe.find_exact`.
+
+        Raises:
+            ConfigError: it does not, in any way that it knows.
+        """
+        text_ids = self.protocol.prompt_ids(self.codec, "Which river flows through the capital of the country?")
+        return self._together(lambda: find_exact(self.engine, self.policy, text_ids, self.limits.max_tokens))
+
+    def _together(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives, in eval mode and without gradients; where it fails on one rank, all raise."""
+        failure: SDSearchError | None = None
         training = self.policy.training
         self.policy.eval()
         try:
             # Not inference_mode: its tensors cannot enter autograd later.
             with torch.no_grad(), self.opened():
-                trajectories, failure = self._attempt(requests)
+                try:
+                    result = work()
+                except SDSearchError as error:
+                    failure = error
         finally:
             self.policy.train(training)
-            progress.close()
         failures = int(self.sum_over_ranks(torch.tensor(int(failure is not None))))
         if failure is not None:
             raise failure
         if failures:
             raise RolloutError(f"The rollouts failed on {failures} other ranks; their messages say why.")
-        return WindowResult(trajectories, progress, self.searches.take_counts())
-
-    def _attempt(self, requests: Sequence[RolloutRequest]) -> tuple[list[Trajectory], SDSearchError | None]:
-        try:
-            return run_awake(self.engine, self.policy, requests), None
-        except SDSearchError as error:
-            return [], error
+        return result
 
     def refill(
         self,

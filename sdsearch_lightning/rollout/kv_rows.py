@@ -1,7 +1,8 @@
 """Keys and values of running rollouts: a fixed number of rows, each as long as a rollout may get.
 
 Rows never grow, so a decode step neither copies nor concatenates anything: it writes one cell per row and attends to a
-view. Cells beyond a row's length hold whatever was there before; they are masked, and overwritten before they count.
+view. Cells beyond a row's length hold whatever was there before; they are masked, and overwritten before they count. A
+cell is a position of its rollout, so a layer with a window sees the last cells of a row and no others.
 """
 
 from __future__ import annotations
@@ -14,26 +15,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sdsearch_lightning.policy.attention import AttentionLayout, CausalSegments, Segment, causal_mask, masked_attention
+from sdsearch_lightning.policy.attention import (
+    AttentionLayout,
+    Call,
+    CausalSegments,
+    Segment,
+    causal_mask,
+    masked_attention,
+)
 from sdsearch_lightning.policy.policy import Policy
+
+
+class CellShape(NamedTuple):
+    """What a layer remembers of a token, once for its key and once for its value."""
+
+    heads: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
     """What one token of a rollout costs to remember."""
 
-    layers: int
-    heads: int
-    """Of keys and values."""
-    width: int
-    """Of a head."""
+    cells: tuple[tuple[CellShape, CellShape], ...]
+    """By layer: its keys and its values."""
     dtype: torch.dtype
     device: torch.device
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values of one token, over all layers."""
-        return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
+        return sum(cell.heads * cell.width for layer in self.cells for cell in layer) * self.dtype.itemsize
 
     @classmethod
     def of(cls, policy: Policy) -> KVShape:
@@ -41,35 +53,52 @@ class KVShape:
         witness = _Shapes([Segment(2)])
         ids = torch.zeros(2, dtype=torch.long, device=next(policy.parameters()).device)
         policy.advance(ids, ids + torch.arange(2, device=ids.device), witness, ids[:1])
-        (key,) = set(witness.keys)  # all layers alike
-        return cls(len(witness.keys), *key)
+        return cls(tuple(witness.cells), witness.dtype, ids.device)
 
 
 class _Shapes(CausalSegments):
-    """Attention that remembers how many layers ask, and what their keys look like."""
+    """Attention that remembers what keys and values look like, layer by layer."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         super().__init__(segments)
-        self.keys: list[tuple[int, int, torch.dtype, torch.device]] = []
+        self.cells: list[tuple[CellShape, CellShape]] = []
+        self.dtype = torch.float32
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
+        assert call.layer == len(self.cells), "layers ask in order"
+        key, value = (CellShape(x.shape[1], x.shape[3]) for x in (call.key, call.value))
+        self.cells.append((key, value))
         # Under autocast, rotary positions leave keys in float32; attention takes them as the values are.
-        self.keys.append((key.shape[1], key.shape[3], value.dtype, key.device))
-        return super().attend(layer, query, key, value, scale)
+        self.dtype = call.value.dtype
+        return super().attend(call)
 
 
 class KVRows:
-    """Memory of `num_rows` rollouts of up to `capacity` tokens."""
+    """Memory of `num_rows` rollouts of up to `capacity` tokens.
+
+    Cells of one shape lie in one tensor, whatever layers and sides they belong to: in most models there is one.
+    """
 
     def __init__(self, shape: KVShape, num_rows: int, capacity: int) -> None:
-        size = (shape.layers, 2, num_rows, shape.heads, capacity, shape.width)
-        self.cells = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        wanted = [cell for layer in shape.cells for cell in layer]
+        self.device, self.num_rows, self._capacity = shape.device, num_rows, capacity
+        self.blocks = {
+            cell: torch.empty(
+                (wanted.count(cell), num_rows, cell.heads, capacity, cell.width), dtype=shape.dtype, device=shape.device
+            )
+            for cell in dict.fromkeys(wanted)
+        }
+        """[n, S, H, capacity, width] by shape: n sides of layers."""
+        taken = dict.fromkeys(self.blocks, 0)
+        self._sides: list[Tensor] = []
+        for cell in wanted:
+            self._sides.append(self.blocks[cell][taken[cell]])
+            taken[cell] += 1
         self._num_clean = 0  # columns that hold no NaN in any row
 
-    @property
-    def num_rows(self) -> int:
-        """S, the number of rollouts that have room at once."""
-        return self.cells.shape[2]
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """[S, H, capacity, width] keys and values of a layer."""
+        return self._sides[2 * index], self._sides[2 * index + 1]
 
     def reach(self, length: int) -> None:
         """Make columns ready before they are written or looked at.
@@ -78,21 +107,24 @@ class KVRows:
         times NaN is NaN. Filling all of them at the start would touch memory that most rollouts never reach.
         """
         if length > self._num_clean:
-            target = min(-(-length // 64) * 64, self.cells.shape[4])
-            self.cells[..., self._num_clean : target, :] = 0
+            target = min(-(-length // 64) * 64, self._capacity)
+            for block in self.blocks.values():
+                block[..., self._num_clean : target, :] = 0
             self._num_clean = target
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` cells of one row into another."""
-        self.cells[:, :, target, :, :length] = self.cells[:, :, source, :, :length]
+        for block in self.blocks.values():
+            block[:, target, :, :length] = block[:, source, :, :length]
 
     def exchange(self, one: int, length: int, other: int, other_length: int) -> None:
         """Two rows with what they hold; a length of 0 means that the row's content is of no use any more."""
         if one == other:
             return
-        kept = self.cells[:, :, one, :, :length].clone()
+        kept = [block[:, one, :, :length].clone() for block in self.blocks.values()]
         self.copy(other, one, other_length)
-        self.cells[:, :, other, :, :length] = kept
+        for block, cells in zip(self.blocks.values(), kept, strict=True):
+            block[:, other, :, :length] = cells
 
 
 class NewTokens(NamedTuple):
@@ -117,33 +149,61 @@ class RowsAttention(AttentionLayout):
     """
 
     def __init__(self, rows: KVRows, new: Sequence[NewTokens], cells: Sequence[int]) -> None:
-        device, width = rows.cells.device, max(cells, default=-1) + 1
-        rows.reach(max([width, *(part.start + part.length for part in new)]))
-        self._all, self._new = rows.cells, new
+        self._width = max(cells, default=-1) + 1
+        rows.reach(max([self._width, *(part.start + part.length for part in new)]))
+        self._rows, self._new = rows, new
         self._lengths = [part.length for part in new]
-        self._masks = [causal_mask(part.length, part.start + part.length, device) for part in new]
-        self._first = rows.cells[:, :, : len(cells), :, :width]
-        self._row, self._cell = torch.arange(len(cells), device=device), torch.tensor(cells, device=device)
-        self._mask = (torch.arange(width, device=device) <= self._cell[:, None])[:, None, None]  # [A, 1, 1, L]
+        self._row = torch.arange(len(cells), device=rows.device)
+        self._cell = torch.tensor(cells, device=rows.device)
+        self._new_masks: dict[int | None, list[Tensor]] = {}  # by window
+        self._last_masks: dict[int | None, Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """Write the new cells, then attend: first the tokens being read, then one token per running row."""
-        parts = (x.to(self._all.dtype).split([*self._lengths, len(self._row)], dim=2) for x in (query, key, value))
+        held_keys, held_values = self._rows.layer(call.layer)
+        sizes = [*self._lengths, len(self._row)]
+        parts = (x.to(held_values.dtype).split(sizes, dim=2) for x in (call.query, call.key, call.value))
         queries, keys, values = parts
         outputs = []
-        for part, mask, own, k, v in zip(self._new, self._masks, queries, keys, values, strict=False):
-            held = self._all[layer, :, part.row : part.row + 1, :, : part.start + part.length]
-            held[0, :, :, part.start :], held[1, :, :, part.start :] = k, v
-            outputs.append(masked_attention(own, held[0], held[1], mask, scale))
+        masks = self._masks_of_new(call.window)
+        for part, mask, own, k, v in zip(self._new, masks, queries, keys, values, strict=False):
+            row, end = slice(part.row, part.row + 1), part.start + part.length
+            held_keys[row, :, part.start : end], held_values[row, :, part.start : end] = k, v
+            seen = call._replace(query=own, key=held_keys[row, :, :end], value=held_values[row, :, :end])
+            outputs.append(masked_attention(seen, mask))
         if len(self._row):
-            outputs.append(self._attend_last(layer, queries[-1], keys[-1], values[-1], scale))
+            outputs.append(self._attend_last(call._replace(query=queries[-1], key=keys[-1], value=values[-1])))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
-    def _attend_last(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """The heads of a group are queries of one key head, so keys are not repeated."""
-        held_keys, held_values = self._first[layer]
-        held_keys[self._row, :, self._cell] = key[0].transpose(0, 1)
-        held_values[self._row, :, self._cell] = value[0].transpose(0, 1)
-        grouped = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))  # [A, Hkv, Hq / Hkv, D]
-        output = scaled_dot_product_attention(grouped, held_keys, held_values, attn_mask=self._mask, scale=scale)
+    def _attend_last(self, call: Call) -> Tensor:
+        """One token per row, which looks at the row's cells up to its own."""
+        rows = slice(len(self._row))
+        held_keys, held_values = (side[rows, :, : self._width] for side in self._rows.layer(call.layer))
+        held_keys[self._row, :, self._cell] = call.key[0].transpose(0, 1)
+        held_values[self._row, :, self._cell] = call.value[0].transpose(0, 1)
+        mask, query = self._mask_of_last(call.window), call.query[0].transpose(0, 1)  # [A, Hq, D]
+        if call.softcap is not None or call.sinks is not None:
+            seen = call._replace(query=query[:, :, None], key=held_keys, value=held_values)
+            return masked_attention(seen, mask)[:, :, 0].transpose(0, 1)[None]
+        # The heads of a group are queries of one key head, so keys are not repeated.
+        grouped = query.unflatten(1, (held_keys.shape[1], -1))  # [A, Hkv, Hq / Hkv, D]
+        output = scaled_dot_product_attention(grouped, held_keys, held_values, attn_mask=mask, scale=call.scale)
         return output.flatten(1, 2).transpose(0, 1)[None]
+
+    def _masks_of_new(self, window: int | None) -> list[Tensor]:
+        if window not in self._new_masks:
+            self._new_masks[window] = [
+                causal_mask(part.length, part.start + part.length, window, device=self._rows.device)
+                for part in self._new
+            ]
+        return self._new_masks[window]
+
+    def _mask_of_last(self, window: int | None) -> Tensor:
+        """[A, 1, 1, L]."""
+        if window not in self._last_masks:
+            column, cell = torch.arange(self._width, device=self._rows.device), self._cell[:, None]
+            seen = column <= cell
+            if window is not None:
+                seen &= column > cell - window
+            self._last_masks[window] = seen[:, None, None]
+        return self._last_masks[window]

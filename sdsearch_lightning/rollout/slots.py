@@ -54,18 +54,18 @@ class SlotEngine(Engine):
     ) -> None:
         """See `Engine.attach`. A model that cannot run in slots is handed to the reference engine."""
         super().attach(policy, start, searches, report)
-        if policy.unpackable is None:
-            self._reference = None
-            return
-        if self._reference is None:
-            self._reference = GenerateEngine(self.max_slots)
-            warnings.warn(
-                "The slot engine needs a model whose sequences can lie back to back, but "
-                f"{policy.unpackable}. Rollouts run on the slower reference engine.",
-                stacklevel=2,
-            )
-        self._reference.attach(policy, start, searches, report)
-        self._reference.counts = self.counts
+        if policy.unpackable is not None and self._reference is None:
+            self.step_back()
+        if self._reference is not None:
+            self._reference.attach(policy, start, searches, report)
+            self._reference.counts = self.counts
+
+    def step_back(self) -> bool:
+        """The reference engine, and then what that one does."""
+        if self._reference is not None:
+            return self._reference.step_back()
+        self._reference = GenerateEngine(self.max_slots)
+        return True
 
     @torch.no_grad()
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:

@@ -256,4 +256,4 @@ class Window:
         self._report(0, 0, len(drawn))
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._rows.cells.device)
+        return torch.tensor(values, dtype=torch.long, device=self._rows.device)

@@ -29,5 +29,8 @@ class Compute:
 
     layout: LayoutName = "shared_prefix"
     """shared_prefix reads a group's prompt once, packed has no padding, padded is the reference; see packing.py."""
+    long_context: bool = False
+    """For models with two sets of rotary frequencies (longrope: Phi-3.5, Phi-4-mini): take the set for contexts beyond
+    the original one, for all sequences of the run. With false, longer sequences are refused."""
     gradient_checkpointing: bool = False
     """Keep the layers' inputs only and compute the rest again: a third more time for much less memory."""
