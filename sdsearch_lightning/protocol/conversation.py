@@ -19,7 +19,8 @@ from itertools import groupby
 
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.protocol.templates import Protocol
-from sdsearch_lightning.protocol.tokenization import TokenCodec, TurnText
+from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.protocol.turn_text import Region, TurnText
 from sdsearch_lightning.types import (
     Limits,
     Passage,
@@ -115,7 +116,7 @@ class Conversation:
         if self._length >= self._limits.max_tokens:
             self._end_turn(None)
             return self._stop(StopReason.MAX_TOKENS)
-        if token_id == self._codec.eos_id or len(self._logprobs) >= self._limits.max_turn_tokens:
+        if token_id in self._codec.eos_ids or len(self._logprobs) >= self._limits.max_turn_tokens:
             return self._refuse()
         return Continue()
 
@@ -200,24 +201,16 @@ class Conversation:
         return token_ids
 
     def _end_turn(self, action: _Action | None) -> None:
-        """Sort the turn's tokens into spans: masks are born here, from offsets, and never derived again."""
+        """Sort the turn's tokens into spans, see turn_text.py."""
         text = self._turn.text
-        tags = [match.span() for match in self._tags.finditer(text)]
-        refined = [match.span(1) for match in re.finditer(r"<refine>(.*?)</refine>", text, re.DOTALL)]
-        if "refine" not in self._protocol.policy_tags:
-            refined = []
-        self._refinements += [text[start:end].strip() for start, end in refined]
-
-        def kind(token_id: int, start: int, end: int) -> SpanKind:
-            if token_id in self._codec.special_ids or any(start < e and s < end for s, e in tags):
-                return SpanKind.SCAFFOLD
-            if action is not None and action.start <= start and end <= action.end:
-                return action.kind
-            return SpanKind.REFINE if any(s <= start and end <= e for s, e in refined) else SpanKind.REASONING
-
-        rows = zip(self._turn.token_ids, self._logprobs, self._turn.ranges, strict=True)
-        sorted_rows = [(kind(token_id, *span), token_id, logprob) for token_id, logprob, span in rows]
-        for span_kind, run in groupby(sorted_rows, key=lambda row: row[0]):
+        regions = [] if action is None else [Region(action.start, action.end, action.kind)]
+        if "refine" in self._protocol.policy_tags:
+            refined = [match.span(1) for match in re.finditer(r"<refine>(.*?)</refine>", text, re.DOTALL)]
+            self._refinements += [text[start:end].strip() for start, end in refined]
+            regions += [Region(start, end, SpanKind.REFINE) for start, end in refined]
+        kinds = self._turn.kinds(regions, self._tags, self._codec.special_ids)
+        rows = zip(kinds, self._turn.token_ids, self._logprobs, strict=True)
+        for span_kind, run in groupby(rows, key=lambda row: row[0]):
             _, token_ids, logprobs = zip(*run, strict=True)
             self._spans.append(Span(span_kind, token_ids, logprobs, sampled=True))
         self._begin_turn()

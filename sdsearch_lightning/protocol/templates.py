@@ -7,11 +7,15 @@ What the teacher reads behind the prompt is worded in block_templates.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.protocol.block_templates import BlockTemplates, check_fields
 from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.protocol.turn_text import written_turn
 from sdsearch_lightning.types import Demonstration, Passage, Pluggable, SiblingRecord, Span, SpanKind
 
 SEARCH_R1_PROMPT = (
@@ -54,7 +58,11 @@ class Protocol(Pluggable):
         invalid_message: what the environment answers to an invalid action.
         refine: whether the policy also has a refine tag.
         question_mark: append `?` to a question that does not end with one (as Search-R1's data scripts do).
-        use_chat_template: None means: where the tokenizer has one.
+        use_chat_template: null means: where the tokenizer has one.
+        system: what the system turn of the chat says; null leaves it to the template, which may have a default.
+        chat_template_kwargs: options of the template, such as enable_thinking.
+        add_bos: begin a prompt without a chat template with the tokenizer's beginning-of-text token; null means: where
+            the tokenizer itself does. Search-R1 does not.
         block: texts of the hindsight block.
     """
 
@@ -73,6 +81,9 @@ class Protocol(Pluggable):
         refine: bool = False,
         question_mark: bool = True,
         use_chat_template: bool | None = None,
+        system: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        add_bos: bool | None = None,
         block: BlockTemplates = BlockTemplates(),  # noqa: B008  (frozen)
     ) -> None:
         if "{question}" not in prompt:
@@ -87,6 +98,8 @@ class Protocol(Pluggable):
         check_fields("passage_template", passage_template, "index", "title", "text", "contents")
         self.invalid_message, self.question_mark = invalid_message, question_mark
         self.use_chat_template, self.block = use_chat_template, block
+        self.system, self.add_bos = system, add_bos
+        self.chat_template_kwargs: Mapping[str, Any] = dict(chat_template_kwargs or {})
         self.policy_tags = ("think", "search", "answer", *(("refine",) if refine else ()))
 
     @property
@@ -115,9 +128,13 @@ class Protocol(Pluggable):
         if self.use_chat_template is True and template is None:
             raise ConfigError("model.protocol.use_chat_template is true, but the tokenizer has no chat template.")
         if template is not None and self.use_chat_template is not False:
-            turns = [{"role": "user", "content": text}]
-            text = str(codec.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        return codec.encode(text)
+            turns = [{"role": "system", "content": self.system}] if self.system is not None else []
+            turns.append({"role": "user", "content": text})
+            options = {**self.chat_template_kwargs, "add_generation_prompt": True, "tokenize": False}
+            return codec.encode_prompt(str(codec.tokenizer.apply_chat_template(turns, **options)))
+        if self.system is not None:
+            raise ConfigError("model.protocol.system: expected a tokenizer with a chat template, found one without.")
+        return (*(() if self.add_bos is False else codec.bos_ids), *codec.encode_prompt(text))
 
     def format_passages(self, passages: Iterable[Passage]) -> str:
         """Passages as one text, without the documents tag: byte for byte what Search-R1 writes, by default."""
@@ -172,17 +189,29 @@ class Protocol(Pluggable):
         """
         block = self.render_block(codec, demonstration.siblings)
         spans = [Span(SpanKind.PROMPT, self.prompt_ids(codec, demonstration.question.text, block))]
-        for kind, text in demonstration.turns:
-            if kind is SpanKind.OBSERVATION:
-                spans.append(Span(kind, self.observation_ids(codec, text)))
-                continue
-            tag = _TURN_TAGS[kind]
-            spans += [
-                Span(SpanKind.SCAFFOLD, codec.encode(f"<{tag}>")),
-                Span(kind, codec.encode_data(f" {text} ")),
-                Span(SpanKind.SCAFFOLD, codec.encode(f"</{tag}>")),
-            ]
+        for is_observation, elements in groupby(demonstration.turns, lambda turn: turn[0] is SpanKind.OBSERVATION):
+            if is_observation:
+                spans += [Span(kind, self.observation_ids(codec, text)) for kind, text in elements]
+            else:
+                spans += self._written_spans(codec, [(kind, _TURN_TAGS[kind], text) for kind, text in elements])
         return tuple(spans)
+
+    def _written_spans(self, codec: TokenCodec, parts: Sequence[tuple[SpanKind, str, str]]) -> list[Span]:
+        """A turn in one piece; where the tokenizer takes words apart at spaces only, tag by tag, which is the same."""
+        if not codec.is_lossless:
+            return [
+                span
+                for kind, tag, text in parts
+                for span in (
+                    Span(SpanKind.SCAFFOLD, codec.encode(f"<{tag}>")),
+                    Span(kind, codec.encode_data(f" {text} ")),
+                    Span(SpanKind.SCAFFOLD, codec.encode(f"</{tag}>")),
+                )
+            ]
+        turn, regions = written_turn(codec, parts)
+        kinds = turn.kinds(regions, re.compile("|".join(map(re.escape, self.tags))), codec.special_ids)
+        runs = groupby(zip(kinds, turn.token_ids, strict=True), key=lambda row: row[0])
+        return [Span(kind, tuple(token_id for _, token_id in run)) for kind, run in runs]
 
 
 class SearchR1Protocol(Protocol):

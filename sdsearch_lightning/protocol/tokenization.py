@@ -2,22 +2,25 @@
 
 Our own text (prompts, tags) is encoded as it stands. Text from outside (questions, passages, siblings' queries) first
 has every control string broken by one space after its first character, so that no tokenizer, whole-word or byte-level,
-can make a tag or a special token of it: `<answer>` becomes `< answer>`.
+can make a tag or a special token of it: `<answer>` becomes `< answer>`. What counts is what comes out: a tokenizer that
+normalizes can make a tag of full-width or upper-case look-alikes, so its tokens are read back, and broken again.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdsearch_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MAX_PENDING = 4  # bytes of the longest UTF-8 character: an incomplete one is resolved by then, or never
+_ROUNDS = 4
+"""How often text is broken anew because tokenizing it brought a control string out."""
 
 
 class TokenCodec:
@@ -26,21 +29,24 @@ class TokenCodec:
     Args:
         tokenizer: any fast tokenizer.
         tags: every tag of the protocol; each must survive encode and decode.
+        eos_ids: tokens that end a turn, beside those that the tokenizer and its chat template end one with.
 
     Raises:
         ConfigError: the tokenizer is slow, or cannot spell a tag.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Sequence[str], eos_ids: Iterable[int] = ()) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
                 f"Expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}: token offsets need one."
             )
         self.tokenizer = tokenizer
         # A copy: calls of the tokenizer elsewhere, or its own file, may leave it truncating or padding.
-        self._backend = deepcopy(tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._beginning = deepcopy(tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
+        self._beginning.no_truncation()
+        self._beginning.no_padding()
+        self._backend = continuing(self._beginning)
+        self._normalizes = self._backend.normalizer is not None
         # Added tokens that are not special can be control tokens too (<tool_call>), or plain runs of spaces.
         added = [
             t.content for t in tokenizer.added_tokens_decoder.values() if t.special or re.match("<.+>$", t.content)
@@ -49,8 +55,22 @@ class TokenCodec:
         self.control_strings = tuple(sorted(controls, key=lambda text: (-len(text), text)))
         self._control = re.compile("|".join(map(re.escape, self.control_strings)))
         self.special_ids = frozenset(tokenizer.all_special_ids)
-        self.eos_id: int | None = tokenizer.eos_token_id
+        ends = (tokenizer.eos_token_id, closing_token(tokenizer), *eos_ids)
+        self.eos_ids = tuple(dict.fromkeys(token_id for token_id in ends if token_id is not None))
+        """Tokens that end a turn, in any of their senses: of text, of a chat's turn."""
+        self.bos_ids = self._bos()
+        """What the tokenizer itself puts before a text; empty for most."""
         self._check(tags)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends text; None where the tokenizer has none."""
+        return self.eos_ids[0] if self.eos_ids else None
+
+    def _bos(self) -> tuple[int, ...]:
+        plain, marked = (self._beginning.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        before = next((i for i in range(len(marked)) if marked[i : i + len(plain)] == plain), 0)
+        return tuple(marked[:before])
 
     def _check(self, tags: Sequence[str]) -> None:
         for tag in tags:
@@ -62,17 +82,37 @@ class TokenCodec:
                 )
         self.split_tags = tuple(tag for tag in tags if len(self.encode(tag)) > 1)
         """Tags of several tokens: legal, since boundaries are found by text offsets; straddling tokens are SCAFFOLD."""
+        text = f"{''.join(tags[:2])} a,\n\n  b{tags[0]}"
+        self.is_lossless = self.decode(self.encode(text)) == text
+        """Whether text comes back as it was, white space included."""
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of our own text: tags and special tokens in it are meant. Nothing is added around it."""
+        """Token ids of our own text, within a rollout: tags in it are meant, nothing is added around it."""
         return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        """Token ids of our own text at the beginning of a rollout, as the tokenizer itself begins a text."""
+        return tuple(self._beginning.encode(text, add_special_tokens=False).ids)
 
     def encode_data(self, text: str) -> tuple[int, ...]:
         """Token ids of text from outside, as data: no control token comes of it."""
         return self.encode(self.neutralize(text))
 
     def neutralize(self, text: str) -> str:
-        """`text` with each control string broken by a space after its first character."""
+        """`text` with each control string broken by a space after its first character, and with no other that it hides.
+
+        A look-alike that the tokenizer turns into a control string is broken where it comes out: the text is then the
+        tokenizer's reading of it.
+        """
+        text = self._broken(text)
+        for _ in range(_ROUNDS if self._normalizes else 0):
+            read = self.decode(self.encode(text))
+            if not self.holds_control(read):
+                return text
+            text = self._broken(read)
+        return text if not self._normalizes else text.replace("<", " ")
+
+    def _broken(self, text: str) -> str:
         return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def holds_control(self, text: str) -> bool:
@@ -84,35 +124,53 @@ class TokenCodec:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
 
 
-class TurnText:
-    """Decodes one turn token by token and remembers which characters each token covers.
+def closing_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template closes what the assistant said; None without one."""
+    from jinja2 import TemplateError
 
-    A character whose bytes are spread over several tokens belongs to all of them. Each step decodes a few tokens only,
-    so a turn costs linear time.
+    said = "something"
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, TypeError, ValueError):  # a template that wants other turns
+        return None
+    ids = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return next((token_id for token_id in ids if token_id in added), None)
+
+
+def continuing(backend: Any) -> Any:
+    """The tokenizer as it is within a text: SentencePiece's, and some others, would begin every piece with a space.
+
+    Args:
+        backend: of the `tokenizers` library.
+
+    Returns:
+        A changed copy; the same where it begins nothing with a space.
     """
+    from tokenizers import Tokenizer
 
-    def __init__(self, codec: TokenCodec) -> None:
-        self._codec = codec
-        self.token_ids: list[int] = []
-        self.text = ""
-        self._ranges: list[tuple[int, int]] = []
-        self._window = 0  # first token of the decoding window: one resolved piece of left context
-        self._resolved = 0  # tokens whose characters are known
+    spec = json.loads(backend.to_str())
+    inside = {
+        "normalizer": _without(spec["normalizer"], lambda part: part["type"] == "Prepend"),
+        "pre_tokenizer": _without(spec["pre_tokenizer"]),
+        "decoder": _without(spec["decoder"], lambda part: part["type"] == "Strip" and part.get("start")),
+    }
+    if all(spec[name] == part for name, part in inside.items()):
+        return backend
+    return Tokenizer.from_str(json.dumps(spec | inside))
 
-    def push(self, token_id: int) -> None:
-        """Append one token; `text` grows unless it ends inside a character."""
-        self.token_ids.append(token_id)
-        context = self._codec.decode(self.token_ids[self._window : self._resolved])
-        piece = self._codec.decode(self.token_ids[self._window :])[len(context) :]
-        pending = len(self.token_ids) - self._resolved
-        if piece.endswith("�") and pending < _MAX_PENDING:
-            return
-        start, self.text = len(self.text), self.text + piece
-        self._ranges += [(start, len(self.text))] * pending
-        self._window, self._resolved = self._resolved, len(self.token_ids)
 
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """(start, end) character range of each token; tokens of an unfinished character stand at the end of `text`."""
-        rest = len(self.token_ids) - self._resolved
-        return self._ranges + [(len(self.text), len(self.text))] * rest
+def _without(part: Any, is_left_out: Callable[[Any], bool] = lambda part: False) -> Any:
+    """A component without the parts that are left out, and without prefixes of its own."""
+    if part is None or is_left_out(part):
+        return None
+    unprefixed = {"prepend_scheme": "never", "add_prefix_space": False}
+    changed = {name: unprefixed.get(name, value) for name, value in part.items()}
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if name in part:
+            kept = (_without(child, is_left_out) for child in part[name])
+            changed[name] = [child for child in kept if child is not None]
+    return changed
