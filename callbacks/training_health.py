@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sdsearch_lightning.callbacks.health_defaults import RULES
 from sdsearch_lightning.callbacks.health_rules import Action, Watch, make_rules
 from sdsearch_lightning.callbacks.jsd_weight_scheduler import JSDWeightScheduler
 from sdsearch_lightning.checkpoints.writing import name_again
@@ -29,7 +30,7 @@ ALWAYS = (SCORE, "train/loss", "train/grad_norm", "train/skipped_updates")
 
 
 class TrainingHealth(pl.Callback):
-    """Judges every training step by named rules (`health_rules.RULES`) and logs `health/alerts`.
+    """Judges every training step by named rules (`health_defaults.RULES`) and logs `health/alerts`.
 
     A rule raises its alarm once per episode: after `patience` steps out of bounds, until as many within them. A metric
     that a step does not log leaves its rules as they are. All ranks judge the means over ranks, so they act together.
@@ -64,7 +65,7 @@ class TrainingHealth(pl.Callback):
         for name, factor in (("lr_factor", lr_factor), ("jsd_factor", jsd_factor)):
             if not 0 <= factor <= 1:
                 raise ConfigError(f"TrainingHealth.{name}: expected a factor from 0 to 1, found {factor}.")
-        self.action, self.rules = action, make_rules(rules or {})
+        self.action, self.rules = action, make_rules(RULES, rules or {})
         self.lr_factor, self.jsd_factor, self.keep_best = lr_factor, jsd_factor, keep_best
         self.watches = {name: Watch() for name in self.rules}
         self._names = sorted({rule.metric for rule in self.rules.values()} | set(ALWAYS))
@@ -83,6 +84,13 @@ class TrainingHealth(pl.Callback):
         if owners and owners[0] is not self._jsd_owner:
             self._jsd_owner, self._jsd_weight = owners[0], owners[0].weight
         self._set_jsd_weight()
+        ids = getattr(pl_module, "environment_ids", None)
+        blind = [name for name, rule in self.rules.items() if rule.metric.startswith("distill/environment_mass")]
+        if ids is not None and not len(ids) and blind:
+            rank_zero_warn(
+                f"TrainingHealth: {' and '.join(blind)} see nothing here: with this tokenizer the documents tag is "
+                "several tokens, and their metrics are left out. tagged_queries still watches the queries themselves."
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -24,12 +24,12 @@ from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Tr
 class TrajectoryLog(Callback):
     """Appends one JSON line per rollout to `runs/<name>/trajectories.jsonl`.
 
-    `step` of a training rollout is the 0-based index of its rollout batch; that of an evaluation is the number of
-    rollout batches trained on before it. Rank r > 0 writes `trajectories.rank<r>.jsonl`.
+    Steps are those of metrics.csv: rollouts of the n-th training batch stand under step n, those of an evaluation under
+    the number of batches trained on before it. Rank r > 0 writes `trajectories.rank<r>.jsonl`.
 
     Args:
         path: file to append to; None: trajectories.jsonl in the run folder (`trainer.default_root_dir`).
-        every_n_steps: write the rollouts of every n-th training step.
+        every_n_steps: write the rollouts of every n-th training step, the first included.
         max_per_step: at most this many rollouts per training step and rank; None: all of them.
         val_questions: a validation between the first and the last of a `fit` writes only its first so many questions,
             so that a few are followed through the run; None: all. The first and the last validation, and `validate`,
@@ -60,14 +60,14 @@ class TrajectoryLog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Writes the rollouts of a training batch; all of them, as phase "skipped", where its update was not finite."""
-        step = trainer.global_step - 1  # Lightning has already counted this batch
+        step = trainer.global_step  # Lightning has already counted this batch
         if _has_rollouts(batch) and batch.skipped_updates:
             self._append(trainer, self._records(trainer, pl_module, batch, batch.groups, "skipped", step))
             rank_zero_warn(
                 f"Step {step}: the gradient was not finite, so {batch.skipped_updates} update(s) were skipped and no "
                 'weight changed. The batch is in trajectories.jsonl, phase "skipped".'
             )
-        if _has_rollouts(batch) and step % self.every_n_steps == 0:
+        if _has_rollouts(batch) and (step - 1) % self.every_n_steps == 0:
             records = self._records(trainer, pl_module, batch, batch.groups, "train", step)
             self._append(trainer, islice(records, self.max_per_step))
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -46,6 +46,7 @@ from sdsearch_lightning.step.metrics import (
     StepTally,
     step_means,
 )
+from sdsearch_lightning.step.old_logprobs import OldLogprobs, read_logprobs, with_old_logprobs
 from sdsearch_lightning.step.policy_terms import PolicyTerms
 from sdsearch_lightning.step.student import StepSums as StepSums, Student
 from sdsearch_lightning.step.taught_spans import Positions
@@ -53,7 +54,7 @@ from sdsearch_lightning.step.teacher_rows import TeacherRows, join, summarize_te
 from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
 from sdsearch_lightning.training.options import OptimizerSpec
 from sdsearch_lightning.training.policy_module import PolicyModule
-from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
+from sdsearch_lightning.types import HindsightBlock, InstanceId, RolloutGroup, StepBatch, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         aggregation_norm: length that a row's sum is divided by; for seq-mean-token-sum-norm.
         temperature: of the rollouts; log-probs in the loss are taken at it. Linked to rollout.temperature.
         num_updates: optimizer steps per rollout batch, each on its own share of the groups.
+        old_logprobs: what the ratio of later updates is taken against: the engine's own log-probs (`engine`), or those
+            of a pass of the trainer before the first update (`trainer`, as verl does). With tis_cap always the latter.
         args: model_name_or_path, where it is not given by name.
         options: the other options of `PolicyModule`.
     """
@@ -103,6 +106,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         aggregation_norm: float | None = None,
         temperature: float = 1.0,
         num_updates: int = 1,
+        old_logprobs: Literal["engine", "trainer"] = "engine",
         **options: Any,
     ) -> None:
         super().__init__(*args, optimizers=[OptimizerSpec(optimizer)], **options)
@@ -114,6 +118,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         self.positions = positions
         self.policy_terms = PolicyTerms(clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature)
         self.aggregation, self.aggregation_norm, self.num_updates = aggregation, aggregation_norm, num_updates
+        self._needs_old_logprobs = num_updates > 1 and (old_logprobs == "trainer" or tis_cap is not None)
         self.jsd_weight = 0.0
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
         self.reference: Policy | Reference | None = None  # both copies are made in `attach`
@@ -155,9 +160,10 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         tally, credits = StepTally(), Credits()
         learning_rate = self.learning_rate  # of this step: the schedule moves on with its last update
         self.teacher.begin_batch(self.policy)
+        known = self.policy_logprobs(groups) if self._needs_old_logprobs else None
         for update in range(self.num_updates):
             share = slice(*(len(groups) * i // self.num_updates for i in (update, update + 1)))
-            micro_batches = self.micro_batches(groups[share], blocks[share], on_policy=update == 0)
+            micro_batches = self.micro_batches(groups[share], blocks[share], update == 0, known)
             self.backward_all(micro_batches, lambda micro: self._loss(micro, tally, credits))
             done = self.apply_gradients(last=update == self.num_updates - 1)
             if math.isfinite(done.norm):
@@ -174,9 +180,20 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         self._log_step(tally, blocks, learning_rate)
 
     def micro_batches(
-        self, groups: Sequence[RolloutGroup], blocks: Sequence[HindsightBlock | None], on_policy: bool
+        self,
+        groups: Sequence[RolloutGroup],
+        blocks: Sequence[HindsightBlock | None],
+        on_policy: bool,
+        old_logprobs: OldLogprobs | None = None,
     ) -> list[_MicroBatch]:
-        """One update's micro-batches, as many on every rank: weights first, from global counts, then the split."""
+        """One update's micro-batches, as many on every rank: weights first, from global counts, then the split.
+
+        Args:
+            groups: of the update.
+            blocks: one per group; None = not taught.
+            on_policy: whether the policy is still the one that sampled.
+            old_logprobs: from `policy_logprobs`, where the update needs them.
+        """
         several, dtype = self.trainer.world_size > 1, self.policy.dtype
         weighed = weigh(
             groups,
@@ -187,12 +204,23 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             self.positions,
             dtype,
         )
+        if old_logprobs is not None:
+            weighed = with_old_logprobs(weighed, old_logprobs)
         parts = split_groups(weighed, self.max_micro_batch_tokens, self.policy.layout.size)
         batches = [_MicroBatch(part, replace(self.collate(part), on_policy=on_policy)) for part in parts]
         batches = self.equalize(batches, _MicroBatch((), filler(dtype)))
         if self.policy.is_sharded and self.jsd_weight > 0:
             batches = [_MicroBatch(micro.rollouts, with_idle_teacher(micro.batch)) for micro in batches]
         return [_MicroBatch(micro.rollouts, micro.batch.to(self.device)) for micro in batches]
+
+    def policy_logprobs(self, groups: Sequence[RolloutGroup]) -> OldLogprobs:
+        """Log-probs of the rollouts' tokens under the present policy, at the temperature of the rollouts."""
+        micro_batches = self.micro_batches(groups, [None] * len(groups), on_policy=True)
+        temperature = self.policy_terms.temperature
+        found: dict[tuple[InstanceId, int], Tensor] = {}
+        for micro in micro_batches:
+            found |= read_logprobs(self.policy, micro.batch, micro.rollouts, temperature)
+        return found
 
     def collate(self, rollouts: Sequence[WeightedRollout]) -> SearchBatch:
         """One micro-batch; the teacher's side is left out while the JSD weighs nothing."""
@@ -252,7 +280,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         values = torch.tensor([tally.sums[name] for name in names], dtype=torch.float64)
         if self.trainer.world_size > 1:
             values = self.sum_over_ranks(values)
-        means = step_means(dict(zip(names, values.tolist(), strict=True)), self.num_updates)
+        totals = dict(zip(names, values.tolist(), strict=True))
+        means = step_means(totals, self.num_updates, sees_tags=len(self.environment_ids) > 0)
         applied = max(self.num_updates - tally.skipped, 1)
         means |= {
             **{f"train/{name}": tally.sums[name] / applied for name in ("grad_norm", "update_ratio")},

@@ -48,7 +48,7 @@ def make_record(
         trajectory: the finished rollout.
         decode: makes the text of a span from its ids.
         phase: train, val, val_sampled, test, test_sampled, predict or predict_sampled.
-        step: train: 0-based index of the rollout batch; otherwise the number of rollout batches trained on before.
+        step: as in metrics.csv: n for the n-th training batch, and for an evaluation after n of them.
         rank: the process that ran it.
         block: the hindsight text that the teacher of this group read.
         credit: what the teacher said of the executed queries; None where no teacher was asked.
@@ -145,8 +145,7 @@ def _cut_file(path: Path, step: int) -> None:
             while end > 0:
                 start = lines.rfind(b"\n", 0, end - 1) + 1
                 record = json.loads(lines[start:end])
-                # A training step is counted from 0: that of the checkpoint after n steps is n - 1.
-                if record["step"] < step + (record["phase"] not in ("train", "skipped")):
+                if record["step"] <= step:
                     break
                 end = start
         file.truncate(end)

@@ -191,7 +191,7 @@ def _named(value: Any) -> str | None:
 
 def _after_warmup(training: Training) -> str | None:
     weight, warmup = training.get("jsd.weight"), training.get("jsd.warmup_steps")
-    return None if weight is None else f"{weight:g}, from step {warmup} on" if weight and warmup else f"{weight:g}"
+    return None if weight is None else f"{weight:g}, after {warmup} steps" if weight and warmup else f"{weight:g}"
 
 
 def _scores(training: Training) -> str | None:

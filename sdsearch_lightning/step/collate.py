@@ -58,6 +58,8 @@ class SearchBatch:
     """[Q] index into the teacher's tokens, paired with `query_row`."""
     on_policy: bool = False
     """Whether the policy is still the one that sampled: the ratio is then 1 by construction."""
+    old_logprobs: Tensor | None = None
+    """[T] log-probs under the trainer's own policy before the first update; None where the engine's stand for them."""
 
     @property
     def token_ids(self) -> Tensor:
@@ -90,6 +92,8 @@ class WeightedRollout:
     query_weight: float
     """Weight of each of its query tokens in the JSD loss; 0 where its group is not taught."""
     block: HindsightBlock | None
+    old_logprobs: Tensor | None = None
+    """[T] see `SearchBatch.old_logprobs`."""
 
 
 def weigh(
@@ -195,10 +199,16 @@ def collate(
             [SPAN_KINDS.index(span.kind) for t in trajectories for span in t.spans for _ in span.token_ids]
         ),
         taught=taught,
+        old_logprobs=_joined([rollout.old_logprobs for rollout in rollouts]),
     )
     if teacher_prompt is None or not len(batch.query_row):
         return batch
     return _with_teacher(batch, trajectories, offsets, rows, teacher_prompt, cut_teacher)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
 
 
 def _judged_tokens(trajectories: Sequence[Trajectory], part: TaughtSpans) -> list[int]:

@@ -110,13 +110,14 @@ def distillation_sums(
     }
 
 
-def step_means(totals: Mapping[str, float], num_updates: int) -> dict[str, float]:
+def step_means(totals: Mapping[str, float], num_updates: int, sees_tags: bool = True) -> dict[str, float]:
     """Metric keys and values of a step from its sums over all micro-batches and ranks.
 
     Args:
         totals: sums by the names above. Losses are sums of weighted terms, so their totals are the losses themselves,
             once per update.
         num_updates: updates the totals cover.
+        sees_tags: whether the environment has a tag of one token, whose probability says something.
     """
     tokens = max(totals["policy_tokens"], 1.0)
     means = {f"train/{name}": totals[name] / num_updates for name in ("loss", "policy_loss", "kl", "entropy_loss")}
@@ -138,6 +139,9 @@ def step_means(totals: Mapping[str, float], num_updates: int) -> dict[str, float
             "distill/student_entropy": totals["student_entropy"] / queries,
             "distill/teacher_entropy": totals["teacher_entropy"] / queries,
             "distill/entropy_gap": (totals["student_entropy"] - totals["teacher_entropy"]) / queries,
+        }
+    if queries and sees_tags:
+        means |= {
             "distill/environment_mass_student": totals["environment_mass_student"] / queries,
             "distill/environment_mass_teacher": totals["environment_mass_teacher"] / queries,
         }

@@ -48,12 +48,12 @@ class PolicyTerms:
     ) -> tuple[Terms[Tensor], dict[str, Tensor]]:
         """The terms of some of a micro-batch's tokens, and the sums of their metrics; those of its parts add up.
 
-            min(pi_now / pi_engine, tis_cap) * clipped_surrogate(pi, pi_old, A)
+            min(pi_old / pi_engine, tis_cap) * clipped_surrogate(pi, pi_old, A)
 
-        The first factor is there only with `tis_cap`, and carries no gradient (truncated importance sampling: it
-        corrects for an engine whose numerics differ from the trainer's; in one process both agree and it is 1).
-
-        The ratio's denominator is the policy itself while it is the one that sampled, else the engine's log-probs.
+        pi_old is the trainer's own policy before the first update: the policy itself in that update, and what the batch
+        remembers of it in later ones; where it remembers nothing, the engine's log-probs stand for it. The first factor
+        is there only with `tis_cap`, and carries no gradient (truncated importance sampling: it corrects for an engine
+        whose numerics differ from the trainer's; where both agree it is 1, in every update).
 
         Args:
             logits: [R, V] of the current policy, with gradient.
@@ -68,9 +68,11 @@ class PolicyTerms:
         weight, engine = batch.policy_weight[rows], batch.sampled_logprobs[rows]
         current = at_tokens(logprobs, batch.token_ids[rows])
         old = current.detach() if batch.on_policy else engine
+        if not batch.on_policy and batch.old_logprobs is not None:
+            old = batch.old_logprobs[rows]
         values = clipped_surrogate(current, old, batch.advantages[rows], self.clip_low, self.clip_high)
         if self.tis_cap is not None:
-            values = values * (current.detach() - engine).exp().clamp(max=self.tis_cap)
+            values = values * (old - engine).exp().clamp(max=self.tis_cap)
         nothing = current.new_zeros(())
         terms = Terms(policy_loss=(values * weight).sum(), kl=nothing, entropy_loss=nothing, jsd_loss=nothing)
         if reference is not None:

@@ -98,7 +98,7 @@ def test_the_text_holds_settings_scores_versions_and_a_way_to_load_it(tmp_path: 
         "| training data | SearchDataModule: nq, owner/multi-hop, own.jsonl, data/more.jsonl |",
         "| retriever | DenseRetriever |",
         "| optimizer | AdamW, learning rate 1e-06 |",
-        "| JSD weight | 0.001, from step 50 on |",
+        "| JSD weight | 0.001, after 50 steps |",
         "On 128 held-out questions, greedy decoding, at most 4 searches, seed 3; before is the initial model.",
         "| exact match | 0.250 | 0.500 |",
         "| F1 |  | 0.625 |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -75,19 +76,27 @@ def test_without_coefficients_there_is_no_entropy_term(monkeypatch):
 
 
 def test_truncated_importance_sampling_by_hand():
+    """min(pi_old / pi_engine, cap) * surrogate(pi / pi_old): the trainer's own old policy is in both."""
     groups = three_groups()
     plain, capped, wide = (make_module(tis_cap=cap) for cap in (None, 0.5, 1e9))
     (batch,) = micro_batches(plain, groups)
     rows = (batch.policy_weight != 0).nonzero()[:, 0]
     logits = plain.policy.logits(batch.sequences, rows)
     now = logits.log_softmax(-1).gather(1, batch.token_ids[rows][:, None])[:, 0]
-    ratio = (now - batch.sampled_logprobs[rows]).exp()
-    adv, weight = batch.advantages[rows], batch.policy_weight[rows]
-    value = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv) * weight
-    for module, cap in ((plain, None), (capped, 0.5), (wide, 1e9)):
-        factor = 1.0 if cap is None else ratio.clamp(max=cap)
-        assert sums(module, batch).policy_loss.item() == pytest.approx((value * factor).sum().item(), abs=1e-12)
-    assert sums(capped, batch).policy_loss.item() != pytest.approx(sums(wide, batch).policy_loss.item())
+    old = torch.zeros_like(batch.sampled_logprobs)
+    old[rows] = now.detach() - 0.1 * torch.sin(torch.arange(len(rows)))
+    engine, adv, weight = batch.sampled_logprobs[rows], batch.advantages[rows], batch.policy_weight[rows]
+    later, first = replace(batch, old_logprobs=old), replace(batch, on_policy=True)
+    for update, reference in ((later, old[rows]), (first, now.detach())):
+        ratio = (now - reference).exp()
+        value = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv) * weight
+        for module, cap in ((plain, None), (capped, 0.5), (wide, 1e9)):
+            factor = 1.0 if cap is None else (reference - engine).exp().clamp(max=cap)
+            assert sums(module, update).policy_loss.item() == pytest.approx((value * factor).sum().item(), abs=1e-12)
+        assert sums(capped, update).policy_loss.item() != pytest.approx(sums(wide, update).policy_loss.item())
+    exact = replace(batch, sampled_logprobs=old, old_logprobs=old)
+    assert sums(wide, exact).policy_loss.item() == pytest.approx(sums(plain, exact).policy_loss.item(), abs=1e-14)
+    assert sums(wide, batch).policy_loss.item() == sums(plain, batch).policy_loss.item(), "nothing known: no correction"
 
 
 def total(terms, jsd_weight=0.0, **options):

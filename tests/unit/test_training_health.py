@@ -16,7 +16,8 @@ import torch
 from test_metric_names import PAGE, read_page
 
 from sdsearch_lightning.callbacks import JSDWeightScheduler, TrainingHealth
-from sdsearch_lightning.callbacks.health_rules import RULES, SETTLE, WATCHABLE
+from sdsearch_lightning.callbacks.health_defaults import RULES
+from sdsearch_lightning.callbacks.health_rules import SETTLE, WATCHABLE
 from sdsearch_lightning.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You're resuming from")

@@ -1,0 +1,166 @@
+"""The default rules of TrainingHealth.
+
+Sources of the default rules: collapses reported for GRPO on search (Search-R1 issues 88, 89 and 92, ZeroSearch 23,
+ConvSearch-R1 6; arXiv:2512.04220) and for self-distillation (SDPO issue 25; arXiv:2601.18734, OPSD: entropy; SSPO,
+RLCSD and CGTR: drift of length and turns), the loop of environment tokens on the embedded world, and the healthy
+ranges of docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+from sdsearch_lightning.callbacks.health_rules import HealthRule
+
+RULES: dict[str, HealthRule] = {
+    "not_finite": HealthRule(
+        metric="train/skipped_updates",
+        how="not_finite",
+        bound=0.0,
+        patience=1,
+        meaning="a gradient or a metric is not finite; such an update is skipped and changes no weight",
+        advice="see phase `skipped` in trajectories.jsonl; lower the learning rate or jsd.weight, or use float32",
+    ),
+    "entropy_collapse": HealthRule(
+        metric="train/entropy",
+        how="below",
+        bound=0.01,
+        patience=5,
+        meaning="the policy no longer explores, so groups become alike and nothing is learnt (OPSD)",
+        advice="lower the learning rate or jsd.weight, or set model.entropy_coef",
+    ),
+    "entropy_explosion": HealthRule(
+        metric="train/entropy",
+        how="above_average",
+        bound=2.0,
+        patience=2,
+        meaning="the policy dissolves",
+        advice="lower the learning rate; raise model.kl_coef",
+    ),
+    "logprob_gap": HealthRule(
+        metric="train/logprob_gap",
+        how="above",
+        bound=0.1,
+        patience=1,
+        meaning="rollouts are drawn from another policy than the one that is trained, or updates go far from it",
+        advice="see rollout.engine (stale weights, half precision); lower model.num_updates or the learning rate",
+    ),
+    "kl": HealthRule(
+        metric="train/kl",
+        how="above",
+        bound=1.0,
+        patience=2,
+        meaning="the policy is far from its start",
+        advice="lower the learning rate (5e-7 for 3B); raise model.kl_coef",
+    ),
+    "grad_norm": HealthRule(
+        metric="train/grad_norm",
+        how="above_average",
+        bound=10.0,
+        patience=2,
+        meaning="the gradient explodes, which came before the collapses of Search-R1",
+        advice="lower the learning rate; lengthen its warm-up",
+    ),
+    "update_ratio": HealthRule(
+        metric="train/update_ratio",
+        how="above",
+        bound=0.02,
+        patience=1,
+        meaning="one update moves the weights by a fiftieth of their length or more: it overwrites what was learnt",
+        advice="divide the learning rate by ten or more; lengthen its warm-up",
+    ),
+    "valid_actions": HealthRule(
+        metric="rollout/valid_action_rate",
+        how="below_best",
+        bound=0.8,
+        patience=1,
+        meaning="the format is being lost",
+        advice="go on from the best checkpoint with half the learning rate",
+    ),
+    "searches": HealthRule(
+        metric="rollout/searches_per_question",
+        how="below_best",
+        bound=0.5,
+        meaning="the policy stops to search and answers from memory (SSPO: turns 17.7 to 3.5)",
+        advice="look for answers in the hindsight block (rollout/gold_in_query); lower jsd.weight",
+    ),
+    "tagged_queries": HealthRule(
+        metric="rollout/tagged_query_rate",
+        how="above",
+        bound=0.1,
+        patience=2,
+        meaning="tags inside queries, the early form of a collapse",
+        advice="check that the JSD positions leave the closing tag out (model.positions); lower jsd.weight",
+    ),
+    "environment_mass": HealthRule(
+        metric="distill/environment_mass_student",
+        how="above_average",
+        bound=3.0,
+        patience=2,
+        at_least=2e-5,
+        meaning="tokens that only the environment writes become likelier in queries: the loop begins while it is small",
+        advice="check that the JSD positions leave the closing tag out (model.positions); lower jsd.weight",
+    ),
+    "teacher_environment_mass": HealthRule(
+        metric="distill/environment_mass_teacher",
+        how="above",
+        bound=0.05,
+        patience=1,
+        meaning="the teacher expects tokens that only the environment writes; the student follows within a few steps",
+        advice="check that the JSD positions leave the closing tag out (model.positions); lower jsd.weight",
+    ),
+    "jsd": HealthRule(
+        metric="distill/jsd",
+        how="above_average",
+        bound=2.0,
+        at_least=0.01,
+        meaning="student and teacher drift apart instead of together",
+        advice="lower jsd.weight, or use a teacher that moves slower (model.teacher)",
+    ),
+    "answers": HealthRule(
+        metric="rollout/answered_rate",
+        how="below_best",
+        bound=0.7,
+        patience=2,
+        meaning="rollouts end without an answer",
+        advice="look for loops in trajectories.jsonl; go on from the best checkpoint with half the learning rate",
+    ),
+    "truncation": HealthRule(
+        metric="rollout/truncated_rate",
+        how="above",
+        bound=0.5,
+        meaning="rollouts run into a budget: repetition, or budgets that are too small",
+        advice="look for loops in trajectories.jsonl; raise rollout.max_tokens or max_turn_tokens if there are none",
+    ),
+    "length": HealthRule(
+        metric="rollout/policy_tokens",
+        how="above_average",
+        bound=2.0,
+        meaning="rollouts grow at once: padding or repetition (RLCSD, CGTR: drift of length)",
+        advice="look for repetition in trajectories.jsonl; lower rollout.max_turn_tokens",
+    ),
+    "all_correct": HealthRule(
+        metric="rollout/all_correct_groups",
+        how="above",
+        bound=0.95,
+        patience=10,
+        meaning="the questions are used up: nothing is left to learn from",
+        advice="stop here, take harder questions, or set rollout.refill_attempts",
+    ),
+    "all_incorrect": HealthRule(
+        metric="rollout/all_incorrect_groups",
+        how="above",
+        bound=0.95,
+        patience=10,
+        meaning="the questions are too hard for this policy: no rollout shows the way",
+        advice="start from a better cold start, raise rollout.group_size, or take easier questions",
+    ),
+    "reward": HealthRule(
+        metric="rollout/reward",
+        how="below_best",
+        bound=0.7,
+        patience=1,
+        at_least=0.15,
+        meaning="what was learnt is being lost (stagnation, decay, collapse: arXiv:2512.04220)",
+        advice="go on from the best checkpoint with half the learning rate",
+    ),
+}
+"""The default rules."""
