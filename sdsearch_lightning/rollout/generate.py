@@ -8,7 +8,6 @@ the rollouts of a group are run once.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,7 @@ from transformers import DynamicCache
 
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import Engine, check_context, check_finite
-from sdsearch_lightning.rollout.sampling import sample
+from sdsearch_lightning.rollout.sampling import Draws, sample
 from sdsearch_lightning.types import RolloutRequest, Trajectory
 
 
@@ -26,7 +25,7 @@ class _Row:
 
     def __init__(self, request: RolloutRequest, conversation: Conversation) -> None:
         self.request, self.conversation = request, conversation
-        self.generator = random.Random(request.seed)
+        self.draws = Draws(request.seed)
         self.unread: list[int] = list(request.prompt_ids)
         self.length = 0  # tokens the model has read
         self.query: str | None = None  # waits for this search
@@ -125,7 +124,7 @@ class _Batch:
             tokens, logprobs = sample(
                 self._logits[active],
                 [self.rows[i].request.sampling for i in active],
-                [self.rows[i].generator for i in active],
+                [self.rows[i].draws for i in active],
             )
             drawn = list(zip(active, tokens.tolist(), logprobs.tolist(), strict=True))
             check_finite((self.rows[i].request, logprob) for i, _, logprob in drawn)

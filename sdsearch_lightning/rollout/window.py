@@ -28,7 +28,6 @@ Next: callbacks/hindsight_construction.py, once a group is scored.
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -41,7 +40,7 @@ from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import ReportProgress, WorkCounts, check_finite
 from sdsearch_lightning.rollout.kv_rows import KVRows, NewTokens, RowsAttention
-from sdsearch_lightning.rollout.sampling import sample
+from sdsearch_lightning.rollout.sampling import Draws, sample
 from sdsearch_lightning.rollout.search_pool import SearchPool, SearchResult
 from sdsearch_lightning.types import RolloutRequest, Trajectory
 
@@ -51,7 +50,7 @@ class Slot:
 
     def __init__(self, index: int, request: RolloutRequest, conversation: Conversation) -> None:
         self.index, self.request, self.conversation = index, request, conversation
-        self.generator = random.Random(request.seed)
+        self.draws = Draws(request.seed)
         self.unread: list[int] = list(request.prompt_ids)
         self.length = 0
         self.row = -1
@@ -248,7 +247,7 @@ class Window:
 
     def _draw(self, slots: Sequence[Slot], logits: Tensor) -> None:
         """Sample a token for each slot from its logits [m, V]."""
-        tokens, logprobs = sample(logits, [s.request.sampling for s in slots], [s.generator for s in slots])
+        tokens, logprobs = sample(logits, [s.request.sampling for s in slots], [s.draws for s in slots])
         drawn = list(zip(slots, tokens.tolist(), logprobs.tolist(), strict=True))
         check_finite((slot.request, logprob) for slot, _, logprob in drawn)
         for slot, token_id, logprob in drawn:
