@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from toys import PROTOCOL, QUESTION, make_trajectory
-
+from helpers.passages import PROTOCOL, QUESTION
+from helpers.trajectories import make_trajectory
 from sdsearch_lightning.hindsight import (
     BlockBuilder,
     CorrectOnly,
@@ -50,21 +50,22 @@ def searching(mark: str, *queries: str, label: Label | None, **assigned: Any) ->
     return make_trajectory(script, label=label, passages=passages, **assigned)
 
 
-def group(*trajectories: Trajectory, position: int = 0, question: Question = QUESTION) -> RolloutGroup:
+def siblings(*trajectories: Trajectory, position: int = 0, question: Question = QUESTION) -> RolloutGroup:
+    """The rollouts as one group about `question`, counted from 0."""
     rollouts = (
         replace(t, rollout_index=i, instance_id=(0, position), question=question) for i, t in enumerate(trajectories)
     )
     return RolloutGroup(question, (0, position), tuple(rollouts))
 
 
-MIXED = group(
+MIXED_SIBLINGS = siblings(
     searching("k0", "alpha", "beta", label=RIGHT),
     searching("k1", label=WRONG),
     searching("k2", "broken", label=None, stop_reason=StopReason.RETRIEVAL_ERROR),
     searching("k3", "gamma", label=WRONG),
     searching("k4", "delta", label=RIGHT),
 )
-OTHER = group(
+OTHER_SIBLINGS = siblings(
     searching("x0", "epsilon", label=WRONG),
     searching("x1", "zeta", label=WRONG),
     position=1,
@@ -72,19 +73,19 @@ OTHER = group(
 )
 
 
-def build(
+def build_blocks(
     codec: TokenCodec, builder: BlockBuilder, *groups: RolloutGroup, rule: GroupsRule = "all"
 ) -> list[HindsightBlock | None]:
-    return builder.build(groups or (MIXED, OTHER), rule, PROTOCOL, codec)
+    return builder.build(groups or (MIXED_SIBLINGS, OTHER_SIBLINGS), rule, PROTOCOL, codec)
 
 
-def block_of(codec: TokenCodec, builder: BlockBuilder, *groups: RolloutGroup) -> HindsightBlock:
-    block = build(codec, builder, *groups)[0]
+def first_block(codec: TokenCodec, builder: BlockBuilder, *groups: RolloutGroup) -> HindsightBlock:
+    block = build_blocks(codec, builder, *groups)[0]
     assert block is not None
     return block
 
 
-def texts(block: HindsightBlock, group: RolloutGroup = MIXED) -> dict[int, list[str]]:
+def teacher_texts(block: HindsightBlock, group: RolloutGroup = MIXED_SIBLINGS) -> dict[int, list[str]]:
     """What the teachers of each rollout read."""
     return {t.rollout_index: [view.text for view in block.views_of(t.rollout_index)] for t in group.trajectories}
 
@@ -92,4 +93,4 @@ def texts(block: HindsightBlock, group: RolloutGroup = MIXED) -> dict[int, list[
 def numbered(labels: Sequence[Label], position: int = 0, codec: TokenCodec | None = None) -> RolloutGroup:
     """A group of rollouts with these outcomes and one query each."""
     rollouts = (searching(f"k{i}", f"query_{i}", label=label, codec=codec) for i, label in enumerate(labels))
-    return group(*rollouts, position=position)
+    return siblings(*rollouts, position=position)

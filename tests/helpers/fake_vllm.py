@@ -9,47 +9,17 @@ from __future__ import annotations
 import math
 import os
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import metadata
-from pathlib import Path
+from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from toys import (
-    EOS,
-    PROTOCOL,
-    TalkativePolicy,
-    ToyRetriever,
-    make_request,
-    play,
-)
 
-from sdsearch_lightning.protocol.conversation import Conversation
+from helpers.models import TalkativePolicy
+from helpers.players import position_eighths
 from sdsearch_lightning.protocol.tokenization import TokenCodec
-from sdsearch_lightning.rollout import Engine, SearchPool
-from sdsearch_lightning.rollout import vllm as adapter
-from sdsearch_lightning.rollout.engine import run_awake
-from sdsearch_lightning.rollout.vllm import CLOSING_TAGS, VLLMEngine
-from sdsearch_lightning.types import Limits, Question, RolloutRequest, Sampling, Trajectory
-
-ROOT = Path(__file__).parent.parent
-LIMITS = Limits(max_searches=2, max_invalid_actions=1, max_turn_tokens=90, max_observation_tokens=70, max_tokens=900)
-GREEDY = Sampling(temperature=0.0)
-SCRIPTS = {
-    "where is Paris ?": ["hm <search> capital of France </search>", "<search> Rome </search>", "<answer> b </answer>"],
-    "who": [f"a {EOS}", "<search> capital of Italy </search>", "<answer> b </answer>"],
-    "capital of France": ["<answer> a b </answer>"],
-    "the city of Rome is where ?": ["<search> the city </search>", "a </search>", "<answer> Italy </answer>"],
-    "Paris is where ?": ["a </search>", "b </answer>"],  # one invalid action too many
-    "is Rome the city ?": ["a <search> Rome", "</search>", "<answer> a </answer>"],  # a turn in two outputs
-    "of the city ?": ["<search> a </search>", "<search> b </search>", "<search> a b </search>"],  # one too many
-}
-QUESTIONS = [Question(f"q{i}", text, ("Paris",)) for i, text in enumerate(SCRIPTS)]
 
 
 @dataclass(kw_only=True)
@@ -123,7 +93,7 @@ class FakeVLLM:
         def talk(ids: list[int], params: FakeSamplingParams) -> Iterator[tuple[int, float]]:
             prompt = next(p for p in turns if tuple(ids[: len(p)]) == p)
             for i, token_id in enumerate(next(turns[prompt], (self.codec.eos_id,))):
-                yield token_id, position_logprob(len(ids) + i)
+                yield token_id, position_eighths(len(ids) + i)
 
         self.talk = talk
 
@@ -231,94 +201,6 @@ class FakeLLM:
         return answers
 
 
-def position_logprob(position: int) -> float:
-    return -(position + 1) / 8
-
-
 def forward_row(policy: TalkativePolicy, ids: Sequence[int]) -> torch.Tensor:
     """Logits of the token after `ids`."""
     return policy._head(policy.model.get_decoder()(torch.tensor([ids])).last_hidden_state[0, -1])
-
-
-def install(world: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
-    monkeypatch.setitem(sys.modules, "vllm", world.module)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the engine sets it; this puts it back
-    pretend_version(monkeypatch, "0.30.1")
-    return world
-
-
-def pretend_version(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
-    real = metadata.version
-
-    def version(name: str) -> str:
-        if name != "vllm":
-            return real(name)
-        if found is None:
-            raise metadata.PackageNotFoundError(name)
-        return found
-
-    monkeypatch.setattr(adapter.metadata, "version", version)
-
-
-def attach(
-    engine: Engine,
-    world: FakeVLLM,
-    retriever: ToyRetriever | None = None,
-    limits: Limits = LIMITS,
-    **report: Any,
-) -> SearchPool:
-    pool = SearchPool(retriever or ToyRetriever(), top_k=2)
-    engine.attach(world.policy, lambda request: Conversation(request, PROTOCOL, world.codec, limits), pool, **report)
-    return pool
-
-
-def run(
-    world: FakeVLLM,
-    requests: Sequence[RolloutRequest],
-    retriever: ToyRetriever | None = None,
-    limits: Limits = LIMITS,
-    engine: Engine | None = None,
-) -> list[Trajectory]:
-    """As in a step: wake, sync, run, sleep."""
-    engine = engine or VLLMEngine("folder")
-    pool = attach(engine, world, retriever, limits)
-    trajectories = run_awake(engine, world.policy, requests)
-    pool.close()
-    return trajectories
-
-
-def scripted(world: FakeVLLM, sampling: Sampling = GREEDY, tail: str = "") -> list[RolloutRequest]:
-    """A rollout per script, which the fake now plays; `tail` is what the model would say after the end of a turn."""
-    requests = [make_request(world.codec, q, (0, i), 7, sampling) for i, q in enumerate(QUESTIONS)]
-
-    def turns(text: str) -> list[tuple[int, ...]]:
-        ends = [turn.endswith((*CLOSING_TAGS, EOS)) for turn in SCRIPTS[text]]
-        said = [turn + tail * end for turn, end in zip(SCRIPTS[text], ends, strict=True)]
-        return list(map(world.codec.encode, said))
-
-    world.play_turns({request.prompt_ids: turns(request.question.text) for request in requests})
-    return requests
-
-
-def by_conversation(world: FakeVLLM, request: RolloutRequest, limits: Limits, **options: Any) -> Trajectory:
-    """What the conversation alone makes of the same turns."""
-    conversation = Conversation(request, PROTOCOL, world.codec, limits)
-    if conversation.stop_reason is not None:
-        return conversation.finish()
-    search = options.get("search", lambda query: ToyRetriever().search([query], 2)[0])
-    return play(conversation, world.codec, SCRIPTS[request.question.text], search)
-
-
-def without_logprobs(trajectory: Trajectory) -> Trajectory:
-    spans = [replace(s, logprobs=(0.0,) * len(s.token_ids)) if s.sampled else s for s in trajectory.spans]
-    return replace(trajectory, spans=tuple(spans))
-
-
-def assert_played(world: FakeVLLM, trajectories: Sequence[Trajectory], expected: Sequence[Trajectory]) -> None:
-    """Token for token, every log-prob is that of its position, and each request held the rollout so far."""
-    assert list(map(without_logprobs, trajectories)) == list(map(without_logprobs, expected))
-    for trajectory in trajectories:
-        told = [position_logprob(i) if sampled else 0.0 for i, sampled in enumerate(trajectory.policy_mask)]
-        assert trajectory.sampled_logprobs == tuple(told)
-    wholes = [t.token_ids for t in trajectories]
-    assert all(any(whole[: len(ids)] == tuple(ids) for whole in wholes) for ids, _ in world.requests)

@@ -8,20 +8,27 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from training_data import PASSAGES, QUESTION, SCRIPTS, WORDS, demonstration, play
 
+from helpers.players import ScriptedEngine
+from helpers.training_rollouts import (
+    SCRIPTS,
+    TRAINING_PASSAGES,
+    TRAINING_QUESTION,
+    TRAINING_WORDS,
+    demonstration,
+)
+from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
 from sdsearch_lightning.datamodules import SearchDataModule
-from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.rollout import Engine
-from sdsearch_lightning.types import Demonstration, Label, Passage, Question, RolloutRequest, SiblingRecord, Trajectory
+from sdsearch_lightning.scoring.rewards import ExactMatchReward
+from sdsearch_lightning.types import Demonstration, Label, Passage, Question, SiblingRecord
 
 
 class Lookup:
     """A retriever that always finds the same."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        return [list(PASSAGES[:k]) for _ in queries]
+        return [list(TRAINING_PASSAGES[:k]) for _ in queries]
 
 
 class Broken(Lookup):
@@ -43,35 +50,25 @@ class ToyData(SearchDataModule):
         super().__init__(retriever=retriever or Lookup(), batch_size=batch_size)
 
     def questions(self, split: str) -> list[Question]:
-        return [replace(QUESTION, id=f"q{i}", text=f"{QUESTION.text} {WORDS[i]}") for i in range(12)]
+        return [
+            replace(TRAINING_QUESTION, id=f"q{i}", text=f"{TRAINING_QUESTION.text} {TRAINING_WORDS[i]}")
+            for i in range(12)
+        ]
 
     def demonstrations(self) -> list[Demonstration]:
         sibling = SiblingRecord(0, ("capital of Norway",), Label.INCORRECT)
         return [replace(demonstration((sibling,) * (i % 3)), question=q) for i, q in enumerate(self.questions("train"))]
 
     def vocabulary(self) -> tuple[str, ...]:
-        return tuple(WORDS)
+        return tuple(TRAINING_WORDS)
 
 
-class ScriptedEngine(Engine):
-    """Plays one of the scripts, drawn from the request's seed; log-probs are the policy's own."""
+class DrawnScripts(ScriptedEngine):
+    """Plays one of the texts, drawn from the request's seed; log-probs are the policy's own."""
 
-    def __init__(self, *scripts: str) -> None:
-        self.scripts = scripts or SCRIPTS
-
-    def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-        return [self._run(request) for request in requests]
-
-    def _run(self, request: RolloutRequest) -> Trajectory:
-        script = random.Random(request.seed).choice(self.scripts)
-        result = self.searches.submit(["x"]).result()[0]
-        draft = play(self.start(request), script, result)
-        sampled = torch.tensor(draft.policy_mask).nonzero()[:, 0]
-        logits = self.policy.logits(PackedSequences.pack([draft.token_ids]), sampled)
-        tokens = torch.tensor(draft.token_ids)[sampled]
-        temperature = request.sampling.temperature or 1.0
-        logprobs = (logits / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        return play(self.start(request), script, result, logprobs.tolist())
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts or SCRIPTS
+        super().__init__(lambda request: random.Random(request.seed).choice(self.texts), logprobs=None)
 
 
 class Record(pl.Callback):
@@ -101,3 +98,19 @@ def fit(module: Any, *callbacks: pl.Callback, data: Any = None, ckpt_path: Any =
     )
     trainer.fit(module, datamodule=data or ToyData(), ckpt_path=ckpt_path)
     return trainer
+
+
+# The method, on short scripts
+
+
+def grouping(engine: Engine | None = None, **options: Any) -> RolloutGrouping:
+    options = {"group_size": 4, "max_tokens": 160, "top_k": 2, "reward": ExactMatchReward()} | options
+    return RolloutGrouping(engine=engine or DrawnScripts(), **options)
+
+
+def taught(weight: float = 0.5, warmup_steps: int = 0, rule: Any = "all") -> list[Any]:
+    return [grouping(), HindsightConstruction(rule), JSDWeightScheduler(weight, warmup_steps)]
+
+
+def without_clocks(metrics: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in m.items() if "seconds" not in k and "per_second" not in k} for m in metrics]

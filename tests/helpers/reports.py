@@ -22,29 +22,32 @@ from sdsearch_lightning.types import (
     Trajectory,
 )
 
-WORDS = ["<pad>", *"<search> </search> <answer> </answer> where is ? Rome Oslo Italy capital of documents".split()]
+REPORT_WORDS = [
+    "<pad>",
+    *"<search> </search> <answer> </answer> where is ? Rome Oslo Italy capital of documents".split(),
+]
 
 
 class WordTokenizer:
     """Joins words with spaces, as a word-level tokenizer does."""
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(WORDS.index(word) for word in text.split())
+        return tuple(REPORT_WORDS.index(word) for word in text.split())
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
-        return " ".join(WORDS[token] for token in token_ids)
+        return " ".join(REPORT_WORDS[token] for token in token_ids)
 
 
-tokenizer = WordTokenizer()
+REPORT_TOKENIZER = WordTokenizer()
 
 
-def span(kind: SpanKind, text: str) -> Span:
-    token_ids = tokenizer.encode(text)
+def word_span(kind: SpanKind, text: str) -> Span:
+    token_ids = REPORT_TOKENIZER.encode(text)
     sampled = kind not in (SpanKind.PROMPT, SpanKind.OBSERVATION)
     return Span(kind, token_ids, (-0.5,) * len(token_ids) if sampled else None, sampled)
 
 
-def rollout(
+def city_rollout(
     answer: str | None = "Rome",
     *,
     instance_id: InstanceId = (0, 0),
@@ -54,19 +57,19 @@ def rollout(
 ) -> Trajectory:
     """A rollout that asks `queries` and answers "Rome" (right), another city or nothing."""
     question = question or Question("q0", "where is Rome ?", ("Rome",), "toy")
-    spans = [span(SpanKind.PROMPT, "where is Rome ?")]
+    spans = [word_span(SpanKind.PROMPT, "where is Rome ?")]
     for query in queries:
         spans += [
-            span(SpanKind.SCAFFOLD, "<search>"),
-            span(SpanKind.QUERY, query),
-            span(SpanKind.SCAFFOLD, "</search>"),
-            span(SpanKind.OBSERVATION, "documents Rome is capital of Italy"),
+            word_span(SpanKind.SCAFFOLD, "<search>"),
+            word_span(SpanKind.QUERY, query),
+            word_span(SpanKind.SCAFFOLD, "</search>"),
+            word_span(SpanKind.OBSERVATION, "documents Rome is capital of Italy"),
         ]
     if answer is not None:
         spans += [
-            span(SpanKind.SCAFFOLD, "<answer>"),
-            span(SpanKind.ANSWER, answer),
-            span(SpanKind.SCAFFOLD, "</answer>"),
+            word_span(SpanKind.SCAFFOLD, "<answer>"),
+            word_span(SpanKind.ANSWER, answer),
+            word_span(SpanKind.SCAFFOLD, "</answer>"),
         ]
     is_right = answer == "Rome"
     return Trajectory(
@@ -97,7 +100,9 @@ def credit(trajectory: Trajectory) -> tuple[TokenCredit, ...]:
 
 
 def write_records(path: Path, trajectories: Sequence[Trajectory], phase: str, step: int, **extra: Any) -> None:
-    append_records(path, [make_record(t, tokenizer.decode, phase=phase, step=step, **extra) for t in trajectories])
+    append_records(
+        path, [make_record(t, REPORT_TOKENIZER.decode, phase=phase, step=step, **extra) for t in trajectories]
+    )
 
 
 def write_metrics(folder: Path, rows: Sequence[dict[str, float]]) -> None:
@@ -122,9 +127,9 @@ def write_run(folder: Path) -> Path:
     path = folder / "trajectories.jsonl"
     for step, answer in ((0, "Oslo"), (12, "Rome")):
         for phase in ("val", "val_sampled"):
-            pair = [rollout(instance_id=(0, 0)), rollout(answer, instance_id=(0, 1))]
+            pair = [city_rollout(instance_id=(0, 0)), city_rollout(answer, instance_id=(0, 1))]
             write_records(path, pair, phase, step)
-    group = [rollout(instance_id=(0, 7), index=0), rollout("Oslo", instance_id=(0, 7), index=1)]
+    group = [city_rollout(instance_id=(0, 7), index=0), city_rollout("Oslo", instance_id=(0, 7), index=1)]
     for trajectory in group:
         write_records(path, [trajectory], "train", 2, block="[Rollout 1 | CORRECT]", credit=credit(trajectory))
     return folder

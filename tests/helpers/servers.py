@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from toys import ToyRetriever
 
+from helpers.passages import ToyRetriever
 from sdsearch_lightning.retrieval.server.app import create_app
 from sdsearch_lightning.retrieval.server.limits import ServerLimits
 from sdsearch_lightning.types import Passage

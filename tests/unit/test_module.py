@@ -8,18 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_data import (
-    drifted,
-    gradient,
-    make_module,
-    micro_batches,
-    step,
-    taught_batch,
-    three_groups,
-    tiny_model,
-    weights_of,
-)
 
+from helpers.models import tiny_model
+from helpers.training import drifted, gradient, make_module, micro_batches, step, taught_batch, weights_of
+from helpers.training_rollouts import three_groups
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.losses.terms import jensen_shannon

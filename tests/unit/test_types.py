@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from toys import QUESTION, make_trajectory
 
+from helpers.passages import QUESTION
+from helpers.trajectories import make_trajectory
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch
 
 GROUP = RolloutGroup(QUESTION, (0, 0), (make_trajectory(),))

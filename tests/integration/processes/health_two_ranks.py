@@ -11,7 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[3]))
 warnings.filterwarnings("ignore", ".*does not have many workers")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 

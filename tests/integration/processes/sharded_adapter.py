@@ -10,13 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[3]), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
-from training_data import make_module, step, taught_batch, tiny_model  # noqa: E402
 
+from helpers.models import tiny_model  # noqa: E402
+from helpers.training import make_module, step, taught_batch  # noqa: E402
 from sdsearch_lightning.module import SDSearchModule  # noqa: E402
 from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights  # noqa: E402
 

@@ -16,19 +16,20 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[3]), str(Path(__file__).parents[2])]
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
-from training_data import DIRECT, PROTOCOL, TOKENIZER, make_module, tiny_model  # noqa: E402
-from training_run import Record, ScriptedEngine, ToyData, fit  # noqa: E402
 
+from helpers.fits import DrawnScripts, Record, ToyData, fit  # noqa: E402
+from helpers.models import tiny_model  # noqa: E402
+from helpers.players import ScriptedEngine  # noqa: E402
+from helpers.training import make_module  # noqa: E402
+from helpers.training_rollouts import DIRECT, TRAINING_PROTOCOL, TRAINING_TOKENIZER  # noqa: E402
 from sdsearch_lightning import SDSearchModule  # noqa: E402
 from sdsearch_lightning.callbacks import (  # noqa: E402
     HindsightConstruction,
@@ -42,22 +43,14 @@ from sdsearch_lightning.policy.lora import LoRA  # noqa: E402
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher  # noqa: E402
 from sdsearch_lightning.scoring.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.training.options import Compute  # noqa: E402
-from sdsearch_lightning.types import RolloutRequest, Trajectory  # noqa: E402
 
 KEYS = ("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd", "distill/teacher_rows")
 
 
-class SilentAtOddPositions(ScriptedEngine):
+def silent_at_odd_positions() -> ScriptedEngine:
     """Searches at even positions only."""
-
-    def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-        searching = self.scripts
-        done = []
-        for request in requests:
-            self.scripts = (DIRECT,) if request.instance_id[1] % 2 else searching
-            done.append(self._run(request))
-        self.scripts = searching
-        return done
+    searching = DrawnScripts()
+    return ScriptedEngine(lambda r: DIRECT if r.instance_id[1] % 2 else searching.script(r), logprobs=None)
 
 
 VARIANTS: dict[str, dict] = {
@@ -108,7 +101,7 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     folder = Path(output).with_suffix(".model")
     if "LOCAL_RANK" not in os.environ:
         tiny_model(tie_word_embeddings=tied).save_pretrained(folder)
-        TOKENIZER.save_pretrained(folder)
+        TRAINING_TOKENIZER.save_pretrained(folder)
         if variant == "going_on":
             make_learned_adapter(tiny_model()).save_adapter("adapter")
     elif strategy == "fsdp2":
@@ -116,7 +109,7 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     module = SDSearchModule(
         model_name_or_path=str(folder),
         dtype="float64",
-        protocol=PROTOCOL,
+        protocol=TRAINING_PROTOCOL,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
         kl_coef=0.1,
         max_micro_batch_tokens=200,  # several micro-batches, and not equally many on both ranks
@@ -124,7 +117,7 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     )
     record = Record()
     grouping = RolloutGrouping(
-        group_size=3, top_k=2, max_tokens=160, reward=ExactMatchReward(), engine=SilentAtOddPositions()
+        group_size=3, top_k=2, max_tokens=160, reward=ExactMatchReward(), engine=silent_at_odd_positions()
     )
     method = HindsightConstruction(), JSDWeightScheduler(0.3, 0)
     devices = 1 if strategy == "one" else 2

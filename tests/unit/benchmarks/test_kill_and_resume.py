@@ -1,15 +1,10 @@
 """The comparison that benchmarks/kill_and_resume.py makes can fail, and its moments are reproducible."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
-    sys.path.insert(0, str(ROOT))
-from benchmarks.kill_and_resume import TARGETS, Kill, contents, differences  # noqa: E402
+from benchmarks.kill_and_resume import TARGETS, Kill, contents, differences
 
 
 @pytest.fixture

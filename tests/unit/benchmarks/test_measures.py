@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
-    sys.path.append(str(ROOT))
-
-from benchmarks.measures import (  # noqa: E402
+from benchmarks.measures import (
     T_975,
     area_under,
     mean,
@@ -21,8 +16,8 @@ from benchmarks.measures import (  # noqa: E402
     step_reaching,
     t_quantile,
 )
-from sdsearch_lightning.errors import DataError  # noqa: E402
-from sdsearch_lightning.report.metrics import Point  # noqa: E402
+from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.report.metrics import Point
 
 
 def test_t_quantiles_hold_95_percent_of_the_distribution() -> None:

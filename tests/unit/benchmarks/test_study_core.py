@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -13,14 +12,10 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
-    sys.path.append(str(ROOT))
-
-from benchmarks import study_core  # noqa: E402
-from benchmarks.study_core import Outcome, Processes, Study, StudyError, main  # noqa: E402
-from benchmarks.study_plan import FULL, SMOKE, Run  # noqa: E402
-from benchmarks.study_table import render  # noqa: E402
+from benchmarks import study_core
+from benchmarks.study_core import Outcome, Processes, Study, StudyError, main
+from benchmarks.study_plan import FULL, SMOKE, Run
+from benchmarks.study_table import render
 
 BEST_RATE, GAIN = 1e-3, {"grpo": 0.0, "entropy_penalty": 0.05, "sd_all": -0.02, "sd_mixed": 0.06}
 BEST_WEIGHT = {"grpo": 0.0, "entropy_penalty": -0.05, "sd_all": 0.1, "sd_mixed": 0.3}

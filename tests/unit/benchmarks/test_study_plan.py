@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
-    sys.path.append(str(ROOT))
-
-from benchmarks.study_plan import COLD_START, FULL, SMOKE, Run  # noqa: E402
-from sdsearch_lightning.cli import commands  # noqa: E402
+from benchmarks.study_plan import COLD_START, FULL, SMOKE, Run
+from helpers.paths import ROOT
+from sdsearch_lightning.cli import commands
 
 
 def parsed(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:

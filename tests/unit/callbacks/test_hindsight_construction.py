@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from training_data import CODEC, DIRECT, ONE, PROTOCOL, TWO, group, make_module, rollout, three_groups
-from training_run import Record, ScriptedEngine, fit
 
+from helpers.fits import DrawnScripts, Record, fit
+from helpers.training import make_module
+from helpers.training_rollouts import DIRECT, ONE, TRAINING_CODEC, TRAINING_PROTOCOL, TWO, group, rollout, three_groups
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.hindsight import (
@@ -35,7 +36,7 @@ from sdsearch_lightning.types import HindsightBlock, Label, RolloutGroup, StepBa
 class Module:
     """What the callback needs of one; keeps what is logged."""
 
-    protocol, codec, positions = PROTOCOL, CODEC, "queries"
+    protocol, codec, positions = TRAINING_PROTOCOL, TRAINING_CODEC, "queries"
 
     def log_dict(self, values: dict[str, float], **options: Any) -> None:
         self.logged, self.options = values, options
@@ -113,7 +114,7 @@ def test_a_users_own_blocks_are_taken() -> None:
 
     blocks = built(HindsightConstruction("mixed", Placebo()), three_groups())  # type: ignore[arg-type]
     assert [block and (block.text, block.weight) for block in blocks] == [(" none", 0.5)] * 3
-    assert seen == ["mixed", PROTOCOL, CODEC]
+    assert seen == ["mixed", TRAINING_PROTOCOL, TRAINING_CODEC]
 
 
 @pytest.mark.parametrize("num_blocks", [2, 4])
@@ -138,7 +139,7 @@ def test_a_text_per_query_needs_queries() -> None:
 
 def test_a_protocol_of_ones_own_need_not_word_every_block() -> None:
     class Bare:
-        render_block, format_passages = PROTOCOL.render_block, PROTOCOL.format_passages
+        render_block, format_passages = TRAINING_PROTOCOL.render_block, TRAINING_PROTOCOL.format_passages
 
     module: Any = Module()
     module.protocol = Protocol.adopt(Bare())
@@ -174,9 +175,9 @@ def test_entries_are_dropped_from_the_end(max_tokens: int | None, kept: list[int
     for block, full, num_kept in zip(blocks, whole, kept, strict=True):
         assert full is not None
         entries = full.entries[:num_kept]
-        text = PROTOCOL.render_block(CODEC, entries)
+        text = TRAINING_PROTOCOL.render_block(TRAINING_CODEC, entries)
         assert block == (replace(full, entries=entries, text=text) if num_kept else None)
-        assert max_tokens is None or block is None or len(CODEC.encode(block.text)) <= max_tokens
+        assert max_tokens is None or block is None or len(TRAINING_CODEC.encode(block.text)) <= max_tokens
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -186,7 +187,7 @@ def test_rollouts_are_never_cut(cut: bool) -> None:
     (block, *_) = built(HindsightConstruction(max_block_tokens=8), groups)
 
     def prompt(trajectory: Trajectory, text: str) -> Sequence[int]:
-        return PROTOCOL.prompt_ids(CODEC, trajectory.question.text, text)
+        return TRAINING_PROTOCOL.prompt_ids(TRAINING_CODEC, trajectory.question.text, text)
 
     (rollouts,) = weigh(groups[:1], [block], "token-mean")
     batch = collate(rollouts, prompt, cut_teacher=cut)
@@ -220,9 +221,9 @@ def test_every_block_keeps_to_the_budget(block: BlockBuilder, reads: list[int], 
     mixed, other, _ = three_groups()
 
     def read(budget: BlockBudget) -> list[tuple[int, int]]:
-        told, _ = block.build([mixed, other], "mixed", PROTOCOL, CODEC, budget)
+        told, _ = block.build([mixed, other], "mixed", TRAINING_PROTOCOL, TRAINING_CODEC, budget)
         views = [view for t in mixed.trajectories for view in (told.views_of(t.rollout_index) if told else ())]
-        return [(view.rollout_index, len(CODEC.encode(view.text))) for view in views]
+        return [(view.rollout_index, len(TRAINING_CODEC.encode(view.text))) for view in views]
 
     free = BlockBudget()
     longest = max(length for _, length in read(free))
@@ -274,7 +275,7 @@ def test_counts_are_summed_over_ranks() -> None:
 
 @pytest.mark.parametrize(("scripts", "expected"), [((DIRECT,), (3, 0, 0)), ((TWO,), (0, 3, 6)), ((ONE,), (0, 0, 3))])
 def test_a_fit_logs_them(scripts: tuple[str, ...], expected: tuple[int, ...]) -> None:
-    grouping = RolloutGrouping(group_size=2, max_tokens=160, max_turn_tokens=32, engine=ScriptedEngine(*scripts))
+    grouping = RolloutGrouping(group_size=2, max_tokens=160, max_turn_tokens=32, engine=DrawnScripts(*scripts))
     record = Record()
     hindsight = HindsightConstruction(max_block_tokens=7)
     fit(make_module(), grouping, hindsight, JSDWeightScheduler(1.0, 0), record, max_steps=2)

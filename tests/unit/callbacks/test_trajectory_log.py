@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from report_data import WordTokenizer, credit, read_lines, rollout
 from torch.utils.data import DataLoader, IterableDataset
 
+from helpers.reports import WordTokenizer, city_rollout, credit, read_lines
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.report import read_trajectories
@@ -68,7 +68,7 @@ class Module(LightningModule):
 
 def groups(batch: StepBatch, num_rollouts: int) -> tuple[RolloutGroup, ...]:
     return tuple(
-        RolloutGroup(QUESTION, i, tuple(rollout(instance_id=i, index=index) for index in range(num_rollouts)))
+        RolloutGroup(QUESTION, i, tuple(city_rollout(instance_id=i, index=index) for index in range(num_rollouts)))
         for i in batch.instance_ids
     )
 

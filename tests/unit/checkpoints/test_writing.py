@@ -4,81 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
+from helpers.checkpoints import STEP, sharded, single
 from sdsearch_lightning.checkpoints import writing as checkpoints
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
 from sdsearch_lightning.checkpoints.writing import PlainFiles, name_again, retire
-from sdsearch_lightning.errors import CheckpointError, DataError
-from sdsearch_lightning.runs.folder import RunFolder
+from sdsearch_lightning.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-STEP, OPTIMIZERS = 4, 1
-
-
-def state():
-    return {
-        "state_dict": {"policy.weight": torch.ones(300, 10), "policy.bias": torch.zeros(10)},
-        "optimizer_0": {"state": {"policy.weight": {"exp_avg": torch.zeros(300, 10)}}},
-    }
-
-
-def sharded(path, step=4):
-    """As fsdp2 leaves it."""
-    dcp.save(state(), checkpoint_id=path, no_dist=True)
-    torch.save({"global_step": step, "loops": {}}, path / "meta.pt")
-    return path
-
-
-def single(path, step=4):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"global_step": step, "optimizer_states": [{}], "state_dict": state()["state_dict"]}, path)
-    return path
-
-
-@pytest.mark.parametrize("make", [sharded, single])
-def test_contents_are_read_without_tensors(tmp_path, make):
-    stored = open_checkpoint(make(tmp_path / "step_00000004.ckpt"))
-    assert (stored.step, stored.num_optimizers) == (STEP, OPTIMIZERS)
-
-
-def tear_shard(path):
-    shard = path / "__0_0.distcp"
-    os.truncate(shard, shard.stat().st_size - 1)
-
-
-@pytest.mark.parametrize(
-    "damage, told",
-    [
-        (tear_shard, "__0_0.distcp has"),
-        (lambda path: (path / "__0_0.distcp").unlink(), "lacks __0_0.distcp, one of its shards"),
-        (lambda path: (path / ".metadata").unlink(), "found no .metadata in the folder"),
-        (lambda path: (path / ".metadata").write_bytes(b""), "Ran out of input"),
-        (lambda path: os.truncate(path / ".metadata", 100), "truncated"),
-        (lambda path: (path / "meta.pt").unlink(), "found no meta.pt in the folder"),
-        (lambda path: os.truncate(path / "meta.pt", 100), "."),
-        (lambda path: torch.save({}, path / "meta.pt"), "global_step"),
-    ],
-)
-def test_a_folder_that_lacks_anything_is_passed_over(tmp_path, capsys, damage, told):
-    folder = RunFolder(tmp_path)
-    paths = [sharded(folder.checkpoints / f"step_{step:08d}.ckpt", step) for step in (2, 4)]
-    folder.last_checkpoint.symlink_to(paths[1].name)
-    assert folder.resume_point() == (paths[1], 4)
-    damage(paths[1])
-    with pytest.raises(DataError, match=told):
-        open_checkpoint(paths[1])
-    assert folder.resume_point() == (paths[0], 2)
-    assert capsys.readouterr().err.startswith(f"warning: {paths[1]} is damaged and passed over: ")
-
-
-def test_what_is_no_checkpoint_is_told(tmp_path):
-    (tmp_path / "notes").write_text("hello")
-    with pytest.raises(DataError):
-        open_checkpoint(tmp_path / "notes")
-    with pytest.raises(DataError, match="global_step"):
-        torch.save({"state_dict": {}}, tmp_path / "weights")
-        open_checkpoint(tmp_path / "weights")
 
 
 @pytest.mark.parametrize("make", [sharded, single])

@@ -13,11 +13,10 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from helpers.paths import ROOT
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.types import Demonstration, Passage, Question, StepBatch
-
-ROOT = Path(__file__).parents[2]
 
 
 class OnePassage:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.paths import ROOT
 from sdsearch_lightning.datamodules import SearchDataModule, SyntheticWorldDataModule
 from sdsearch_lightning.datamodules.synthetic_world_encoder import WorldSearch, word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
@@ -86,8 +87,7 @@ def test_the_vocabulary_spells_questions_documents_and_demonstrations(tmp_path: 
 
 
 def test_the_vocabulary_spells_the_texts_of_its_protocol(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    options = yaml.safe_load((root / "configs" / "protocol" / "synthetic_world.yaml").read_text())["init_args"]
+    options = yaml.safe_load((ROOT / "configs" / "protocol" / "synthetic_world.yaml").read_text())["init_args"]
     protocol = Protocol(**options | {"block": BlockTemplates(**options["block"])})
     data = make(tmp_path)
     codec = TokenCodec(word_level_tokenizer(data.vocabulary(), protocol.tags), protocol.tags)

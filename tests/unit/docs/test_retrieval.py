@@ -2,17 +2,17 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from helpers.paths import ROOT
 from sdsearch_lightning.cli.retrieval import _index_parser, _serve_parser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.retrieval import DenseRetriever, Retriever
 
-PAGES = [(Path(__file__).parents[2] / name).read_text() for name in ("docs/retrieval.md", "README.md")]
+PAGES = [(ROOT / name).read_text() for name in ("docs/retrieval.md", "README.md")]
 SNIPPETS = re.findall(r"```yaml\n(data:.*?)```", PAGES[0], re.DOTALL)
 COMMANDS = re.findall(r"^(?:[A-Z_]+=\S+ )?sdsearch ((?:index|serve) --.*?)(?:  #.*)?$", "\n".join(PAGES), re.MULTILINE)
 

@@ -1,14 +1,13 @@
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
 
+from helpers.paths import ROOT
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.retrieval import DenseRetriever, check_retriever
 
-ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "examples" / "custom_retriever.py"
 
 
@@ -26,8 +25,7 @@ def datamodule(*arguments):
     return parser.instantiate(parser.parse_args(["--data=SearchDataModule", *arguments])).data
 
 
-def test_an_unannotated_class_is_named_by_class_path(facts, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_an_unannotated_class_is_named_by_class_path(facts):
     retriever = datamodule(
         "--data.retriever=examples.custom_retriever.KeywordRetriever", f"--data.retriever.path={facts}"
     ).retriever

@@ -2,7 +2,6 @@
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,32 +9,25 @@ import yaml
 from jsonargparse import ArgumentParser
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+from examples.hybrid_retriever import HybridRetriever
+from helpers.corpora import FOUR_TEXTS, ids_of, write_four_texts
+from helpers.paths import ROOT
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.retrieval import check_retriever
 from sdsearch_lightning.types import Passage
 
-ROOT = Path(__file__).parents[2]
-TEXTS = {
-    "paris": '"Paris"\nthe capital of France on the Seine',
-    "rome": '"Rome"\nthe capital of Italy on the Tiber',
-    "hamlet": '"Hamlet"\na play by Shakespeare',
-    "tea": '"Tea"\na drink of leaves',
-}
 BM25 = "sdsearch_lightning.retrieval.bm25.BM25Retriever"
 DENSE = "sdsearch_lightning.retrieval.dense.DenseRetriever"
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"id": key, "contents": text}) + "\n" for key, text in TEXTS.items()))
-    return str(path)
+    return str(write_four_texts(tmp_path))
 
 
 @pytest.fixture
-def from_yaml(tmp_path, monkeypatch):
+def from_yaml(tmp_path):
     """The retriever of a data module as LightningCLI makes it of a file."""
-    monkeypatch.syspath_prepend(ROOT)
 
     def build(class_path, **options):
         data = {"class_path": "SearchDataModule", "init_args": {"retriever": entry(class_path, **options)}}
@@ -67,10 +59,6 @@ def entry(class_path, **options):
     return {"class_path": class_path, "init_args": options}
 
 
-def ids(results):
-    return [[passage.id for passage in found] for found in results]
-
-
 def check(retriever, queries, k):
     """The contract, and its answer."""
     check_retriever(retriever, k)
@@ -79,8 +67,8 @@ def check(retriever, queries, k):
     for hits in found:
         assert len(hits) <= k and len({hit.id for hit in hits}) == len(hits)
         assert all(better.score >= worse.score for better, worse in pairwise(hits))
-    assert [ids(retriever.search([query], k))[0] for query in queries] == ids(found)
-    return ids(found)
+    assert [ids_of(retriever.search([query], k))[0] for query in queries] == ids_of(found)
+    return ids_of(found)
 
 
 class Fixed:
@@ -93,10 +81,7 @@ class Fixed:
         return [[Passage(name, name) for name in self.names[:k]] for _ in queries]
 
 
-def test_hybrid_by_hand(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    from examples.hybrid_retriever import HybridRetriever
-
+def test_hybrid_by_hand():
     retriever = HybridRetriever([Fixed("a", "b", "c"), Fixed("c", "d"), Fixed()], depth=1)
     retriever.prepare()
     (hits,) = retriever.search(["q"], 4)
@@ -106,8 +91,8 @@ def test_hybrid_by_hand(monkeypatch):
         ("b", pytest.approx(1 / 62)),
         ("d", pytest.approx(1 / 62)),
     ]
-    assert ids(retriever.search(["q"], 1)) == [["a"]]  # depth 1: c is third, and not seen
-    assert ids(HybridRetriever(retriever.retrievers).search(["q", "r"], 1)) == [["c"], ["c"]]
+    assert ids_of(retriever.search(["q"], 1)) == [["a"]]  # depth 1: c is third, and not seen
+    assert ids_of(HybridRetriever(retriever.retrievers).search(["q", "r"], 1)) == [["c"], ["c"]]
     retriever.close()
 
 
@@ -135,16 +120,16 @@ def test_reranking(corpus, cross_encoder, from_yaml):
     retriever.prepare()
     queries = ["capital of France", "drink play"]
     found = check(retriever, queries, 3)
-    assert found != ids(retriever.retriever.search(queries, 3))
+    assert found != ids_of(retriever.retriever.search(queries, 3))
     from sentence_transformers import CrossEncoder
 
     for query, names in zip(queries, found, strict=True):
-        pairs = [(query, text) for text in TEXTS.values()]
-        scores = dict(zip(TEXTS, CrossEncoder(cross_encoder, device="cpu").predict(pairs), strict=True))
-        assert names == sorted(TEXTS, key=scores.get, reverse=True)[:3]
+        pairs = [(query, text) for text in FOUR_TEXTS.values()]
+        scores = dict(zip(FOUR_TEXTS, CrossEncoder(cross_encoder, device="cpu").predict(pairs), strict=True))
+        assert names == sorted(FOUR_TEXTS, key=scores.get, reverse=True)[:3]
         assert retriever.search([query], 1)[0][0].score == pytest.approx(scores[names[0]], abs=1e-5)
     retriever.depth = 2
-    assert sorted(ids(retriever.search(["capital of Italy"], 2))[0]) == ["paris", "rome"]  # what the search had
+    assert sorted(ids_of(retriever.search(["capital of Italy"], 2))[0]) == ["paris", "rome"]  # what the search had
     retriever.retriever = Fixed()
     assert retriever.search(["a", "b"], 2) == [[], []]
     retriever.close()

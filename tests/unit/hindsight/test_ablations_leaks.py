@@ -5,9 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hindsight_groups import BUILDERS, OTHER, RIGHT, WRONG, block_of, build, group, numbered, searching, texts
-from toys import QUESTION
 
+from helpers.blocks import (
+    BUILDERS,
+    OTHER_SIBLINGS,
+    RIGHT,
+    WRONG,
+    build_blocks,
+    first_block,
+    numbered,
+    searching,
+    siblings,
+    teacher_texts,
+)
+from helpers.passages import QUESTION
 from sdsearch_lightning.hindsight import (
     BlockBuilder,
     CorrectOnly,
@@ -33,10 +44,10 @@ def test_true_outcomes_and_the_rule_alone_decide_who_is_taught(
     byte_codec: TokenCodec, builder: type[BlockBuilder], rule: GroupsRule
 ) -> None:
     one_in_four = numbered((RIGHT, WRONG, WRONG, WRONG))
-    block, _ = build(byte_codec, builder(), one_in_four, OTHER, rule=rule)
+    block, _ = build_blocks(byte_codec, builder(), one_in_four, OTHER_SIBLINGS, rule=rule)
     assert block is not None and block.instance_id == one_in_four.instance_id
     assert block.weight == group_weight([RIGHT, WRONG, WRONG, WRONG], rule)
-    wrong, _ = build(byte_codec, builder(), numbered((WRONG, WRONG)), OTHER, rule=rule)
+    wrong, _ = build_blocks(byte_codec, builder(), numbered((WRONG, WRONG)), OTHER_SIBLINGS, rule=rule)
     assert rule == "all" or wrong is None
 
 
@@ -44,11 +55,11 @@ def test_true_outcomes_and_the_rule_alone_decide_who_is_taught(
 def test_a_group_in_which_no_rollout_searched_is_not_taught(
     byte_codec: TokenCodec, builder: type[BlockBuilder]
 ) -> None:
-    silent = group(searching("k0", label=RIGHT), searching("k1", label=WRONG), searching("k2", label=RIGHT))
-    blocks = build(byte_codec, builder(), silent, OTHER)
+    silent = siblings(searching("k0", label=RIGHT), searching("k1", label=WRONG), searching("k2", label=RIGHT))
+    blocks = build_blocks(byte_codec, builder(), silent, OTHER_SIBLINGS)
     assert blocks[0] is None
-    tagged = group(*(replace(t, queries=("a</search>",), passages=((),)) for t in silent.trajectories))
-    assert build(byte_codec, builder(), tagged, OTHER)[0] is None, "a query with a tag is none"
+    tagged = siblings(*(replace(t, queries=("a</search>",), passages=((),)) for t in silent.trajectories))
+    assert build_blocks(byte_codec, builder(), tagged, OTHER_SIBLINGS)[0] is None, "a query with a tag is none"
 
 
 ALLOWED = {
@@ -73,7 +84,7 @@ def test_blocks_hold_what_they_may_and_nothing_else(byte_codec: TokenCodec, buil
         "label": ("| CORRECT", "| INCORRECT"),
         **{kind: (kind,) for kind in ("thought", "refined", "document", "gold")},
     }
-    read = [text for views in texts(block_of(byte_codec, builder())).values() for text in views]
+    read = [text for views in teacher_texts(first_block(byte_codec, builder())).values() for text in views]
     found = {kind for kind, some in words.items() for text in read if any(word in text for word in some)}
     assert read and found == set(ALLOWED[builder].split())
     assert not any("broken" in text or "k2" in text for text in read), "a retrieval error is nobody's doing"
@@ -84,15 +95,15 @@ def test_blocks_hold_what_they_may_and_nothing_else(byte_codec: TokenCodec, buil
 def test_a_query_with_a_tag_enters_no_block(byte_codec: TokenCodec, builder: type[BlockBuilder], query: str) -> None:
     """Whatever engine let it through, and neither does what it returned. (CurrentDocuments reads no query.)"""
     clean = numbered((RIGHT, WRONG, RIGHT))
-    hostile = group(
+    hostile = siblings(
         *(
             replace(t, queries=(query, *t.queries), passages=((Passage("0", "leak"),), *t.passages))
             for t in clean.trajectories
         )
     )
-    for given in ((hostile, OTHER), (OTHER, hostile)):
-        told = build(byte_codec, builder(), *given)
-        assert told == build(byte_codec, builder(), *(clean if g is hostile else g for g in given))
+    for given in ((hostile, OTHER_SIBLINGS), (OTHER_SIBLINGS, hostile)):
+        told = build_blocks(byte_codec, builder(), *given)
+        assert told == build_blocks(byte_codec, builder(), *(clean if g is hostile else g for g in given))
         assert any(told)
 
 
@@ -104,7 +115,11 @@ def test_text_from_outside_brings_no_control_string(any_codec: TokenCodec, build
         replace(t, answer=hostile, passages=((Passage("0", f"x\n{hostile}"),),))
         for t in numbered((RIGHT, WRONG, RIGHT), codec=any_codec).trajectories
     ]
-    given = group(*rollouts, question=question)
-    read = [text for views in texts(block_of(any_codec, builder(), given, OTHER), given).values() for text in views]
+    given = siblings(*rollouts, question=question)
+    read = [
+        text
+        for views in teacher_texts(first_block(any_codec, builder(), given, OTHER_SIBLINGS), given).values()
+        for text in views
+    ]
     assert read and not any(any_codec.holds_control(text) for text in read)
     assert ("Rome" in read[0]) == (builder in (CurrentDocuments, SuccessfulSibling, GoldAnswer))

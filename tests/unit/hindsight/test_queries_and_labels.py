@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from toys import EOS, IM_END, PROTOCOL, QUESTION, make_trajectory, play, start
 
+from helpers.passages import PROTOCOL, QUESTION
+from helpers.players import play, start
+from helpers.tokenizers import EOS, IM_END
+from helpers.trajectories import make_trajectory
 from sdsearch_lightning.hindsight import QueriesAndLabels, sibling_records
 from sdsearch_lightning.losses.weights import GroupsRule
 from sdsearch_lightning.protocol.tokenization import TokenCodec

@@ -10,9 +10,9 @@ from typing import Any
 import jsonargparse
 import pytest
 import torch
-from divergences_by_hand import CASES, FORMULAS, INF, PLACES, Q, V, by_hand, each_case, matches, randn
 from torch import Tensor
 
+from helpers.divergences import CASES, FORMULAS, INF, PLACES, Q, V, by_hand, each_case, matches, randn
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.divergences import (
     Divergence,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from divergences_by_hand import FORMULAS, PLACES, SUPPORTS, Q, V, each_case, matches, randn, softmax, supported_tokens
 
+from helpers.divergences import FORMULAS, PLACES, SUPPORTS, Q, V, each_case, matches, randn, softmax, supported_tokens
 from sdsearch_lightning.losses.divergences import JensenShannon, Support
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,21 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:  # benchmarks/ is no part of the package
-    sys.path.insert(0, str(ROOT))
-
-from benchmarks import plan_accuracy  # noqa: E402
-from sdsearch_lightning.cli.commands import quieten  # noqa: E402
-from sdsearch_lightning.cli.plan import PlanCLI  # noqa: E402
-from sdsearch_lightning.errors import ConfigError  # noqa: E402
-from sdsearch_lightning.plan import memory, probe  # noqa: E402
-from sdsearch_lightning.plan.architecture import find_architecture  # noqa: E402
-from sdsearch_lightning.plan.live_bytes import LiveBytes  # noqa: E402
-from sdsearch_lightning.plan.memory import GIB, Settings, plan_parts  # noqa: E402
-from sdsearch_lightning.plan.probe import Adapters, Precision, Shape, adapt, count_model, probe_optimizer  # noqa: E402
-from sdsearch_lightning.plan.settings import adapters_of, num_devices, precision_of, settings_of  # noqa: E402
-from sdsearch_lightning.policy import head  # noqa: E402
+from benchmarks import plan_accuracy
+from sdsearch_lightning.cli.commands import quieten
+from sdsearch_lightning.cli.plan import PlanCLI
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.plan import memory, probe
+from sdsearch_lightning.plan.architecture import find_architecture
+from sdsearch_lightning.plan.live_bytes import LiveBytes
+from sdsearch_lightning.plan.memory import GIB, Settings, plan_parts
+from sdsearch_lightning.plan.probe import Adapters, Precision, Shape, adapt, count_model, probe_optimizer
+from sdsearch_lightning.plan.settings import adapters_of, num_devices, precision_of, settings_of
+from sdsearch_lightning.policy import head
 
 SMALL = {
     "model_type": "qwen2",

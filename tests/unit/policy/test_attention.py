@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
-from training_data import drifted, gradient, step, taught_batch, tiny_model
 
+from helpers.models import tiny_model
+from helpers.training import drifted, gradient, step, taught_batch
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.losses.terms import total_loss
 from sdsearch_lightning.policy.attention import (

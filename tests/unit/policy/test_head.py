@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_data import tiny_model
 
+from helpers.models import tiny_model
 from sdsearch_lightning.policy import head
 from sdsearch_lightning.policy.head import Chunk, Head, Outcome, Reading, common_factor, keep_logits, read_rows
 from sdsearch_lightning.policy.packing import PackedSequences

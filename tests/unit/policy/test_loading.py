@@ -8,9 +8,10 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from toys import WORDS, byte_tokenizer, tiny_model, word_tokenizer
 from transformers import PreTrainedModel
 
+from helpers.models import tiny_model
+from helpers.tokenizers import WORDS, byte_tokenizer, word_tokenizer
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy import loading as models
 from sdsearch_lightning.policy.loading import ScratchModel, from_scratch, word_level_tokenizer
@@ -38,7 +39,7 @@ def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     tokenizer = byte_tokenizer()
-    tiny_model(tokenizer).bfloat16().save_pretrained(tmp_path)
+    tiny_model(tokenizer=tokenizer).bfloat16().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     return tmp_path
 

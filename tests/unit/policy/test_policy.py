@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import EOS, bpe_tokenizer, tiny_model
-from training_data import tiny_model as family
 from transformers import DynamicCache, PreTrainedModel
 
+from helpers.models import tiny_model
+from helpers.tokenizers import EOS, bpe_tokenizer
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.head import Chunk, Reading
 from sdsearch_lightning.policy.packing import LAYOUTS, PackedSequences
@@ -24,7 +24,7 @@ SEQUENCES = [[5, 6, PAD, 7, 0, 8], [9, 1], [PAD, PAD, 3], [0, 0, 0, 0, 0]]
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def policy(request: pytest.FixtureRequest) -> Policy:
-    return Policy(tiny_model(TOKENIZER), request.param)
+    return Policy(tiny_model(tokenizer=TOKENIZER).eval(), request.param)
 
 
 def keep_both(chunk: Chunk) -> tuple[Tensor, Chunk]:
@@ -142,8 +142,8 @@ def test_what_is_kept_is_float32_or_float64(weights: torch.dtype, kept: torch.dt
 
 
 def test_a_family_whose_head_is_another_is_refused() -> None:
-    Policy(family("llama")).check()
-    scaled = family("granite", logits_scaling=8.0)
+    Policy(tiny_model("llama")).check()
+    scaled = tiny_model("granite", logits_scaling=8.0)
     with pytest.raises(ConfigError, match=r"Models of type 'granite' scale or shift their logits"):
         Policy(scaled).check()
-    Policy(family("granite", logits_scaling=1.0)).check()
+    Policy(tiny_model("granite", logits_scaling=1.0)).check()

@@ -6,8 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from toys import EOS, IM_END, IM_START
 
+from helpers.tokenizers import EOS, IM_END, IM_START
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.protocol.block_templates import _FIELDS, BlockTemplates
 from sdsearch_lightning.protocol.tokenization import TokenCodec

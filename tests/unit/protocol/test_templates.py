@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from toys import CHATML, EOS, IM_END, IM_START, PASSAGES, PROTOCOL, byte_tokenizer, play, start
 
+from helpers.passages import PASSAGES, PROTOCOL
+from helpers.players import play, start
+from helpers.tokenizers import CHATML, EOS, IM_END, IM_START, byte_tokenizer
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.protocol.block_templates import BlockTemplates
 from sdsearch_lightning.protocol.templates import PROTOCOLS, AutoRefineProtocol, Protocol, SearchR1Protocol, fair_share

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
-from toys import EOS, IM_END, PROTOCOL, TOKENIZERS, bpe_tokenizer, byte_tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from helpers.passages import PROTOCOL
+from helpers.tokenizers import EOS, IM_END, TOKENIZERS, bpe_tokenizer, byte_tokenizer
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.protocol.tokenization import TokenCodec, TurnText
 

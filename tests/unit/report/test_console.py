@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from report_data import write_metrics, write_run
 
+from helpers.reports import write_metrics, write_run
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.console import duration, self_distillation_line
 

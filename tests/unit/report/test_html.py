@@ -7,8 +7,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from report_data import write_metrics, write_run
 
+from helpers.reports import write_metrics, write_run
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.charts import MAX_POINTS, Curve, chart
 from sdsearch_lightning.report.metrics import Point

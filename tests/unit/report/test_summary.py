@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from report_data import validation, write_metrics, write_run
 
+from helpers.reports import validation, write_metrics, write_run
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.report import finish_run
 from sdsearch_lightning.report.metrics import Metrics, Point, read_metrics

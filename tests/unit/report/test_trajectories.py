@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from report_data import credit, rollout, tokenizer, write_records
 
+from helpers.reports import REPORT_TOKENIZER, city_rollout, credit, write_records
 from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.report.trajectories import (
     append_records,
@@ -23,9 +23,11 @@ advantage label block credit""".split()
 
 
 def test_a_record_has_the_fields_of_schema_1() -> None:
-    trajectory = rollout()
+    trajectory = city_rollout()
     record = json.loads(
-        json.dumps(make_record(trajectory, tokenizer.decode, phase="train", step=3, rank=1, credit=credit(trajectory)))
+        json.dumps(
+            make_record(trajectory, REPORT_TOKENIZER.decode, phase="train", step=3, rank=1, credit=credit(trajectory))
+        )
     )
     assert list(record) == FIELDS
     assert record["question"] == {"id": "q0", "text": "where is Rome ?", "answers": ["Rome"], "source": "toy"}
@@ -33,7 +35,7 @@ def test_a_record_has_the_fields_of_schema_1() -> None:
     assert record["spans"][2] == {
         "kind": "QUERY",
         "text": "capital of Italy",
-        "token_ids": list(tokenizer.encode("capital of Italy")),
+        "token_ids": list(REPORT_TOKENIZER.encode("capital of Italy")),
         "sampled": True,
         "logprobs": [-0.5, -0.5, -0.5],
     }
@@ -45,8 +47,10 @@ def test_a_record_has_the_fields_of_schema_1() -> None:
 
 
 def test_credit_is_per_token_and_infinity_becomes_null() -> None:
-    trajectory = rollout()
-    record = make_record(trajectory, tokenizer.decode, phase="train", step=0, credit=credit(trajectory), top_tokens=2)
+    trajectory = city_rollout()
+    record = make_record(
+        trajectory, REPORT_TOKENIZER.decode, phase="train", step=0, credit=credit(trajectory), top_tokens=2
+    )
     (entry,) = record["credit"]
     assert entry["tokens"] == ["capital", " of", " Italy"]
     assert entry["teacher_logprob"] == [-0.25, -0.25, None]
@@ -55,9 +59,9 @@ def test_credit_is_per_token_and_infinity_becomes_null() -> None:
 
 
 def test_no_teacher_is_null_and_no_query_is_an_empty_list() -> None:
-    silent = rollout(queries=())
-    assert make_record(silent, tokenizer.decode, phase="train", step=0)["credit"] is None
-    assert make_record(silent, tokenizer.decode, phase="train", step=0, credit=())["credit"] == []
+    silent = city_rollout(queries=())
+    assert make_record(silent, REPORT_TOKENIZER.decode, phase="train", step=0)["credit"] is None
+    assert make_record(silent, REPORT_TOKENIZER.decode, phase="train", step=0, credit=())["credit"] == []
 
 
 def test_token_texts_join_to_the_text_when_a_character_spans_tokens() -> None:
@@ -71,9 +75,9 @@ def test_token_texts_join_to_the_text_when_a_character_spans_tokens() -> None:
 
 def test_the_last_line_of_a_rollout_wins(tmp_path: Path) -> None:
     path = tmp_path / "trajectories.jsonl"
-    write_records(path, [rollout("Oslo"), rollout("Oslo", index=1)], "train", 4)
-    write_records(path, [rollout("Oslo")], "val", 4)
-    write_records(path, [rollout("Rome")], "train", 4)  # the step was run again after a resume
+    write_records(path, [city_rollout("Oslo"), city_rollout("Oslo", index=1)], "train", 4)
+    write_records(path, [city_rollout("Oslo")], "val", 4)
+    write_records(path, [city_rollout("Rome")], "train", 4)  # the step was run again after a resume
     answers = {(r["phase"], r["rollout_index"]): r["answer"] for r in read_trajectories(path)}
     assert answers == {("train", 0): "Rome", ("train", 1): "Oslo", ("val", 0): "Oslo"}
     assert len(list(read_trajectories(path))) == 3
@@ -81,9 +85,9 @@ def test_the_last_line_of_a_rollout_wins(tmp_path: Path) -> None:
 
 def test_other_ranks_are_read_too(tmp_path: Path) -> None:
     path = tmp_path / "trajectories.jsonl"
-    write_records(path, [rollout()], "train", 0)
+    write_records(path, [city_rollout()], "train", 0)
     assert rank_file(path, 0) == path
-    write_records(rank_file(path, 1), [rollout(instance_id=(0, 1))], "train", 0, rank=1)
+    write_records(rank_file(path, 1), [city_rollout(instance_id=(0, 1))], "train", 0, rank=1)
     assert (tmp_path / "trajectories.rank1.jsonl").exists()
     assert [record["rank"] for record in read_trajectories(path)] == [0, 1]
 
@@ -91,7 +95,7 @@ def test_other_ranks_are_read_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [b'{"schema": 1, "pha', b"x" * 200_000, b""])
 def test_a_torn_last_line_is_ignored_and_cut(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "trajectories.jsonl"
-    write_records(path, [rollout(), rollout(index=1)], "train", 0)
+    write_records(path, [city_rollout(), city_rollout(index=1)], "train", 0)
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     assert len(list(read_trajectories(path))) == 2
@@ -102,11 +106,11 @@ def test_a_torn_last_line_is_ignored_and_cut(tmp_path: Path, torn: bytes) -> Non
 def test_a_resumed_run_begins_where_the_checkpoint_stands(tmp_path: Path) -> None:
     path = tmp_path / "trajectories.jsonl"
     for rank, file in ((0, path), (1, rank_file(path, 1))):  # rank 1 may be gone in the resumed run
-        write_records(file, [rollout()], "val", 0)
+        write_records(file, [city_rollout()], "val", 0)
         for step in range(3):
-            write_records(file, [rollout(), rollout(index=1)], "train", step, rank=rank)
-            write_records(file, [rollout()], "val", step + 1)
-        write_records(file, [rollout()], "skipped", 3)
+            write_records(file, [city_rollout(), city_rollout(index=1)], "train", step, rank=rank)
+            write_records(file, [city_rollout()], "val", step + 1)
+        write_records(file, [city_rollout()], "skipped", 3)
         file.write_bytes(file.read_bytes() + b'{"schema": 1, "pha')
     cut_after(path, 2)
     for file in (path, rank_file(path, 1)):
@@ -140,7 +144,7 @@ def test_a_file_of_one_torn_line_is_emptied(tmp_path: Path) -> None:
 )
 def test_a_bad_complete_line_is_an_error_that_names_it(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "t.jsonl"
-    write_records(path, [rollout()], "train", 0)
+    write_records(path, [city_rollout()], "train", 0)
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(DataError, match=message):
@@ -148,9 +152,9 @@ def test_a_bad_complete_line_is_an_error_that_names_it(tmp_path: Path, line: str
 
 
 def test_passage_fields_of_any_type_are_written(tmp_path: Path) -> None:
-    values = {name: getattr(rollout(), name) for name in Trajectory.__dataclass_fields__}
+    values = {name: getattr(city_rollout(), name) for name in Trajectory.__dataclass_fields__}
     odd = Trajectory(**values | {"passages": ((Passage("d", "é\n\u2028", 0.0, {"where": Path("a/b")}),),)})
-    append_records(tmp_path / "t.jsonl", [make_record(odd, tokenizer.decode, phase="val", step=0)])
+    append_records(tmp_path / "t.jsonl", [make_record(odd, REPORT_TOKENIZER.decode, phase="val", step=0)])
     (record,) = read_trajectories(tmp_path / "t.jsonl")
     assert record["passages"][0][0]["fields"] == {"where": "a/b"}
     assert record["passages"][0][0]["contents"] == "é\n\u2028"

@@ -2,60 +2,38 @@ import gzip
 import json
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from helpers.corpora import FOUR_TEXTS, ids_of, names_in, write_four_texts
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval import DenseRetriever, check_retriever, dense
-from sdsearch_lightning.retrieval.encoder import TextEncoder
 from sdsearch_lightning.retrieval.static_encoder import save_static_encoder
-from sdsearch_lightning.retrieval.torch_index import write_vectors
-
-TEXTS = {
-    "paris": '"Paris"\nthe capital of France on the Seine',
-    "rome": '"Rome"\nthe capital of Italy on the Tiber',
-    "hamlet": '"Hamlet"\na play by Shakespeare',
-    "tea": '"Tea"\na drink of leaves',
-}
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"id": key, "contents": text}) + "\n" for key, text in TEXTS.items()))
-    return path
-
-
-def visible(folder):
-    """Names of all but the locks."""
-    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
-
-
-def ids(results):
-    return [[passage.id for passage in found] for found in results]
+    return write_four_texts(tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
 def test_search_finds_the_passage_that_shares_rare_words(corpus, backend):
     retriever = DenseRetriever(corpus, backend=backend)
     found = retriever.search(["capital of Italy", "Shakespeare"], 2)
-    assert [hits[0] for hits in ids(found)] == ["rome", "hamlet"] and ids(found)[0][1] == "paris"
-    assert found[0][0].contents == TEXTS["rome"] and found[0][0].score > found[0][1].score > 0
+    assert [hits[0] for hits in ids_of(found)] == ["rome", "hamlet"] and ids_of(found)[0][1] == "paris"
+    assert found[0][0].contents == FOUR_TEXTS["rome"] and found[0][0].score > found[0][1].score > 0
     assert retriever.search([], 3) == []
     check_retriever(retriever, 3)
     retriever.close()
-    assert ids(retriever.search(["Shakespeare"], 1)) == [["hamlet"]]  # opens again
+    assert ids_of(retriever.search(["Shakespeare"], 1)) == [["hamlet"]]  # opens again
 
 
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
 def test_asking_for_more_than_there_is_repeats_nothing(corpus, backend):
     """FAISS pads with row -1, which as a Python index is the last passage."""
-    (found,) = ids(DenseRetriever(corpus, backend=backend).search(["leaves"], 9))
-    assert found[0] == "tea" and sorted(found) == sorted(TEXTS)
+    (found,) = ids_of(DenseRetriever(corpus, backend=backend).search(["leaves"], 9))
+    assert found[0] == "tea" and sorted(found) == sorted(FOUR_TEXTS)
 
 
 def test_rows_of_minus_one_never_surface(corpus, monkeypatch):
@@ -63,7 +41,7 @@ def test_rows_of_minus_one_never_surface(corpus, monkeypatch):
     retriever.search(["tea"], 1)
     padded = np.array([[0.9, -3.4e38]], dtype=np.float32), np.array([[3, -1]])
     monkeypatch.setattr(retriever._opened.vectors, "search", lambda queries, k: padded, raising=True)
-    assert ids(retriever.search(["tea"], 2)) == [["tea"]]
+    assert ids_of(retriever.search(["tea"], 2)) == [["tea"]]
 
 
 def test_backends_agree_with_brute_force(tmp_path):
@@ -78,8 +56,8 @@ def test_backends_agree_with_brute_force(tmp_path):
     passages = encoder.encode_passages(texts).astype(np.float64)
     asked = encoder.encode_queries(queries).astype(np.float64)
     expected = np.argsort(-(asked @ passages.T), axis=1)[:, :4].astype(str).tolist()
-    assert ids(found) == ids(by_torch.search(queries, 4)) == expected
-    assert ids(by_faiss.search(queries[:3], 4)) == expected[:3] != expected[1:4]
+    assert ids_of(found) == ids_of(by_torch.search(queries, 4)) == expected
+    assert ids_of(by_faiss.search(queries[:3], 4)) == expected[:3] != expected[1:4]
 
 
 def test_a_finished_index_is_used_again(corpus, monkeypatch):
@@ -87,8 +65,8 @@ def test_a_finished_index_is_used_again(corpus, monkeypatch):
     monkeypatch.setattr(dense, "build_index", lambda *_: pytest.fail("built twice"))
     retriever = DenseRetriever(corpus)
     retriever.prepare()
-    assert ids(retriever.search(["tea"], 1)) == [["tea"]]
-    assert visible(retriever.index_path) == [retriever.folder.name]
+    assert ids_of(retriever.search(["tea"], 1)) == [["tea"]]
+    assert names_in(retriever.index_path) == [retriever.folder.name]
     manifest = json.loads((retriever.folder / "manifest.json").read_text())
     assert manifest["num_passages"] == 4 and manifest["encoder"] == "static"
 
@@ -117,40 +95,17 @@ def test_the_fingerprint_is_of_content(corpus, tmp_path):
 
 def test_a_changed_corpus_is_searched_anew(corpus):
     index = corpus.parent / "index"
-    assert ids(DenseRetriever(corpus, index_path=index).search(["zebra"], 1)) != [["zebra"]]
+    assert ids_of(DenseRetriever(corpus, index_path=index).search(["zebra"], 1)) != [["zebra"]]
     with corpus.open("a") as file:
         file.write('{"id": "zebra", "contents": "zebra"}\n')
-    assert ids(DenseRetriever(corpus, index_path=index).search(["zebra"], 1)) == [["zebra"]]
-
-
-def test_a_build_that_failed_goes_on(corpus, monkeypatch):
-    """The disk fills up while the index is written; what was encoded by then is not encoded again."""
-    retriever = DenseRetriever(corpus)
-    with monkeypatch.context() as patch:
-
-        def torn(path, vectors, factory):
-            path.write_text("half")
-            raise OSError("disk full")
-
-        patch.setattr("sdsearch_lightning.retrieval.index_build.write_faiss_index", torn)
-        with pytest.raises(OSError, match="disk full"):
-            retriever.prepare()
-    assert not retriever.is_built
-    (unfinished,) = retriever.index_path.glob(".*.unfinished")
-    (unfinished / "static_Flat.index").unlink()  # the real writer renames: what has the name is whole
-    monkeypatch.setattr(TextEncoder, "encode_passages", lambda *_: pytest.fail("encoded twice"))
-    assert ids(retriever.search(["tea"], 1)) == [["tea"]]
-    assert visible(retriever.index_path) == [retriever.folder.name]
-    assert sorted(path.name for path in retriever.folder.iterdir()) == [
-        "encoder", "manifest.json", "offsets.npy", "static_Flat.index",
-    ]  # fmt: skip
+    assert ids_of(DenseRetriever(corpus, index_path=index).search(["zebra"], 1)) == [["zebra"]]
 
 
 def test_a_gzipped_corpus_is_unpacked_beside_its_index(corpus):
     packed = corpus.with_suffix(".jsonl.gz")
     packed.write_bytes(gzip.compress(corpus.read_bytes()))
     retriever = DenseRetriever(packed)
-    assert retriever.search(["capital of Italy"], 1)[0][0].contents == TEXTS["rome"]
+    assert retriever.search(["capital of Italy"], 1)[0][0].contents == FOUR_TEXTS["rome"]
     assert (retriever.folder / "corpus.jsonl").read_bytes() == corpus.read_bytes()
     packed.write_bytes(gzip.compress(b'{"id": "1", "contents": "c"}\n{"id": "2"}\n'))
     with pytest.raises(DataError, match=r"corpus\.jsonl\.gz line 2: expected 'id' and"):
@@ -169,7 +124,7 @@ def test_an_encoder_folder_with_prompts(corpus, tmp_path):
     assert retriever.search(["marked"], 1)[0][0].score > 0.9  # every passage begins with it
     bare = DenseRetriever(corpus, encoder=str(tmp_path / "encoder"), passage_prompt="", query_prompt="")
     assert abs(bare.search(["marked"], 1)[0][0].score) < 0.9
-    assert ids(retriever.search(["nothing"], 1)) == [["rome"]]  # by the query prompt alone
+    assert ids_of(retriever.search(["nothing"], 1)) == [["rome"]]  # by the query prompt alone
     assert bare.search(["nothing"], 1)[0][0].score == 0
 
 
@@ -181,7 +136,7 @@ def test_bad_arguments_and_files(corpus, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match=r"empty\.jsonl: expected at least one passage"):
         DenseRetriever(tmp_path / "empty.jsonl").prepare()
-    assert visible(tmp_path / "empty.jsonl.index") == []
+    assert names_in(tmp_path / "empty.jsonl.index") == []
     with pytest.raises(ConfigError, match=r"encoder: expected 'static', a sentence-transformers folder or a hub name"):
         DenseRetriever(corpus, encoder="./no/such/folder").prepare()
 
@@ -200,7 +155,7 @@ def test_other_kinds_of_index(tmp_path, factory):
     words = [f"w{i % 97} u{i}" for i in range(600)]
     path.write_text("".join(json.dumps({"id": str(i), "contents": text}) + "\n" for i, text in enumerate(words)))
     retriever = DenseRetriever(path, factory=factory, nprobe=4)
-    assert [hits[0] for hits in ids(retriever.search(words[::50], 3))] == [str(i) for i in range(0, 600, 50)]
+    assert [hits[0] for hits in ids_of(retriever.search(words[::50], 3))] == [str(i) for i in range(0, 600, 50)]
     assert retriever.index_file.name == f"static_{factory}.index" and retriever.index_file.is_file()
     with pytest.raises(
         ConfigError, match="factory: expected a FAISS factory string that works for 256 dimensions.*found 'Nope'"
@@ -234,7 +189,7 @@ def search_r1_index(corpus, encoder, path):
 
 @pytest.fixture
 def e5(tmp_path):
-    save_static_encoder({w: 1.0 for t in TEXTS.values() for w in t.lower().split()}, tmp_path / "e5", 32, seed=0)
+    save_static_encoder({w: 1.0 for t in FOUR_TEXTS.values() for w in t.lower().split()}, tmp_path / "e5", 32, seed=0)
     return tmp_path / "e5"
 
 
@@ -244,11 +199,11 @@ def test_an_index_in_search_r1s_layout(corpus, e5, tmp_path):
     scores, rows = index.search(model.encode(["query: " + q for q in queries], normalize_embeddings=True), 3)
     retriever = DenseRetriever(corpus, str(e5), tmp_path / "e5_Flat.index")
     found = retriever.search(queries, 3)
-    assert ids(found) == [[list(TEXTS)[row] for row in hits] for hits in rows]
+    assert ids_of(found) == [[list(FOUR_TEXTS)[row] for row in hits] for hits in rows]
     np.testing.assert_allclose([[p.score for p in hits] for hits in found], scores, atol=1e-5)
     assert retriever.is_built and (tmp_path / "e5_Flat.index.corpus").is_dir()
     (everything,) = retriever.search(["a play"], 50)
-    assert sorted(p.id for p in everything) == sorted(TEXTS)
+    assert sorted(p.id for p in everything) == sorted(FOUR_TEXTS)
 
 
 def test_an_index_of_another_corpus_or_encoder_is_told(corpus, e5, tmp_path, caplog):
@@ -284,7 +239,7 @@ def test_a_finished_index_is_opened_by_what_it_tells(corpus, e5, tmp_path):
     DenseRetriever(corpus, str(e5), tmp_path / "index", factory="HNSW8", passage_prompt="p ").prepare()
     retriever = DenseRetriever.from_index(corpus, tmp_path / "index", ef_search=7)
     assert retriever.is_built and (retriever.encoder, retriever.factory) == (str(e5), "HNSW8")
-    assert ids(retriever.search(["tea leaves"], 1)) == [["tea"]]
+    assert ids_of(retriever.search(["tea leaves"], 1)) == [["tea"]]
     for path in (retriever.folder, retriever.index_file):
         assert DenseRetriever.from_index(corpus, path).folder == retriever.folder
     assert DenseRetriever.from_index(corpus, tmp_path / "index", str(e5)).folder == retriever.folder
@@ -294,65 +249,6 @@ def test_a_finished_index_is_opened_by_what_it_tells(corpus, e5, tmp_path):
     with pytest.raises(ConfigError, match=r"expected the one that .*foreign\.index was built with, found none given"):
         DenseRetriever.from_index(corpus, tmp_path / "foreign.index")
     assert DenseRetriever.from_index(corpus, tmp_path / "foreign.index", str(e5)).search(["tea leaves"], 1)
-
-
-def test_a_disk_that_is_too_small_is_told_before_the_work(corpus, monkeypatch):
-    usage = shutil.disk_usage(corpus.parent)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(TextEncoder, "encode_passages", lambda *_: pytest.fail("started all the same"))
-    with pytest.raises(ConfigError, match=r"expected 0\.0 GB of free disk for 4 vectors of 256 numbers, found 0\.0 GB"):
-        DenseRetriever(corpus).prepare()
-
-
-def test_space_for_vectors_is_taken_before_they_are_made(tmp_path):
-    """A sparse file would let the disk fill up in the middle of a write into mapped memory, which is a signal."""
-    vectors = write_vectors(tmp_path / "v.npy", 5000, 64)
-    assert vectors.shape == (5000, 64) and (tmp_path / "v.npy").stat().st_blocks * 512 >= vectors.nbytes
-
-
-def test_a_killed_build_goes_on_and_gives_the_same_index(tmp_path):
-    """SIGKILL while encoding: the next run starts at the note, and its index is that of a whole run, bit for bit."""
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"id": str(i), "contents": f"w{i % 97} u{i}"}) + "\n" for i in range(3000)))
-    code = f"""
-import os, signal
-from sdsearch_lightning.retrieval import DenseRetriever, index_build
-from sdsearch_lightning.retrieval.encoder import TextEncoder
-index_build._CHECKPOINT_SECONDS = 0.0
-encode, calls = TextEncoder.encode_passages, []
-def counted(self, texts):
-    calls.append(len(texts))
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return encode(self, texts)
-TextEncoder.encode_passages = counted
-DenseRetriever({str(path)!r}, index_path={str(tmp_path / "killed")!r}, batch_size=32).prepare()
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    (unfinished,) = (tmp_path / "killed").glob(".*.unfinished")
-    assert json.loads((unfinished / "encoded.json").read_text()) == {"rows": 3 * 16 * 32}
-    encoded = []
-    with pytest.MonkeyPatch.context() as patch:
-        encode = TextEncoder.encode_passages
-        patch.setattr(TextEncoder, "encode_passages", lambda self, texts: encoded.extend(texts) or encode(self, texts))
-        resumed = DenseRetriever(path, index_path=tmp_path / "killed", batch_size=32)
-        resumed.prepare()
-    assert len(encoded) == 3000 - 3 * 16 * 32
-    whole = DenseRetriever(path, index_path=tmp_path / "whole", batch_size=32)
-    whole.prepare()
-    assert resumed.index_file.read_bytes() == whole.index_file.read_bytes()
-
-
-def test_a_corpus_that_changes_before_it_is_indexed_is_noticed(corpus):
-    """Its digest was taken, the lock was waited for, and meanwhile the file was still being copied."""
-    retriever = DenseRetriever(corpus)
-    assert not retriever.is_built  # takes the digest
-    with corpus.open("a") as file:
-        file.write('{"id": "zebra", "contents": "zebra"}\n')
-    with pytest.raises(DataError, match="changed while it was indexed"):
-        retriever.prepare()
-    retriever.close()
-    assert ids(retriever.search(["zebra"], 1)) == [["zebra"]]
 
 
 def test_a_copy_for_another_process_opens_its_own(corpus):
@@ -390,4 +286,4 @@ def test_no_batch_is_no_vectors(corpus, size):
 
 
 def test_half_a_character_in_a_query_is_searched_for_without_it(corpus):
-    assert ids(DenseRetriever(corpus).search(["tea \ud83d leaves"], 1)) == [["tea"]]
+    assert ids_of(DenseRetriever(corpus).search(["tea \ud83d leaves"], 1)) == [["tea"]]

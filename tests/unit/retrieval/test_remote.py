@@ -5,59 +5,21 @@ from __future__ import annotations
 import json
 import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
 import httpx
 import pytest
-from toys import PASSAGES, ToyRetriever
 
+from helpers.network import Network, Step, toy_answer
+from helpers.passages import PASSAGES, ToyRetriever
 from sdsearch_lightning.errors import ConfigError, RetrievalError, RetrieverUnavailableError
 from sdsearch_lightning.retrieval import check_retriever, remote
 from sdsearch_lightning.retrieval.remote import RemoteRetriever
 
-Step = int | Exception | httpx.Response
 URL = "http://127.0.0.1:8000/retrieve"
-
-
-def toy_answer(request: httpx.Request) -> httpx.Response:
-    """A server over six passages."""
-    asked = json.loads(request.content)
-    found = ToyRetriever().search(asked["queries"], asked["topk"])
-    rows = [[{"document": {"id": p.id, "contents": p.contents}, "score": 0.5} for p in hits] for hits in found]
-    return httpx.Response(200, json={"result": rows})
-
-
-class Network:
-    """Stands in for all connections and the clock; time passes only while the client sleeps.
-
-    `script` is what happens to one request after another; when it is used up, requests are answered.
-    """
-
-    def __init__(self) -> None:
-        self.requests: list[httpx.Request] = []
-        self.transports: list[httpx.HTTPTransport] = []
-        self.script: Iterator[Step] = iter(())
-        self.answer: Callable[[httpx.Request], httpx.Response] = toy_answer
-        self.slept: list[float] = []
-
-    def handle(self, transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
-        self.requests.append(request)
-        self.transports.append(transport)
-        step = next(self.script, None)
-        if isinstance(step, Exception):
-            raise step
-        if isinstance(step, int):
-            return httpx.Response(step, text=f"says {step}")
-        return step or self.answer(request)
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-
-    def monotonic(self) -> float:
-        return 1000.0 + sum(self.slept)
 
 
 @pytest.fixture

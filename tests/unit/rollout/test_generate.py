@@ -10,17 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import (
-    EOS,
-    PASSAGES,
-    PROTOCOL,
-    TOKENIZERS,
-    ScriptedPolicy,
-    TalkativePolicy,
-    ToyRetriever,
-    make_request,
-)
 
+from helpers.models import TalkativePolicy
+from helpers.passages import PASSAGES, PROTOCOL, ToyRetriever
+from helpers.players import GREEDY, ScriptedPolicy, make_request
+from helpers.slots import TALK_LIMITS, TALK_QUESTIONS, essence, run_engine, talk_requests
+from helpers.tokenizers import EOS, TOKENIZERS
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.policy.policy import Policy
@@ -30,7 +25,6 @@ from sdsearch_lightning.rollout import GenerateEngine, SearchPool
 from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.types import (
     Limits,
-    Question,
     RolloutGroup,
     RolloutRequest,
     Sampling,
@@ -38,25 +32,10 @@ from sdsearch_lightning.types import (
     Trajectory,
 )
 
-LIMITS = Limits(max_searches=2, max_invalid_actions=9, max_turn_tokens=12, max_observation_tokens=20, max_tokens=90)
-QUESTIONS = [
-    Question(f"q{i}", text, ("Paris",))
-    for i, text in enumerate(("where is Paris ?", "who", "capital of France", "the city of Rome is where ?"))
-]
-SAMPLED, GREEDY = Sampling(), Sampling(temperature=0.0)
-
 
 @pytest.fixture(scope="module")
 def policy(word_codec: TokenCodec) -> TalkativePolicy:
     return TalkativePolicy(word_codec, seed=42)
-
-
-def ask(codec: TokenCodec, count: int = 6, sampling: Sampling = SAMPLED) -> list[RolloutRequest]:
-    return [
-        make_request(codec, question, (0, position), index, sampling)
-        for position, question in enumerate(QUESTIONS)
-        for index in range(count)
-    ]
 
 
 def run(
@@ -64,14 +43,10 @@ def run(
     codec: TokenCodec,
     requests: Sequence[RolloutRequest],
     retriever: ToyRetriever | None = None,
-    limits: Limits = LIMITS,
+    limits: Limits = TALK_LIMITS,
     max_batch_size: int = 256,
 ) -> list[Trajectory]:
-    engine, pool = GenerateEngine(max_batch_size), SearchPool(retriever or ToyRetriever(), top_k=2)
-    engine.attach(policy, lambda request: Conversation(request, PROTOCOL, codec, limits), pool)  # type: ignore[arg-type]
-    trajectories = engine.run(requests)
-    pool.close()
-    return trajectories
+    return run_engine(GenerateEngine(max_batch_size), policy, codec, requests, limits, retriever)
 
 
 def forward_logprobs(policy: Policy, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
@@ -89,12 +64,6 @@ def sampled_error(policy: Policy, trajectory: Trajectory, token_ids: Sequence[in
     return float((forward_logprobs(policy, token_ids, temperature) - recorded)[mask].abs().max())
 
 
-def essence(trajectory: Trajectory) -> tuple[object, ...]:
-    """Everything but the last bits of the log-probs."""
-    spans = [(span.kind, span.token_ids, span.sampled) for span in trajectory.spans]
-    return (trajectory.instance_id, trajectory.rollout_index, spans, trajectory.stop_reason, trajectory.queries)
-
-
 # Token in, token out
 
 
@@ -102,7 +71,7 @@ def essence(trajectory: Trajectory) -> tuple[object, ...]:
 def test_sampled_logprobs_are_those_of_a_forward_pass(
     policy: TalkativePolicy, word_codec: TokenCodec, sampling: Sampling
 ) -> None:
-    trajectories = run(policy, word_codec, ask(word_codec, sampling=sampling))
+    trajectories = run(policy, word_codec, talk_requests(word_codec, sampling=sampling))
     temperature = sampling.temperature or 1.0
     assert max(sampled_error(policy, t, t.token_ids, temperature) for t in trajectories) <= 1e-10
     spoiled = [(5, *t.token_ids[1:]) for t in trajectories]  # another first token, and nothing fits any more
@@ -111,14 +80,14 @@ def test_sampled_logprobs_are_those_of_a_forward_pass(
 
 
 def test_the_toy_policy_does_all_that_a_policy_can_do(policy: TalkativePolicy, word_codec: TokenCodec) -> None:
-    trajectories = run(policy, word_codec, ask(word_codec))
+    trajectories = run(policy, word_codec, talk_requests(word_codec))
     assert {t.stop_reason for t in trajectories} == set(StopReason) - {StopReason.RETRIEVAL_ERROR}
     assert {len(t.queries) for t in trajectories} == {0, 1, 2}
     assert any(t.num_invalid_actions and t.queries for t in trajectories)
 
 
 def test_what_is_trained_on_is_what_was_sampled(policy: TalkativePolicy, word_codec: TokenCodec) -> None:
-    trajectories = run(policy, word_codec, ask(word_codec))
+    trajectories = run(policy, word_codec, talk_requests(word_codec))
     groups = groups_of(trajectories)
     rollouts = [rollout for group in weigh(groups, [None] * 4, "token-mean") for rollout in group]
     batch = collate(rollouts)
@@ -131,7 +100,7 @@ def groups_of(trajectories: Sequence[Trajectory], count: int = 6) -> list[Rollou
     scored = [replace(t, reward=0.0, advantage=(-1.0) ** i * (1 + i / 7)) for i, t in enumerate(trajectories)]
     return [
         RolloutGroup(question, (0, i), tuple(scored[count * i : count * (i + 1)]))
-        for i, question in enumerate(QUESTIONS)
+        for i, question in enumerate(TALK_QUESTIONS)
     ]
 
 
@@ -139,7 +108,9 @@ def test_the_first_update_sees_a_ratio_of_exactly_one(policy: TalkativePolicy, w
     module = SDSearchModule("unused", protocol=PROTOCOL, kl_coef=0.0)
     module.attach(policy.model, word_codec.tokenizer)
     module.policy = policy
-    weighed = weigh(groups_of(run(policy, word_codec, ask(word_codec))), [None] * 4, "token-mean", dtype=torch.float64)
+    weighed = weigh(
+        groups_of(run(policy, word_codec, talk_requests(word_codec))), [None] * 4, "token-mean", dtype=torch.float64
+    )
     batch = collate([rollout for group in weighed for rollout in group], dtype=torch.float64)
     first = module.student_step(replace(batch, on_policy=True))
     rows = batch.policy_weight != 0
@@ -157,7 +128,7 @@ def test_the_first_update_sees_a_ratio_of_exactly_one(policy: TalkativePolicy, w
 def test_batch_size_and_order_change_nothing(
     policy: TalkativePolicy, word_codec: TokenCodec, max_batch_size: int, reverse: bool
 ) -> None:
-    requests = ask(word_codec)
+    requests = talk_requests(word_codec)
     expected = run(policy, word_codec, requests)
     if reverse:
         requests, expected = requests[::-1], expected[::-1]
@@ -169,7 +140,7 @@ def test_batch_size_and_order_change_nothing(
 
 def test_seeds_decide_and_greedy_ignores_them(policy: TalkativePolicy, word_codec: TokenCodec) -> None:
     def tokens(sampling: Sampling, seeds: Sequence[int]) -> list[tuple[int, ...]]:
-        request = make_request(word_codec, QUESTIONS[0], sampling=sampling)
+        request = make_request(word_codec, TALK_QUESTIONS[0], sampling=sampling)
         return [t.token_ids for t in run(policy, word_codec, [replace(request, seed=seed) for seed in seeds])]
 
     assert len(set(tokens(Sampling(), range(8)))) == 8
@@ -192,7 +163,7 @@ def test_a_prompt_that_a_group_shares_is_run_once(
         return decode(token_ids, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(policy, "decode", spy)
-    requests = ask(word_codec, count=5)
+    requests = talk_requests(word_codec, count=5)
     run(policy, word_codec, requests)
     assert shapes[0] == (4, max(len(request.prompt_ids) for request in requests))
     assert shapes[1] == (20, 1)
@@ -217,7 +188,7 @@ TURNS = {
 def test_given_turns_are_played_with_one_search_per_turn(name: str) -> None:
     """With tokenizers that split the tags; the cache holds exactly the finished rollouts."""
     codec = TokenCodec(TOKENIZERS[name](), PROTOCOL.tags)
-    requests = [make_request(codec, question, (0, i)) for i, question in enumerate(QUESTIONS)]
+    requests = [make_request(codec, question, (0, i)) for i, question in enumerate(TALK_QUESTIONS)]
     scripts = {
         request.prompt_ids: [token for turn in TURNS[request.question.text] for token in codec.encode(turn)]
         for request in requests
@@ -240,11 +211,11 @@ def test_progress_adds_up(policy: TalkativePolicy, word_codec: TokenCodec) -> No
     engine, pool, told = GenerateEngine(10), SearchPool(ToyRetriever(), 2), []
     engine.attach(
         policy,
-        lambda request: Conversation(request, PROTOCOL, word_codec, LIMITS),
+        lambda request: Conversation(request, PROTOCOL, word_codec, TALK_LIMITS),
         pool,
         lambda *counts: told.append(counts),
     )
-    trajectories = engine.run(ask(word_codec))
+    trajectories = engine.run(talk_requests(word_codec))
     sampled, searches = sum(sum(t.policy_mask) for t in trajectories), sum(len(t.queries) for t in trajectories)
     assert tuple(map(sum, zip(*told, strict=True))) == (24, searches, sampled)
     assert pool.take_counts().queries == searches
@@ -258,8 +229,8 @@ def test_a_retriever_that_is_down_ends_the_rollouts_that_asked(policy: Talkative
     def fail(queries: Sequence[str]) -> None:
         raise ConnectionError("down")
 
-    healthy = run(policy, word_codec, ask(word_codec))
-    broken = run(policy, word_codec, ask(word_codec), ToyRetriever(fail=fail))
+    healthy = run(policy, word_codec, talk_requests(word_codec))
+    broken = run(policy, word_codec, talk_requests(word_codec), ToyRetriever(fail=fail))
     for one, other in zip(healthy, broken, strict=True):
         assert (other.stop_reason is StopReason.RETRIEVAL_ERROR) == bool(one.queries)
         assert other.queries == one.queries[:1]
@@ -267,14 +238,14 @@ def test_a_retriever_that_is_down_ends_the_rollouts_that_asked(policy: Talkative
 
 
 def test_a_poisonous_query_ends_its_own_rollout_only(policy: TalkativePolicy, word_codec: TokenCodec) -> None:
-    healthy = run(policy, word_codec, ask(word_codec))
+    healthy = run(policy, word_codec, talk_requests(word_codec))
     poison = next(t.queries[0] for t in healthy if t.queries)
 
     def fail(queries: Sequence[str]) -> None:
         if poison in queries:
             raise ValueError(poison)
 
-    broken = run(policy, word_codec, ask(word_codec), ToyRetriever(fail=fail))
+    broken = run(policy, word_codec, talk_requests(word_codec), ToyRetriever(fail=fail))
     failed = [t.stop_reason is StopReason.RETRIEVAL_ERROR for t in broken]
     assert failed == [poison in t.queries for t in healthy] and 0 < sum(failed) < len(failed)
     kept = [(one, other) for one, other, bad in zip(healthy, broken, failed, strict=True) if not bad]
@@ -285,8 +256,8 @@ def test_a_poisonous_query_ends_its_own_rollout_only(policy: TalkativePolicy, wo
 def test_a_prompt_beyond_the_budget_samples_nothing(
     policy: TalkativePolicy, word_codec: TokenCodec, max_tokens: int
 ) -> None:
-    requests = ask(word_codec, count=2)
-    trajectories = run(policy, word_codec, requests, limits=replace(LIMITS, max_tokens=max_tokens))
+    requests = talk_requests(word_codec, count=2)
+    trajectories = run(policy, word_codec, requests, limits=replace(TALK_LIMITS, max_tokens=max_tokens))
     for request, trajectory in zip(requests, trajectories, strict=True):
         if len(request.prompt_ids) >= max_tokens:
             assert trajectory.stop_reason is StopReason.MAX_TOKENS and len(trajectory.spans) == 1
@@ -299,9 +270,9 @@ def test_passages_reach_the_policy(policy: TalkativePolicy, word_codec: TokenCod
     """Or every other comparison here would compare runs without observations."""
 
     def sampled(retriever: ToyRetriever) -> list[list[tuple[int, ...]]]:
-        trajectories = run(policy, word_codec, ask(word_codec), retriever)
+        trajectories = run(policy, word_codec, talk_requests(word_codec), retriever)
         return [[span.token_ids for span in t.spans if span.sampled] for t in trajectories]
 
-    searched = [bool(t.queries) for t in run(policy, word_codec, ask(word_codec))]
+    searched = [bool(t.queries) for t in run(policy, word_codec, talk_requests(word_codec))]
     differ = [one != two for one, two in zip(sampled(ToyRetriever()), sampled(ToyRetriever(PASSAGES[4:])), strict=True)]
     assert sum(differ) > 5 and all(s or not d for s, d in zip(searched, differ, strict=True))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from toys import PASSAGES, ToyRetriever
 
+from helpers.passages import PASSAGES, ToyRetriever
 from sdsearch_lightning.errors import RetrievalError, RetrieverUnavailableError
 from sdsearch_lightning.rollout import SearchPool
 from sdsearch_lightning.types import Passage

@@ -14,22 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fake_vllm import (
-    ROOT,
-    FakeModel,
-    FakeSamplingParams,
-    FakeVLLM,
-    attach,
-    install,
-    pretend_version,
-    run,
-    scripted,
-)
 from jsonargparse import ArgumentParser
-from toys import (
-    make_request,
-)
 
+from helpers.fake_vllm import FakeModel, FakeSamplingParams, FakeVLLM
+from helpers.paths import ROOT
+from helpers.players import make_request
+from helpers.vllm_runs import attach_vllm, install_vllm, pretend_version, run_vllm, vllm_requests
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import Engine
@@ -39,12 +29,12 @@ from sdsearch_lightning.rollout.vllm import VLLMEngine
 
 @pytest.fixture
 def world(byte_codec: TokenCodec, monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
-    return install(FakeVLLM(byte_codec), monkeypatch)
+    return install_vllm(FakeVLLM(byte_codec), monkeypatch)
 
 
 @pytest.fixture
 def talkative(word_codec: TokenCodec, monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
-    return install(FakeVLLM(word_codec), monkeypatch)
+    return install_vllm(FakeVLLM(word_codec), monkeypatch)
 
 
 # Weights and memory
@@ -55,7 +45,7 @@ def test_a_step_wakes_pushes_runs_and_sleeps(world: FakeVLLM) -> None:
     push = ["load", "reset", "generate 7", "generate 6", "generate 5", "sleep 2"]
     awake = ["wake weights", "load", "wake kv_cache", *push[1:]]
     for step in range(3):
-        run(world, scripted(world), engine=engine)
+        run_vllm(world, vllm_requests(world), engine=engine)
         assert world.log == ["build", *push, *awake * step]
         assert sorted(world.llm.model.loaded) == sorted(name for name, _ in world.policy.model.named_parameters())
 
@@ -65,7 +55,7 @@ def test_sleep_levels(world: FakeVLLM, level: int) -> None:
     engine = VLLMEngine("folder", sleep_level=level)
     engine.sleep()  # nothing to put to sleep yet
     for _ in range(2):
-        run(world, scripted(world), engine=engine)
+        run_vllm(world, vllm_requests(world), engine=engine)
         engine.sleep()  # already asleep
     assert world.arguments[0]["enable_sleep_mode"] == (level > 0)
     assert [entry for entry in world.log if entry.startswith("sleep")] == [f"sleep {level}"] * 2 * (level > 0)
@@ -73,9 +63,9 @@ def test_sleep_levels(world: FakeVLLM, level: int) -> None:
 
 def test_run_pushes_weights_by_itself_where_it_has_none(world: FakeVLLM) -> None:
     engine = VLLMEngine("folder")
-    pool = attach(engine, world)
+    pool = attach_vllm(engine, world)
     for _ in range(2):
-        assert len(engine.run(scripted(world))) == 7  # the fake would not have it without
+        assert len(engine.run(vllm_requests(world))) == 7  # the fake would not have it without
         engine.sleep()
     assert world.log.count("load") == 2
     pool.close()
@@ -83,7 +73,7 @@ def test_run_pushes_weights_by_itself_where_it_has_none(world: FakeVLLM) -> None
 
 def test_sync_wakes_what_sleeps(world: FakeVLLM) -> None:
     engine = VLLMEngine("folder")
-    run(world, scripted(world), engine=engine)
+    run_vllm(world, vllm_requests(world), engine=engine)
     world.log.clear()
     engine.sync(world.policy)
     assert world.log == ["wake weights", "load", "wake kv_cache", "reset"]
@@ -94,13 +84,13 @@ def test_sync_wakes_what_sleeps(world: FakeVLLM) -> None:
 @pytest.mark.parametrize("level", [0, 2])
 def test_a_push_that_failed_is_done_again(world: FakeVLLM, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
     engine = VLLMEngine("folder", sleep_level=level)
-    run(world, scripted(world), engine=engine)
+    run_vllm(world, vllm_requests(world), engine=engine)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(FakeModel, "load_weights", lambda self, weights: 1 / 0)
         engine.sync(world.policy)
     engine.sleep()  # of someone's finally; half awake is left as it is
-    pool = attach(engine, world)
-    assert engine.run(scripted(world))[0].answer == "b"  # the fake would not have it with half the weights
+    pool = attach_vllm(engine, world)
+    assert engine.run(vllm_requests(world))[0].answer == "b"  # the fake would not have it with half the weights
     pool.close()
 
 
@@ -108,7 +98,7 @@ def test_weights_that_nobody_pushes_are_an_error(world: FakeVLLM, monkeypatch: p
     load = FakeModel.load_weights
     monkeypatch.setattr(FakeModel, "load_weights", lambda self, weights: load(self, list(weights)[1:]))
     with pytest.raises(ConfigError, match=r"1 weights of vLLM's model .* policy\.model\.model\.embed_tokens\.weight"):
-        run(world, scripted(world))
+        run_vllm(world, vllm_requests(world))
 
 
 def test_shards_are_pushed_whole(world: FakeVLLM) -> None:
@@ -119,16 +109,16 @@ def test_shards_are_pushed_whole(world: FakeVLLM) -> None:
     names = [(name, shard(p)) for name, p in world.policy.model.named_parameters()]
     model = SimpleNamespace(named_parameters=lambda: names)
     engine = VLLMEngine("folder")
-    pool = attach(engine, world)
+    pool = attach_vllm(engine, world)
     engine.sync(SimpleNamespace(model=model, parameters=world.policy.parameters))
-    assert len(engine.run(scripted(world))) == 7  # the fake compares with the whole weights
+    assert len(engine.run(vllm_requests(world))) == 7  # the fake compares with the whole weights
     pool.close()
 
 
 def test_a_prefix_cache_that_stays_is_an_error(world: FakeVLLM) -> None:
     world.resets = False
     with pytest.raises(RolloutError, match="kept its prefix cache"):
-        run(world, scripted(world))
+        run_vllm(world, vllm_requests(world))
 
 
 def test_the_trainers_random_numbers_stay(world: FakeVLLM) -> None:
@@ -180,7 +170,7 @@ def test_one_process_needs_no_launcher(world: FakeVLLM) -> None:
 
 
 def test_broken_logprobs_stop_the_run_and_name_the_rollouts(world: FakeVLLM) -> None:
-    requests = scripted(world)
+    requests = vllm_requests(world)
     talk, broken = world.talk, {requests[2].prompt_ids, requests[4].prompt_ids}
 
     def talk_nonsense(ids: list[int], params: FakeSamplingParams) -> Iterator[tuple[int, float]]:
@@ -189,25 +179,25 @@ def test_broken_logprobs_stop_the_run_and_name_the_rollouts(world: FakeVLLM) -> 
 
     world.talk = talk_nonsense
     with pytest.raises(RolloutError, match=r": \(0, 2\)/7, \(0, 4\)/7\)"):
-        run(world, requests)
+        run_vllm(world, requests)
 
 
 def test_an_output_without_tokens_does_not_run_for_ever(world: FakeVLLM) -> None:
     world.talk = lambda ids, params: iter(())
     with pytest.raises(RolloutError, match=r"no token for rollout \(0, 6\)/0"):
-        run(world, [make_request(world.codec, instance_id=(0, 6))])
+        run_vllm(world, [make_request(world.codec, instance_id=(0, 6))])
 
 
 def test_a_context_that_is_too_short_is_refused(world: FakeVLLM) -> None:
-    run(world, scripted(world), engine=VLLMEngine("folder", max_model_len=900))
+    run_vllm(world, vllm_requests(world), engine=VLLMEngine("folder", max_model_len=900))
     world.llm = None
     with pytest.raises(ConfigError, match="max_model_len is 899, but rollout.max_tokens is 900"):
-        run(world, scripted(world), engine=VLLMEngine("folder", max_model_len=899))
+        run_vllm(world, vllm_requests(world), engine=VLLMEngine("folder", max_model_len=899))
 
 
 def test_mixed_precision_of_the_trainer_stays_outside(world: FakeVLLM) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):  # the fake refuses to run in it
-        run(world, scripted(world))
+        run_vllm(world, vllm_requests(world))
         assert torch.is_autocast_enabled("cpu")
 
 
@@ -242,8 +232,8 @@ def test_vllm_may_be_missing_until_it_is_asked_for(monkeypatch: pytest.MonkeyPat
 def test_progress_adds_up(world: FakeVLLM) -> None:
     engine, told = VLLMEngine("folder"), []
     world.overshoot = 2
-    pool = attach(engine, world, report=lambda *counts: told.append(counts))
-    trajectories = engine.run(scripted(world, tail=" and more"))
+    pool = attach_vllm(engine, world, report=lambda *counts: told.append(counts))
+    trajectories = engine.run(vllm_requests(world, tail=" and more"))
     sampled, searches = sum(sum(t.policy_mask) for t in trajectories), sum(len(t.queries) for t in trajectories)
     assert tuple(map(sum, zip(*told, strict=True))) == (7, searches, sampled)
     assert sampled < world.num_sampled

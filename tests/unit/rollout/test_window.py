@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_slots import LIMITS, TALK, ask, essences, run, scripted
-from toys import TalkativePolicy, ToyRetriever, make_request
-from training_data import CODEC as DATA_CODEC
-from training_data import tiny_model
 
+from helpers.models import TalkativePolicy, tiny_model
+from helpers.passages import ToyRetriever
+from helpers.players import make_request
+from helpers.slots import SLOT_LIMITS, TALK_LIMITS, essences, run_engine, slot_requests, talk_requests
+from helpers.training_rollouts import TRAINING_CODEC
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.tokenization import TokenCodec
@@ -77,14 +78,14 @@ def test_the_byte_budget_gives_the_number_of_slots(
     assert shape.bytes_per_token == 2 * 2 * 1 * 8 * 8
     widths = []
     spy(policy, monkeypatch, lambda tokens, attention: widths.append(len(getattr(attention, "_row", ()))))
-    row_gib = shape.bytes_per_token * TALK.max_tokens / 2**30
-    run(SlotEngine(kv_cache_gib=5.5 * row_gib), policy, word_codec, ask(word_codec, 6), TALK)
+    row_gib = shape.bytes_per_token * TALK_LIMITS.max_tokens / 2**30
+    run_engine(SlotEngine(kv_cache_gib=5.5 * row_gib), policy, word_codec, talk_requests(word_codec, 6), TALK_LIMITS)
     assert max(widths) == 5
 
 
 def test_a_budget_for_less_than_one_rollout_is_refused(policy: TalkativePolicy, word_codec: TokenCodec) -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_gib is 1e-06, but one rollout of up to 90 tokens takes .* GiB"):
-        run(SlotEngine(kv_cache_gib=1e-6), policy, word_codec, ask(word_codec, 1), TALK)
+        run_engine(SlotEngine(kv_cache_gib=1e-6), policy, word_codec, talk_requests(word_codec, 1), TALK_LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -105,15 +106,15 @@ def test_a_context_that_the_model_does_not_read_is_refused(engine: Any, word_cod
     policy = TalkativePolicy(word_codec)
     policy.model.config.max_position_embeddings = 80
     with pytest.raises(ConfigError, match="rollout.max_tokens is 90, but the model reads 80 tokens at most"):
-        run(engine, policy, word_codec, ask(word_codec, 1), TALK)
+        run_engine(engine, policy, word_codec, talk_requests(word_codec, 1), TALK_LIMITS)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
 def test_out_of_memory_halves_the_slots_and_changes_nothing(
     policy: TalkativePolicy, word_codec: TokenCodec, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
-    requests = ask(word_codec, 5)
-    expected = essences(run(SlotEngine(), policy, word_codec, requests, TALK))
+    requests = talk_requests(word_codec, 5)
+    expected = essences(run_engine(SlotEngine(), policy, word_codec, requests, TALK_LIMITS))
     passes = 0
 
     def exhausted(tokens: Any, attention: Any) -> None:
@@ -125,11 +126,11 @@ def test_out_of_memory_halves_the_slots_and_changes_nothing(
     spy(policy, monkeypatch, exhausted)
     engine = SlotEngine(max_slots=12)
     with pytest.warns(UserWarning, match="Memory ran out in the rollouts with") as told:
-        assert essences(run(engine, policy, word_codec, requests, TALK)) == expected
+        assert essences(run_engine(engine, policy, word_codec, requests, TALK_LIMITS)) == expected
     halved = [str(warning.message).split(". ")[0] for warning in told]
     assert [text.split("with ", 1)[1] for text in halved] == ["12 slots: going on with 6", "6 slots: going on with 3"]
     assert engine.max_slots == 3, "and the next window begins with as many"
-    assert essences(run(engine, policy, word_codec, requests, TALK)) == expected
+    assert essences(run_engine(engine, policy, word_codec, requests, TALK_LIMITS)) == expected
 
 
 def test_out_of_memory_with_one_slot_stops(
@@ -141,7 +142,7 @@ def test_out_of_memory_with_one_slot_stops(
 
     spy(policy, monkeypatch, exhausted)
     with pytest.raises(RolloutError, match="with a single slot. Lower rollout.max_tokens"):
-        run(SlotEngine(max_slots=1), policy, word_codec, ask(word_codec, 1), TALK)
+        run_engine(SlotEngine(max_slots=1), policy, word_codec, talk_requests(word_codec, 1), TALK_LIMITS)
 
 
 # Trouble with the model
@@ -154,20 +155,24 @@ def test_logits_that_are_not_finite_stop_the_run(engine: Any, word_codec: TokenC
     with torch.no_grad():
         policy.model.get_input_embeddings().weight[bad] = torch.nan  # only one prompt holds this word
     with pytest.raises(RolloutError, match=r"not finite in 3 rollouts .*\(0, 2\)/0, \(0, 2\)/1, \(0, 2\)/2\)"):
-        run(engine, policy, word_codec, ask(word_codec, 3), TALK)
+        run_engine(engine, policy, word_codec, talk_requests(word_codec, 3), TALK_LIMITS)
 
 
 def test_a_model_that_cannot_run_in_slots_gets_the_reference_engine() -> None:
     policy = Policy(tiny_model("gemma2")).eval()
-    requests = [make_request(DATA_CODEC, index=i) for i in range(2)]
+    requests = [make_request(TRAINING_CODEC, index=i) for i in range(2)]
     engine = SlotEngine()
     with pytest.warns(
         UserWarning, match="gemma2 cannot: its attention uses sliding_window, softcap.*reference"
     ) as told:
-        first = run(engine, policy, DATA_CODEC, requests, TALK)
-        second = run(engine, policy, DATA_CODEC, requests, TALK)
+        first = run_engine(engine, policy, TRAINING_CODEC, requests, TALK_LIMITS)
+        second = run_engine(engine, policy, TRAINING_CODEC, requests, TALK_LIMITS)
     assert len(told) == 1, "told once"
-    assert essences(first) == essences(second) == essences(run(GenerateEngine(), policy, DATA_CODEC, requests, TALK))
+    assert (
+        essences(first)
+        == essences(second)
+        == essences(run_engine(GenerateEngine(), policy, TRAINING_CODEC, requests, TALK_LIMITS))
+    )
     assert engine.counts.decode_rows > 0
 
 
@@ -188,11 +193,11 @@ class Slow(ToyRetriever):
 
 
 def test_the_schedule_does_not_depend_on_how_long_a_search_takes(word_codec: TokenCodec) -> None:
-    policy, requests = TalkativePolicy(word_codec, seed=1), ask(word_codec, 6)
+    policy, requests = TalkativePolicy(word_codec, seed=1), talk_requests(word_codec, 6)
     seen = []
     for seconds in (0.0, 0.02):
         retriever, engine = Slow(seconds), SlotEngine(max_slots=9)
-        run(engine, policy, word_codec, requests, TALK, retriever)
+        run_engine(engine, policy, word_codec, requests, TALK_LIMITS, retriever)
         seen.append((retriever.calls, engine.take_counts()))
     assert seen[0] == seen[1] and len(seen[0][0]) > 3
 
@@ -217,7 +222,9 @@ def test_rollouts_decode_while_a_search_is_under_way(
             overlapped.append(moved.wait_for(lambda: steps >= begun + 2, timeout=1.0))
 
     spy(policy, monkeypatch, step)
-    run(SlotEngine(overlap_steps=3), policy, word_codec, ask(word_codec, 6), TALK, Slow(0, wait))
+    run_engine(
+        SlotEngine(overlap_steps=3), policy, word_codec, talk_requests(word_codec, 6), TALK_LIMITS, Slow(0, wait)
+    )
     assert overlapped[0] and sum(overlapped) > len(overlapped) / 2, "but for the last ones, when nobody else decodes"
 
 
@@ -225,9 +232,9 @@ def test_rollouts_decode_while_a_search_is_under_way(
 
 
 def test_a_prompt_is_read_once_and_a_row_is_never_idle(word_codec: TokenCodec) -> None:
-    policy, requests = TalkativePolicy(word_codec, seed=1), ask(word_codec, 6)
+    policy, requests = TalkativePolicy(word_codec, seed=1), talk_requests(word_codec, 6)
     engine = SlotEngine()
-    trajectories = run(engine, policy, word_codec, requests, TALK)
+    trajectories = run_engine(engine, policy, word_codec, requests, TALK_LIMITS)
     counts, longest = engine.take_counts(), max(sum(t.policy_mask) for t in trajectories)
     prompts = sum(len(prompt) - 1 for prompt in {request.prompt_ids for request in requests})
     forced = sum(len(span.token_ids) for t in trajectories for span in t.spans[1:] if not span.sampled)
@@ -237,19 +244,19 @@ def test_a_prompt_is_read_once_and_a_row_is_never_idle(word_codec: TokenCodec) -
 
 
 def test_siblings_that_come_later_copy_the_prompt(word_codec: TokenCodec) -> None:
-    policy, requests = TalkativePolicy(word_codec, seed=1), ask(word_codec, 12)
+    policy, requests = TalkativePolicy(word_codec, seed=1), talk_requests(word_codec, 12)
     fed = []
     for slots in (48, 30):  # two groups and a half
         engine = SlotEngine(max_slots=slots)
-        run(engine, policy, word_codec, requests, TALK)
+        run_engine(engine, policy, word_codec, requests, TALK_LIMITS)
         fed.append(engine.take_counts().prefill_tokens)
     assert fed[0] == fed[1]
 
 
 def test_a_rollout_without_room_ends_at_once() -> None:
-    codec, requests, policy = scripted("byte", 0, count=4)
-    short = replace(LIMITS, max_tokens=max(len(r.prompt_ids) for r in requests))
-    played = run(SlotEngine(max_slots=2), policy, codec, requests, short)
-    assert essences(played) == essences(run(GenerateEngine(), policy, codec, requests, short))
+    codec, requests, policy = slot_requests("byte", 0, count=4)
+    short = replace(SLOT_LIMITS, max_tokens=max(len(r.prompt_ids) for r in requests))
+    played = run_engine(SlotEngine(max_slots=2), policy, codec, requests, short)
+    assert essences(played) == essences(run_engine(GenerateEngine(), policy, codec, requests, short))
     assert any(len(t.spans) == 1 for t in played)
     assert SlotEngine().max_slots == 256

@@ -8,21 +8,21 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch import Tensor
-from training_data import (
-    CODEC,
+
+from helpers.players import play
+from helpers.training_rollouts import (
     DIRECT,
-    LIMITS,
     ONE,
-    PROTOCOL,
-    QUESTION,
+    TRAINING_CODEC,
+    TRAINING_LIMITS,
+    TRAINING_PROTOCOL,
+    TRAINING_QUESTION,
     TWO,
     blocks_of,
     group,
-    play,
     rollout,
     three_groups,
 )
-
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.packing import LAYOUTS
 from sdsearch_lightning.protocol.conversation import Conversation
@@ -33,7 +33,7 @@ MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
 def teacher_prompt(trajectory: Trajectory, block_text: str) -> Sequence[int]:
-    return PROTOCOL.prompt_ids(CODEC, trajectory.question.text, block_text)
+    return TRAINING_PROTOCOL.prompt_ids(TRAINING_CODEC, trajectory.question.text, block_text)
 
 
 def flat(groups: Sequence[Sequence[WeightedRollout]]) -> list[WeightedRollout]:
@@ -56,7 +56,7 @@ def test_a_rollout_drawn_as_tokens() -> None:
         *((word, "forced") for word in "Oslo is the capital of Norway </documents>".split()),
         ("<answer>", "policy"), ("Rome", "policy"), ("</answer>", "policy"),
     ]  # fmt: skip
-    assert CODEC.decode(batch.token_ids.tolist()).split() == [word for word, _ in table]
+    assert TRAINING_CODEC.decode(batch.token_ids.tolist()).split() == [word for word, _ in table]
     hands = [hand for _, hand in table]
     counted = [hand in ("policy", "query") for hand in hands]
     assert (batch.policy_weight != 0).tolist() == counted
@@ -80,10 +80,12 @@ def test_tokens_and_logprobs_are_those_of_the_rollouts() -> None:
 
 
 def test_pad_and_end_of_sequence_ids_that_the_policy_wrote_keep_their_weight() -> None:
-    conversation = Conversation(RolloutRequest(QUESTION, (0, 0), 0, (4, 5), 0), PROTOCOL, CODEC, LIMITS)
-    written = replace(play(conversation, f"<pad> <eos> {DIRECT}"), advantage=1.0, label=Label.CORRECT)
+    conversation = Conversation(
+        RolloutRequest(TRAINING_QUESTION, (0, 0), 0, (4, 5), 0), TRAINING_PROTOCOL, TRAINING_CODEC, TRAINING_LIMITS
+    )
+    written = replace(play(conversation, TRAINING_CODEC, f"<pad> <eos> {DIRECT}"), advantage=1.0, label=Label.CORRECT)
     batch = collated([group(written)])
-    assert batch.token_ids.tolist()[2:4] == [CODEC.tokenizer.pad_token_id, CODEC.eos_id]
+    assert batch.token_ids.tolist()[2:4] == [TRAINING_CODEC.tokenizer.pad_token_id, TRAINING_CODEC.eos_id]
     assert batch.policy_weight[2:4].ne(0).all()
     assert batch.sequences.position_ids.tolist() == list(range(len(written.token_ids)))
 

@@ -7,14 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_data import CODEC, DIRECT, ONE, PASSAGES, PROTOCOL, TWO, blocks_of, group, rollout, three_groups
 
+from helpers.training_rollouts import (
+    DIRECT,
+    ONE,
+    TRAINING_CODEC,
+    TRAINING_PASSAGES,
+    TRAINING_PROTOCOL,
+    TWO,
+    blocks_of,
+    group,
+    rollout,
+    three_groups,
+)
 from sdsearch_lightning.step.collate import SearchBatch, WeightedRollout, collate, weigh
 from sdsearch_lightning.types import RolloutGroup, TeacherView, Trajectory
 
 
 def teacher_prompt(trajectory: Trajectory, block_text: str) -> Sequence[int]:
-    return PROTOCOL.prompt_ids(CODEC, trajectory.question.text, block_text)
+    return TRAINING_PROTOCOL.prompt_ids(TRAINING_CODEC, trajectory.question.text, block_text)
 
 
 def flat(groups: Sequence[Sequence[WeightedRollout]]) -> list[WeightedRollout]:
@@ -37,7 +48,7 @@ def test_the_teacher_reads_the_block_and_then_the_same_tokens(cut: bool) -> None
         first = True
         for t in g.trajectories:
             if t.label is not None and block is not None and (any(t.query_mask) or not cut):
-                prompt = CODEC.encode(t.question.text + block.text)
+                prompt = TRAINING_CODEC.encode(t.question.text + block.text)
                 end = max(i for i, is_query in enumerate(t.query_mask) if is_query) + 1 if cut else len(t.token_ids)
                 shift = len(expected) + len(prompt) - t.prompt_length
                 rows += [shift + i for i, is_query in enumerate(t.query_mask) if is_query]
@@ -56,13 +67,13 @@ def test_a_cut_teacher_drawn_as_tokens() -> None:
     batch = collated(three_groups()[:1])
     assert batch.teacher is not None and batch.teacher_query_row is not None
     block = "siblings CORRECT the river ; CORRECT Norway ; INCORRECT capital of Italy ; INCORRECT none ;"
-    found = f"<documents> {PASSAGES[0].contents} {PASSAGES[1].contents} </documents>"
+    found = f"<documents> {TRAINING_PASSAGES[0].contents} {TRAINING_PASSAGES[1].contents} </documents>"
     drawn = [
         f"where is Rome Rome {block} <search> [the river] </search> {found} <think> Oslo </think> <search> [Norway]",
         f"where is Rome Rome {block} <think> where </think> <search> [capital of Italy]",
     ]
     words = " ".join(drawn).split()
-    assert CODEC.decode(batch.teacher.token_ids.tolist()).split() == [word.strip("[]") for word in words]
+    assert TRAINING_CODEC.decode(batch.teacher.token_ids.tolist()).split() == [word.strip("[]") for word in words]
     assert batch.teacher.lengths == tuple(len(row.split()) for row in drawn)
     inside = [i for i in range(len(words)) if "[" in words[i] or "]" in words[i] or words[i - 1] == "[capital"]
     assert batch.teacher_query_row.tolist() == inside

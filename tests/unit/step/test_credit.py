@@ -6,20 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_data import (
-    CODEC,
-    ONE,
-    TWO,
-    blocks_of,
-    group,
-    logprob_rows,
-    make_module,
-    micro_batches,
-    rollout,
-    step,
-    three_groups,
-)
 
+from helpers.closed_form import logprob_rows
+from helpers.training import make_module, micro_batches, step
+from helpers.training_rollouts import ONE, TRAINING_CODEC, TWO, blocks_of, group, rollout, three_groups
 from sdsearch_lightning.step.collate import split_groups, weigh
 from sdsearch_lightning.step.credit import CreditRows, Credits, credit_rollouts, credit_table
 from sdsearch_lightning.step.taught_spans import find_taught_spans
@@ -97,7 +87,7 @@ def test_the_verdicts_of_a_step_are_about_their_own_tokens() -> None:
     found = 0
     for g, block, row in zip(groups, blocks, table, strict=True):
         for t, verdicts in zip(g.trajectories, row, strict=True):
-            prompt = CODEC.encode(t.question.text + block.text)
+            prompt = TRAINING_CODEC.encode(t.question.text + block.text)
             student = logprob_rows(module.policy.model, t.token_ids)
             teacher = logprob_rows(module.policy.model, prompt + t.token_ids[t.prompt_length :])[len(prompt) :]
             for verdict in verdicts or ():

@@ -7,18 +7,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from training_data import (
-    blocks_of,
-    closed_form,
-    drifted,
-    gradient,
-    make_module,
-    micro_batches,
-    step,
-    taught_batch,
-    three_groups,
-)
 
+from helpers.closed_form import closed_form
+from helpers.training import drifted, gradient, make_module, micro_batches, step, taught_batch
+from helpers.training_rollouts import blocks_of, three_groups
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import JensenShannon

@@ -10,18 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_data import (
-    WORDS,
-    blocks_of,
-    drifted,
-    gradient,
-    group,
-    micro_batches,
-    rollout,
-    step,
-    tiny_model,
-)
 
+from helpers.models import tiny_model
+from helpers.training import drifted, gradient, micro_batches, step
+from helpers.training_rollouts import TRAINING_WORDS, blocks_of, group, rollout
 from sdsearch_lightning.losses.by_kind import EntropyCoefs
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.losses.terms import Terms, total_loss
@@ -41,7 +33,7 @@ def ragged_groups(seed: int) -> list[RolloutGroup]:
     dice = random.Random(seed)
 
     def words(most: int) -> str:
-        return " ".join(dice.choices(WORDS[:8], k=dice.randint(1, most)))
+        return " ".join(dice.choices(TRAINING_WORDS[:8], k=dice.randint(1, most)))
 
     def text() -> str:
         turns = [f"<think> {words(9)} </think> <search> {words(5)} </search>" for _ in range(dice.randint(0, 2))]

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_data import CODEC, ONE, PROTOCOL, TWO, blocks_of, group, make_module, micro_batches, rollout, step
 
+from helpers.training import make_module, micro_batches, step
+from helpers.training_rollouts import ONE, TRAINING_CODEC, TRAINING_PROTOCOL, TWO, blocks_of, group, rollout
 from sdsearch_lightning.step.taught_spans import distilled_spans, find_taught_spans, num_distilled_tokens
 from sdsearch_lightning.types import HindsightBlock, SpanKind, TeacherView
 
@@ -74,7 +75,10 @@ def test_all_positions_teach_more_tokens_with_less_weight_each():
     weighed = weigh(groups, blocks_of(groups), "token-mean", positions="policy", dtype=torch.float64)
     (share,) = split_groups(weighed, 10_000)
     everywhere = collate(
-        share, lambda t, text: PROTOCOL.prompt_ids(CODEC, t.question.text, text), "policy", torch.float64
+        share,
+        lambda t, text: TRAINING_PROTOCOL.prompt_ids(TRAINING_CODEC, t.question.text, text),
+        "policy",
+        torch.float64,
     )
     assert len(everywhere.query_row) == sum(sum(t.policy_mask) for t in groups[0].trajectories)
     for batch in (queries, everywhere):  # 1 / |Q| per rollout, then the mean over rollouts

@@ -10,9 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from training_data import DIRECT, ONE, TWO, make_module, rollout
-from training_run import ScriptedEngine, ToyData
 
+from helpers.fits import DrawnScripts, ToyData
+from helpers.training import make_module
+from helpers.training_rollouts import DIRECT, ONE, TWO, rollout
 from sdsearch_lightning.callbacks import RolloutGrouping
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.training import evaluation_steps
@@ -34,7 +35,7 @@ def evaluate(command: str, module: SDSearchModule | None = None, batch_size: int
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[RolloutGrouping(engine=ScriptedEngine(), top_k=2, max_tokens=160, **options)],
+        callbacks=[RolloutGrouping(engine=DrawnScripts(), top_k=2, max_tokens=160, **options)],
     )
     data = TwoSources()
     data.eval_batch_size = batch_size

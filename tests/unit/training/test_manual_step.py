@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_data import PROTOCOL, TOKENIZER, tiny_model
-from training_run import Record, ScriptedEngine, fit
 
+from helpers.fits import DrawnScripts, Record, fit
+from helpers.models import tiny_model
+from helpers.training_rollouts import TRAINING_PROTOCOL, TRAINING_TOKENIZER
 from sdsearch_lightning import SDSearchModule
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
 from sdsearch_lightning.policy.loading import ScratchModel
@@ -34,14 +35,14 @@ def test_the_ratio_is_of_lengths() -> None:
 def test_a_step_logs_how_far_its_update_went(lr: float) -> None:
     module = SDSearchModule(
         scratch=ScratchModel(),
-        protocol=PROTOCOL,
+        protocol=TRAINING_PROTOCOL,
         optimizer=lambda params: torch.optim.SGD(params, lr=lr),
         gradient_clip_val=None,
     )
-    module.attach(tiny_model(), TOKENIZER)
+    module.attach(tiny_model(), TRAINING_TOKENIZER)
     size = torch.stack([w.detach().norm() for w in module.policy.parameters()]).norm()
     record = Record()
-    grouping = RolloutGrouping(group_size=3, top_k=2, max_tokens=160, engine=ScriptedEngine())
+    grouping = RolloutGrouping(group_size=3, top_k=2, max_tokens=160, engine=DrawnScripts())
     fit(module, grouping, HindsightConstruction(), JSDWeightScheduler(0.3, 0), record)
     (metrics,) = record.metrics
     # The toy's weights are a little larger than a sample: a tenth is far between right and wrong.

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_data import CODEC, PROTOCOL, TOKENIZER, WORDS, make_module, tiny_model, weights_of
 
+from helpers.models import tiny_model
+from helpers.training import make_module, weights_of
+from helpers.training_rollouts import TRAINING_CODEC, TRAINING_PROTOCOL, TRAINING_TOKENIZER, TRAINING_WORDS
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy import loading as models
@@ -52,7 +54,7 @@ def test_the_policy_gives_the_logits_of_the_plain_model(family: str) -> None:
     torch.testing.assert_close(first.logits, plain, rtol=0, atol=1e-12)
     torch.testing.assert_close(second.logits, plain[[5, 0, 9]], rtol=0, atol=1e-12)
     assert [tuple(chunk.hidden.shape) for chunk in (first, second)] == [(len(targets), 16), (3, 16)]
-    assert first.paired is None and second.paired is not None and second.paired.shape == (3, len(TOKENIZER))
+    assert first.paired is None and second.paired is not None and second.paired.shape == (3, len(TRAINING_TOKENIZER))
     assert plain.std() > 0.3, "the comparison would see a difference"
 
 
@@ -73,7 +75,7 @@ def test_a_softcapped_head_is_capped() -> None:
 def test_no_target_is_no_row_and_still_a_graph() -> None:
     policy = Policy(tiny_model())
     logits = policy.logits(PackedSequences.pack(SEQUENCES), torch.zeros(0, dtype=torch.long))
-    assert logits.shape == (0, len(TOKENIZER))
+    assert logits.shape == (0, len(TRAINING_TOKENIZER))
     logits.sum().backward()
     assert all(w.grad is None or not w.grad.any() for w in policy.parameters())
 
@@ -93,11 +95,11 @@ def checkpoints(module: Any) -> bool:
 @pytest.mark.parametrize("kind", [SDSearchModule, SupervisedModule])
 def test_the_layout_is_that_of_compute(kind: type) -> None:
     for layout, expected in LAYOUTS.items():
-        module = kind(scratch=ScratchModel(), protocol=PROTOCOL, compute=Compute(layout=layout))
-        module.attach(tiny_model(), TOKENIZER)
+        module = kind(scratch=ScratchModel(), protocol=TRAINING_PROTOCOL, compute=Compute(layout=layout))
+        module.attach(tiny_model(), TRAINING_TOKENIZER)
         assert module.policy.layout is expected
-    default = kind(scratch=ScratchModel(), protocol=PROTOCOL)
-    default.attach(tiny_model(), TOKENIZER)
+    default = kind(scratch=ScratchModel(), protocol=TRAINING_PROTOCOL)
+    default.attach(tiny_model(), TRAINING_TOKENIZER)
     assert default.policy.layout is LAYOUTS["shared_prefix"]
     assert not checkpoints(default)
 
@@ -123,12 +125,12 @@ def test_gradient_checkpointing_is_that_of_compute() -> None:
 def test_a_folder_loads_as_float32_whatever_it_was_saved_in(tmp_path: Path, saved: torch.dtype) -> None:
     model = tiny_model(dtype=saved)
     model.save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    module = SDSearchModule(str(tmp_path), protocol=PROTOCOL)
+    TRAINING_TOKENIZER.save_pretrained(tmp_path)
+    module = SDSearchModule(str(tmp_path), protocol=TRAINING_PROTOCOL)
     module.configure_model()
     assert {weight.dtype for weight in module.policy.parameters()} == {torch.float32}
     assert torch.equal(weights_of(module), torch.cat([w.float().flatten() for w in model.parameters()]))
-    assert module.codec.encode("Rome </search>") == CODEC.encode("Rome </search>")
+    assert module.codec.encode("Rome </search>") == TRAINING_CODEC.encode("Rome </search>")
     before = module.policy
     module.configure_model()
     assert module.policy is before, "made once"
@@ -151,43 +153,6 @@ def test_a_hub_name_without_network_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(error.value)
 
 
-def scratch(seed: int = 0, **options: Any) -> Any:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return models.from_scratch(ScratchModel("llama", sizes | options), TOKENIZER, torch.float32, seed)
-
-
-def test_a_new_model_depends_on_its_seed_alone() -> None:
-    torch.manual_seed(7)
-    first, drawn = scratch(), torch.rand(1)
-    torch.manual_seed(7)
-    assert torch.equal(torch.rand(1), drawn), "making a model draws no random number of the run"
-    second, other = scratch(), scratch(seed=1)
-    pairs = list(zip(first.parameters(), second.parameters(), other.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b, _ in pairs)
-    assert any(not torch.equal(a, c) for a, _, c in pairs)
-    assert first.config.vocab_size == len(TOKENIZER) and first.config.eos_token_id == TOKENIZER.eos_token_id
-    assert first.get_input_embeddings().weight.std().item() == pytest.approx(16**-0.5, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (ScratchModel("qwen2"), "model_type 'qwen2': transformers ties this type to Qwen2.*Use llama"),
-        (ScratchModel("lama"), "model.scratch: .*lama"),
-        (ScratchModel("llama", {"hiden_size": 16}), "model.scratch.options: 'llama' has no option hiden_size"),
-    ],
-)
-def test_a_model_that_cannot_be_made_or_loaded_again_is_refused(spec: ScratchModel, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        models.from_scratch(spec, TOKENIZER, torch.float32, 0)
-
-
-def test_every_tag_is_one_word_of_the_vocabulary() -> None:
-    tokenizer = models.word_level_tokenizer(["a", "b", "a"], PROTOCOL.tags)
-    assert len(tokenizer) == 3 + len(PROTOCOL.tags) + 2
-    assert tokenizer.encode("a </search> zebra") == [len(tokenizer) - 2, 3 + PROTOCOL.tags.index("</search>"), 0]
-
-
 # What a module is asked for
 
 
@@ -207,11 +172,11 @@ def test_what_cannot_work_is_refused(kind: type, options: dict[str, Any], messag
 
 
 def test_a_new_model_needs_a_vocabulary() -> None:
-    module = SupervisedModule(scratch=ScratchModel(), protocol=PROTOCOL)
+    module = SupervisedModule(scratch=ScratchModel(), protocol=TRAINING_PROTOCOL)
     with pytest.raises(ConfigError, match="needs a datamodule with a vocabulary"):
         module.configure_model()
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(vocabulary=lambda: tuple(WORDS)))  # type: ignore[assignment]
-    assert module._vocabulary() == tuple(WORDS)
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(vocabulary=lambda: tuple(TRAINING_WORDS)))  # type: ignore[assignment]
+    assert module._vocabulary() == tuple(TRAINING_WORDS)
 
 
 # Optimizers
@@ -229,8 +194,8 @@ def shares(module: SupervisedModule) -> list[set[str]]:
 
 
 def supervised(*specs: OptimizerSpec) -> SupervisedModule:
-    module = SupervisedModule(scratch=ScratchModel(), protocol=PROTOCOL, optimizers=list(specs))
-    module.attach(tiny_model(), TOKENIZER)
+    module = SupervisedModule(scratch=ScratchModel(), protocol=TRAINING_PROTOCOL, optimizers=list(specs))
+    module.attach(tiny_model(), TRAINING_TOKENIZER)
     return module
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from retrieval_servers import GatedRetriever, post, send, toy_app
-from toys import PASSAGES, ToyRetriever
 
+from helpers.passages import PASSAGES, ToyRetriever
+from helpers.servers import GatedRetriever, post, send, toy_app
 from sdsearch_lightning.types import Passage
 
 QUERIES = ["river of Rome", "capital of France", "Italy"]

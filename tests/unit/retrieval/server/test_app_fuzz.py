@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from retrieval_servers import connect, toy_app
-from toys import ToyRetriever
+
+from helpers.passages import ToyRetriever
+from helpers.servers import connect, toy_app
 
 NUM_BODIES = 1000
 ODD: list[Any] = [

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from retrieval_servers import GatedRetriever, connect, post, toy_app
-from toys import PASSAGES, ToyRetriever
 
+from helpers.passages import PASSAGES, ToyRetriever
+from helpers.servers import GatedRetriever, connect, post, toy_app
 from sdsearch_lightning.errors import RetrievalError, RetrieverUnavailableError
 from sdsearch_lightning.retrieval.server.batching import Batcher
 from sdsearch_lightning.types import Passage

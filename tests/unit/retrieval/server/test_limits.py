@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from retrieval_servers import GatedRetriever, connect, post, send, toy_app
-from toys import ToyRetriever
 
+from helpers.passages import ToyRetriever
+from helpers.servers import GatedRetriever, connect, post, send, toy_app
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.retrieval.server.app import create_app
 from sdsearch_lightning.retrieval.server.limits import ServerLimits

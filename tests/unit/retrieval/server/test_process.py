@@ -13,17 +13,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
-from toys import ToyRetriever
 
+from helpers.passages import ToyRetriever
+from helpers.paths import ROOT
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.retrieval.remote import RemoteRetriever
 from sdsearch_lightning.retrieval.server import process
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys, time
 from sdsearch_lightning.retrieval.server.limits import ServerLimits
