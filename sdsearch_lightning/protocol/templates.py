@@ -44,7 +44,7 @@ _TURN_TAGS = {
 
 
 class Protocol(Pluggable):
-    """Every literal text of a rollout. Text from outside never brings a tag of its own: see `TokenCodec.neutralize`.
+    """Every literal text of a rollout. Text from outside never brings a tag of its own (`TokenCodec.neutralize`).
 
     Args:
         prompt: holds `{question}`. Becomes one user turn where the tokenizer has a chat template.
@@ -54,7 +54,7 @@ class Protocol(Pluggable):
         invalid_message: what the environment answers to an invalid action.
         refine: whether the policy also has a refine tag.
         question_mark: append `?` to a question that does not end with one (as Search-R1's data scripts do).
-        use_chat_template: None means: where the tokenizer has one.
+        use_chat_template: write the prompt as a chat; null: where the tokenizer has one.
         block: texts of the hindsight block.
     """
 
