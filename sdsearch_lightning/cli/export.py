@@ -76,7 +76,7 @@ def build_module(config: dict[str, Any]) -> Any:
     parser.add_argument("--seed_everything", type=int)
     parser.add_lightning_class_args(module_class, "model")
     parser.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
-    link_seed(parser, module_class)
+    link_seed(parser)
     groups = {key: config[key] for key in ("seed_everything", "model", "data")}
     if module_class is SDSearchModule:
         rest = {key: value for key, value in config["model"].items() if key != "teacher"}

@@ -1,6 +1,6 @@
 """How a key is shown by `--help`: its text, then type, default and the classes that it takes, in words a user can type.
 
-No torch here: the small commands show their help with it too. Next: run_parser.py, the order of the groups.
+No torch here: the small commands show their help with it too.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ lists them.
 
 
 def report_parser() -> ShortErrorParser:
-    """Of `report`."""
+    """The parser of `report`, which takes a run folder."""
     parser = ShortErrorParser(
         prog="sdsearch report", description="Prints the report of a run and writes its report.html anew."
     )
@@ -27,7 +27,7 @@ def report_parser() -> ShortErrorParser:
 
 
 def export_parser() -> ShortErrorParser:
-    """Of `export`."""
+    """The parser of `export`: a checkpoint, and where its model goes."""
     parser = ShortErrorParser(
         prog="sdsearch export",
         usage="sdsearch export --ckpt_path PATH --output FOLDER [--key value ...]",
@@ -51,7 +51,7 @@ class _OwnOptions(argparse.ArgumentParser):
 
 
 def plan_parser() -> argparse.ArgumentParser:
-    """Of `plan`, without the keys that it shares with `fit`."""
+    """The parser of what `plan` takes beside the keys that it shares with `fit`."""
     parser = _OwnOptions(
         "sdsearch plan",
         usage="sdsearch plan [--config FILE ...] [--key value ...]",

@@ -48,7 +48,7 @@ TEXTS = {
 
 
 class RunParser(ShortErrorParser, LightningArgumentParser):
-    """LightningCLI's parser."""
+    """LightningCLI's parser, whose help begins with the keys of this library."""
 
     def format_help(self, *args: Any) -> str:
         groups = self._action_groups
