@@ -57,9 +57,9 @@ rollout: {{group_size: 3, top_k: 2, max_searches: 2, max_turn_tokens: 8, max_obs
 jsd: {{warmup_steps: 1, weight: 0.1}}
 """
 TARGETS = {
-    "save": ("sdsearch_lightning.runs.metrics_logger:save", 3),
-    "publish": ("sdsearch_lightning.runs.metrics_logger:RunCheckpoint.publish", 6),
-    "rollouts": ("sdsearch_lightning.callbacks:RolloutGrouping.run", 9),
+    "save": ("sdsearch_lightning.callbacks.run_checkpoint:save", 3),
+    "publish": ("sdsearch_lightning.callbacks.run_checkpoint:RunCheckpoint.publish", 6),
+    "rollouts": ("sdsearch_lightning.rollout.groups:GroupSampler.run", 9),
 }
 """Functions inside which a run is killed, and how often a whole run calls them."""
 TIMINGS = ("seconds", "tokens_per_second")

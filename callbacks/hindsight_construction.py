@@ -17,14 +17,15 @@ from sdsearch_lightning.types import StepBatch
 
 
 class HindsightConstruction(pl.Callback):
-    """Fills `StepBatch.hindsight`.
+    """Makes the text that the teacher of each group reads: fills `StepBatch.hindsight`.
 
     Args:
-        groups: which groups are taught: all (the paper), any_correct, mixed, sqrt; see `losses.group_weight`. A group
-            in which no rollout searched never is.
-        block: makes the blocks of the taught groups; null = `QueriesAndLabels`, the paper's.
+        groups: which groups are taught, by the share p of their CORRECT rollouts: all (the paper), any_correct (p above
+            0), mixed (p between 0 and 1), sqrt (all, with weight 2 sqrt(p (1 - p))). A group in which no rollout
+            searched never is.
+        block: makes the text that the teacher reads; null: QueriesAndLabels, the paper's.
         max_block_tokens: whole entries are dropped from the end of a block until it has at most so many tokens; a group
-            whose first entry alone is longer is not taught. Both are logged. Rollouts are never cut. null = no limit.
+            whose first entry alone is longer is not taught. Both are logged. Rollouts are never cut. null: no limit.
     """
 
     def __init__(

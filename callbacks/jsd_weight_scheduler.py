@@ -17,10 +17,12 @@ class JSDWeightScheduler(pl.Callback):
     """Sets `SDSearchModule.jsd_weight` before each step. A step is a rollout batch.
 
     Args:
-        weight: alpha_SD of the paper (1e-3 there, with a learning rate of 1e-6 and a large model).
-        warmup_steps: the weight is 0 for this many steps and `weight` from then on (T_warm of the paper, 50 there):
-            with 50, the first taught step is the 51st.
-        schedule: another course of the weight, as a factor by step; then `warmup_steps` is left alone.
+        weight: weight of the self-distillation loss, alpha_SD of the paper (1e-3 there, with a learning rate of 1e-6
+            and a large model).
+        warmup_steps: steps for which the weight is 0, before it is `weight` (T_warm of the paper, 50 there): with 50,
+            the first taught step is the 51st.
+        schedule: another course of the weight, as a factor by step; then `warmup_steps` is left alone. null: the
+            step function of `warmup_steps`.
     """
 
     def __init__(self, weight: float = 1e-3, warmup_steps: int = 50, schedule: Schedule | None = None) -> None:

@@ -30,23 +30,24 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class RolloutGrouping(pl.Callback):
-    """Fills `StepBatch.groups`.
+    """Runs rollouts of each question and scores them: fills `StepBatch.groups`.
 
     Args:
         group_size: rollouts per question, G of the paper (5 there).
-        temperature: of training rollouts.
+        temperature: sampling temperature of training rollouts, above 0; the losses use it too.
         top_p: nucleus of training rollouts; log-probs are recorded before the cut.
-        top_k: passages per search.
-        max_searches: see `types.Limits`; the same in training and evaluation.
-        max_invalid_actions: see there.
-        max_turn_tokens: see there.
-        max_observation_tokens: see there.
-        max_tokens: see there.
+        top_k: passages that a search returns.
+        max_searches: searches that a rollout may make, in training and evaluation; one more ends it.
+        max_invalid_actions: invalid actions of a rollout that are answered with a message; one more ends it.
+        max_turn_tokens: tokens that the policy may write in one turn; without a closed action by then the turn is an
+            invalid action.
+        max_observation_tokens: tokens that the passages of one search may take; the longest are cut to one length.
+        max_tokens: tokens of a whole rollout: prompt, what the policy writes, and observations.
         eval_samples: sampled rollouts per question in evaluation, beside the greedy one.
-        reward: scores a trajectory.
-        label: CORRECT or INCORRECT for the hindsight block, independent of the reward.
-        advantage_scale: `std` (GRPO) or `none` (Dr. GRPO).
-        engine: runs the rollouts.
+        reward: scores a rollout; advantages are made of it.
+        label: tells the hindsight block whether a rollout was CORRECT or INCORRECT, independent of the reward.
+        advantage_scale: what advantages are divided by: std, the group's standard deviation (GRPO), or none (Dr. GRPO).
+        engine: runs the rollouts. One with vLLM: sdsearch_lightning.rollout.vllm.VLLMEngine.
         refill_attempts: how often groups whose rewards do not differ are replaced by groups of other training questions
             (dynamic sampling of DAPO, arXiv:2503.14476); what still has no signal after the last attempt stays.
         max_error_fraction: share of a step's rollouts that may end in a retrieval error before the run stops.

@@ -32,17 +32,21 @@ class SearchDataModule(pl.LightningDataModule):
     Args:
         train_files: one entry, a list, or a mapping of entries to weights, which say how often an epoch reads a row.
             An entry is a .jsonl, .jsonl.gz or .parquet file, a folder, a benchmark (nq, ...) or a data set of the hub.
-        val_files: one entry or a list, for validation.
-        test_files: one entry or a list, for `test` and `predict`.
-        demonstration_files: files of {question, answers, turns, siblings}, for `supervise`.
-        columns: of {question, answers, id, source}, those that your files call otherwise; a dot leads into a column.
+            null: none.
+        val_files: one entry or a list, for validation; null: none.
+        test_files: one entry or a list, for `test` and `predict`; null: none.
+        demonstration_files: one file or a list, of {question, answers, turns, siblings}, for `supervise`; null: none.
+        columns: names of {question, answers, id, source} in your files, where they differ; a dot leads into a column.
+            null: they do not differ.
         hub: where benchmarks come from: a data set of the Hugging Face hub, or a folder of that layout.
-        holdout: where there are no val_files, validate on this many training questions, and train without them.
-        retriever: what rollouts search with: any object with `search(queries, k)`.
+        holdout: where there are no val_files, validate on this many training questions, and train without them; 0:
+            none.
+        retriever: what rollouts search with: any object with `search(queries, k)`; null for a world, which
+            brings its own.
         batch_size: questions (or demonstrations) per process and training step.
         eval_batch_size: questions per process and evaluation batch.
         seed: decides the order of every epoch, and what is held out.
-        limit: read at most this many rows of each file.
+        limit: read at most this many rows of each file; null: all.
     """
 
     shuffle_demonstrations = True

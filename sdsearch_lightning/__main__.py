@@ -10,19 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from sdsearch_lightning import __version__
-
-COMMANDS = {
-    "supervise": "cold start: learn written demonstrations; writes runs/<name>/model/",
-    "fit": "SD-Search training; starts, resumes or reports the run in runs/<name>/",
-    "validate": "evaluate on the validation questions",
-    "test": "evaluate on the test questions, per source",
-    "predict": "write the rollouts of the test questions",
-    "plan": "memory per GPU by part, of a fit that has not begun; refuses what cannot fit",
-    "index": "build a retrieval index of a corpus",
-    "serve": "share a retrieval index over HTTP, as Search-R1's server does",
-    "export": "turn a checkpoint into a Hugging Face folder or a LoRA adapter; push it to the hub",
-    "report": "print the report of a run again, and rebuild report.html",
-}
+from sdsearch_lightning.cli.names import COMMANDS
 
 HELP = f"""\
 usage: sdsearch COMMAND [--config FILE ...] [--key value ...]

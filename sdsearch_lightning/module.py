@@ -52,7 +52,7 @@ from sdsearch_lightning.step.student import StepSums as StepSums, Student
 from sdsearch_lightning.step.taught_spans import Positions
 from sdsearch_lightning.step.teacher_rows import TeacherRows, join, summarize_teacher
 from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
-from sdsearch_lightning.training.options import OptimizerSpec
+from sdsearch_lightning.training.options import OptimizerSpec, adamw
 from sdsearch_lightning.training.policy_module import PolicyModule
 from sdsearch_lightning.types import HindsightBlock, InstanceId, RolloutGroup, StepBatch, Trajectory
 
@@ -67,24 +67,29 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
     """SD-Search: GRPO on whole rollouts plus hindsight self-distillation at query tokens.
 
     Args:
-        optimizer: of all parameters.
-        divergence: of student and teacher at query tokens.
-        teacher: whose weights the teacher has: the live policy's (the paper), or a copy's, see teachers.py.
-        positions: where student and teacher are compared: queries (the paper) or every token of the policy.
+        optimizer: of all parameters: a class of torch.optim without the parameters.
+        divergence: distance of student and teacher at query tokens: the self-distillation loss.
+        teacher: whose weights the teacher has: the policy's own at that moment (LiveTeacher, the paper), or a copy's.
+        positions: tokens where student and teacher are compared: queries (the paper), or policy, all that it wrote.
         policy_coef: weight of the policy-gradient loss; 0 distils only.
         entropy_coef: weight of the entropy at each kind of token; a bonus above 0, a penalty below.
-        tis_cap: cap of truncated importance sampling against the engine's log-probs; null leaves it out.
-        clip_low: the ratio is clipped below 1 - clip_low.
-        clip_high: the ratio is clipped above 1 + clip_high.
-        kl_coef: weight of the k3 estimate of the KL to the initial policy; above 0 a copy is kept, with lora none.
-        aggregation: of the policy loss over tokens, see `losses.token_weights`.
-        aggregation_norm: length that a row's sum is divided by; for seq-mean-token-sum-norm.
+        tis_cap: cap of truncated importance sampling, on the ratio of the policy's probability of a token to the
+            engine's; null leaves it out.
+        clip_low: the policy ratio is clipped below 1 - clip_low.
+        clip_high: the policy ratio is clipped above 1 + clip_high.
+        kl_coef: weight of the k3 estimate of the KL to the initial policy. Above 0 a frozen copy is kept, unless
+            model.lora is used; 0 keeps none.
+        aggregation: how the policy loss is a mean over tokens: token-mean over all tokens of the step,
+            seq-mean-token-mean over each rollout's tokens and then over rollouts, seq-mean-token-sum-norm the rollout's
+            sum divided by aggregation_norm.
+        aggregation_norm: tokens that a rollout's sum is divided by in seq-mean-token-sum-norm, which requires it; null
+            for the other two.
         temperature: of the rollouts; log-probs in the loss are taken at it. Linked to rollout.temperature.
         num_updates: optimizer steps per rollout batch, each on its own share of the groups.
         old_logprobs: what the ratio of later updates is taken against: the engine's own log-probs (`engine`), or those
             of a pass of the trainer before the first update (`trainer`, as verl does). With tis_cap always the latter.
         args: model_name_or_path, where it is not given by name.
-        options: the other options of `PolicyModule`.
+        options: those of `PolicyModule`.
     """
 
     environment_ids: Tensor
@@ -92,7 +97,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
     def __init__(
         self,
         *args: Any,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.01),
+        optimizer: OptimizerCallable = adamw,
         divergence: Divergence = JensenShannon(),  # noqa: B008  (stateless)
         teacher: Teacher = LiveTeacher(),  # noqa: B008  (attached anew by each run)
         positions: Positions = "queries",

@@ -54,7 +54,7 @@ class WarmupHoldDecay(Schedule):
         warmup_steps: steps of the ramp 1/warmup_steps, 2/warmup_steps, ..., 1: step 0 already learns.
         hold_until: first step of the decay (factor still 1 there).
         total_steps: step at which `final` is reached, one after the last of the run: no step of the run is wasted at 0.
-        final: last factor.
+        final: factor at the end, in [0, 1].
     """
 
     def __init__(self, warmup_steps: int, hold_until: int, total_steps: int, final: float = 0.0) -> None:
@@ -84,7 +84,7 @@ class Linear(WarmupHoldDecay):
     Args:
         total_steps: step at which `final` is reached.
         warmup_steps: steps of the ramp; 0 starts at 1.
-        final: last factor.
+        final: factor at the end, in [0, 1].
     """
 
     def __init__(self, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> None:

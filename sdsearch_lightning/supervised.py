@@ -33,10 +33,11 @@ class SupervisedModule(PolicyModule):
     """Weighted cross-entropy on demonstrations.
 
     Args:
-        optimizers: tried in order for each parameter, see `OptimizerSpec`; null = AdamW at 1e-5 for all.
-        loss_weights: by kind of token; the loss is the weighted mean over the whole batch on all ranks.
+        optimizers: a list of optimizers and the parameters each takes, tried in order for each parameter; null: AdamW
+            with a learning rate of 1e-5 for all.
+        loss_weights: weight of each kind of token; the loss is the weighted mean over the whole batch on all ranks.
         args: model_name_or_path, where it is not given by name.
-        options: the other options of `PolicyModule`.
+        options: those of `PolicyModule`.
     """
 
     learns_from = "demonstrations"

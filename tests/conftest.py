@@ -1,11 +1,12 @@
-"""Fixtures that every tier shares; what they are made of is in toys.py."""
+"""Fixtures that every tier shares; what they are made of is in helpers/."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from toys import PROTOCOL, TOKENIZERS, ToyRetriever, bpe_tokenizer, byte_tokenizer, word_tokenizer
 
+from helpers.passages import PROTOCOL, ToyRetriever
+from helpers.tokenizers import TOKENIZERS, bpe_tokenizer, byte_tokenizer, word_tokenizer
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 
 torch.set_num_threads(1)

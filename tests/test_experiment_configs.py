@@ -12,12 +12,13 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from helpers.paths import ROOT
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.runs.folder import RunOptions
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 ABLATIONS = sorted((CONFIGS / "experiment/ablation").glob("*.yaml"))
 PRESETS = sorted((CONFIGS / "experiment/preset").glob("*.yaml"))
 GROUPS = {"rollout": RolloutGrouping, "hindsight": HindsightConstruction, "jsd": JSDWeightScheduler}

@@ -10,14 +10,13 @@ import ast
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
+from helpers.metrics_page import METRICS_PAGE, Page, read_page
+from helpers.paths import ROOT
 from sdsearch_lightning.scoring.scores import RolloutScores
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "metrics.md"
 PHASES = ("train", "val", "test", "rollout", "search", "distill", "teacher", "health")
 KEY = re.compile(rf"({'|'.join(PHASES)})(/(<source>|[a-z][a-z0-9_]*))+")
 
@@ -77,23 +76,6 @@ def python_files(*, with_readers: bool) -> list[str]:
     return [path.read_text() for path in files if with_readers or "report" not in path.parts]
 
 
-@dataclass
-class Page:
-    """What the page lists in the first cells of its tables."""
-
-    keys: set[str]
-    families: set[str]
-    """`val/` of `val/<score>`."""
-    scores: set[str]
-
-
-def read_page(text: str) -> Page:
-    cells = set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
-    families = {cell.removesuffix("<score>") for cell in cells if cell.endswith("<score>")}
-    scores = {cell for cell in cells if "/" not in cell}
-    return Page({cell for cell in cells if "/" in cell and not cell.endswith("<score>")}, families, scores)
-
-
 def unlisted(source: Source, page: Page) -> set[str]:
     """What the source has and the page has not."""
     listed = page.keys | {family + score for family in page.families for score in page.scores}
@@ -114,7 +96,7 @@ def _is_made(family: str, source: Source) -> bool:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return read_page(PAGE.read_text())
+    return read_page(METRICS_PAGE.read_text())
 
 
 def test_every_key_of_the_source_is_listed(page: Page) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from helpers.paths import ROOT
+
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 SOURCES = {
     "sdsearch_lightning": "sdsearch_lightning",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from helpers.paths import ROOT
 from sdsearch_lightning.cli.commands import quieten
 from sdsearch_lightning.cli.plan import PlanCLI, check_fit, sums_of
 from sdsearch_lightning.errors import ConfigError
@@ -16,7 +16,6 @@ from sdsearch_lightning.plan.architecture import find_architecture
 from sdsearch_lightning.plan.memory import GIB, Part, Settings, plan_parts
 from sdsearch_lightning.plan.settings import settings_of
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/recipes.md").read_text()
 PRESETS = ("grpo", "sd_search")
 

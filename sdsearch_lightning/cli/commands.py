@@ -1,25 +1,22 @@
-"""From a command's name to its code, and from an error to a line and an exit code; `report` stands here."""
+"""From a command's name to its code, and from an error to a line and an exit code.
+
+Each command imports what it needs when it runs, and its help before that: torch alone takes seconds. Those with a
+trainer are in training.py, those without in parsers.py and retrieval.py.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import transformers
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-from sdsearch_lightning.cli import export as export_command, retrieval as retrieval_commands
-from sdsearch_lightning.cli.errors import ShortErrorParser, fail
-from sdsearch_lightning.cli.plan import plan
-from sdsearch_lightning.cli.training import SearchCLI, SuperviseCLI
+from sdsearch_lightning.cli.errors import fail
 from sdsearch_lightning.errors import ConfigError, SDSearchError
-from sdsearch_lightning.report import print_report
 
 NOISE = re.compile(
     r"(\[rank: \d+\] )?"
@@ -37,23 +34,23 @@ IDLE_WARNINGS = (
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs a command of `__main__.COMMANDS`; returns its exit code."""
+    """Runs a command of `names.COMMANDS`; returns its exit code."""
     quieten()
-    handlers: dict[str, Callable[[], Any]] = {
-        "export": partial(export_command.export, argv[1:]),
-        "report": partial(report, argv[1:]),
-        "index": partial(retrieval_commands.index, argv[1:]),
-        "serve": partial(retrieval_commands.serve, argv[1:]),
-        "plan": partial(plan, argv[1:]),
-        "supervise": partial(SuperviseCLI, argv),
+    handlers: dict[str, Callable[[Sequence[str]], Any]] = {
+        "export": _export,
+        "report": _report,
+        "index": _index,
+        "serve": _serve,
+        "plan": _plan,
+        "supervise": _supervise,
     }
     try:
-        handlers.get(argv[0], partial(SearchCLI, argv))()
-    except (ValueError, SDSearchError, MisconfigurationException) as error:
-        told = _told(error)
+        handlers[argv[0]](argv[1:]) if argv[0] in handlers else _search(argv)
+    except Exception as error:
+        told = _told(error) if isinstance(error, (ValueError, *_refusals())) else None
         if told is None or os.environ.get("SDSEARCH_TRACEBACK", "0") != "0":
             raise
-        fail(str(told), code=2 if isinstance(told, (ConfigError, MisconfigurationException)) else 1)
+        fail(str(told), code=1 if isinstance(told, SDSearchError) and not isinstance(told, ConfigError) else 2)
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns a Ctrl-C that comes before training into exit code 1.
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
@@ -62,9 +59,66 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _search(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.training import SearchCLI
+
+    SearchCLI(argv)
+
+
+def _supervise(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.training import SuperviseCLI
+
+    SuperviseCLI(["supervise", *argv])
+
+
+def _plan(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.parsers import plan_parser
+
+    own, keys = plan_parser().parse_known_args(list(argv))
+    from sdsearch_lightning.cli.plan import plan
+
+    plan(own, keys)
+
+
+def _export(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.parsers import export_parser
+
+    options = export_parser().parse_args(list(argv))
+    from sdsearch_lightning.cli.export import export
+
+    export(options)
+
+
+def _report(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.parsers import report_parser
+
+    options = report_parser().parse_args(list(argv))
+    from sdsearch_lightning.report import print_report
+
+    print_report(Path(options.run))
+
+
+def _index(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.retrieval import index
+
+    index(argv)
+
+
+def _serve(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.retrieval import serve
+
+    serve(argv)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Errors that are meant for the user: ours, and Lightning's for its settings where Lightning was imported."""
+    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return (SDSearchError, *([exceptions.MisconfigurationException] if exceptions is not None else []))
+
+
 def _told(error: BaseException | None) -> BaseException | None:
     """The error meant for the user, where `error` is it or came of it: jsonargparse wraps what an `__init__` raises."""
-    while error is not None and not isinstance(error, (SDSearchError, MisconfigurationException)):
+    while error is not None and not isinstance(error, _refusals()):
         error = error.__cause__
     return error
 
@@ -79,11 +133,7 @@ def quieten() -> None:
     for message in IDLE_WARNINGS:
         warnings.filterwarnings("ignore", message)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what lightning's own CLI calls
-    transformers.utils.logging.disable_progress_bar()  # it would count the files of each model that is saved
-
-
-def report(argv: Sequence[str]) -> None:
-    """Prints the report of a run and writes its report.html anew."""
-    parser = ShortErrorParser(prog="sdsearch report", description=str(report.__doc__))
-    parser.add_argument("run", type=str, help="the run folder, such as runs/quickstart")
-    print_report(Path(parser.parse_args(list(argv)).run))
+    # Bars would count the files of each model that is saved. transformers reads this when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()

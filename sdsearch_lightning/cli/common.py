@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 
-def link_seed(parser: LightningArgumentParser, module_class: type) -> None:
-    """One seed for everything: `seed_everything` reaches each class that takes a seed."""
+def link_seed(parser: LightningArgumentParser) -> None:
+    """One seed for everything: `seed_everything` reaches the data module and the module."""
     parser.link_arguments("seed_everything", "data.init_args.seed", int)
-    if "seed" in inspect.signature(module_class).parameters:
-        parser.link_arguments("seed_everything", "model.seed", int)
+    parser.link_arguments("seed_everything", "model.seed", int)
 
 
 @rank_zero_only

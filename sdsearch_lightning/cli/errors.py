@@ -1,7 +1,8 @@
 """Usage errors in at most three lines: what is wrong, where, and what was probably meant.
 
 jsonargparse tells everything it tried, on up to sixty lines. `shorten` keeps the key and the phrase that names the
-mistake; `ShortErrorParser` adds the closest key or name. Nothing else goes to standard error; the exit code is 2.
+mistake; `ShortErrorParser` adds the closest key or name. Nothing else goes to standard error; the exit code is 2. No
+torch here: a small command tells its errors at once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn, get_args
 
-from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_only
+from jsonargparse import ArgumentParser
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from sdsearch_lightning.cli.help import HelpFormatter
 
 MAX_LINES, MAX_COLUMNS = 3, 300
 PATIENCE = 3.0
@@ -36,8 +39,11 @@ MISTAKES = (
 _HINT = re.compile(r" Did you mean '[^']+'\?")
 
 
-class ShortErrorParser(LightningArgumentParser):
-    """LightningCLI's parser with short errors."""
+class ShortErrorParser(ArgumentParser):
+    """jsonargparse's parser with short errors and a plain help."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Writes at most three lines and exits with 2; a parser inside another raises, for other types may fit."""

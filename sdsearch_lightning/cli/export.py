@@ -8,7 +8,6 @@ Invariant: under the name that was asked for there is a whole folder or none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
 from sdsearch_lightning.cli.common import link_seed, say
-from sdsearch_lightning.cli.errors import ShortErrorParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.files import written_whole
@@ -31,16 +29,12 @@ from sdsearch_lightning.supervised import SupervisedModule
 from sdsearch_lightning.training.policy_module import PolicyModule
 
 
-def export(argv: Sequence[str]) -> None:
-    """Writes the weights of a checkpoint as a Hugging Face folder; the run's config.yaml tells what they belong to."""
-    parser = ShortErrorParser(prog="sdsearch export", description=str(export.__doc__))
-    parser.add_argument("--ckpt_path", type=str, required=True, help="in runs/<name>/checkpoints: a file, or a folder")
-    parser.add_argument("--output", type=str, required=True, help="folder to write")
-    parser.add_argument("--adapter", type=bool, default=False, help="write the LoRA adapter alone, as peft loads it")
-    parser.add_argument(
-        "--push_to_hub", type=str | None, help="OWNER/NAME: upload the folder, privately where it is new"
-    )
-    options = parser.parse_args(list(argv))
+def export(options: Any) -> None:
+    """Writes what `export_parser` was told to.
+
+    Raises:
+        ConfigError: there is no such checkpoint or no configuration beside it, or the output is there already.
+    """
     path, output = Path(options.ckpt_path), Path(options.output)
     if options.push_to_hub is not None:
         check_name(options.push_to_hub)
@@ -82,7 +76,7 @@ def build_module(config: dict[str, Any]) -> Any:
     parser.add_argument("--seed_everything", type=int)
     parser.add_lightning_class_args(module_class, "model")
     parser.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
-    link_seed(parser, module_class)
+    link_seed(parser)
     groups = {key: config[key] for key in ("seed_everything", "model", "data")}
     if module_class is SDSearchModule:
         rest = {key: value for key, value in config["model"].items() if key != "teacher"}

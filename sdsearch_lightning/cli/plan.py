@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdsearch_lightning.cli.errors import fail
 from sdsearch_lightning.cli.training import SearchCLI
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.plan.architecture import find_architecture
@@ -41,11 +40,6 @@ class PlanCLI(SearchCLI):
 
     made: Any
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """`fit` alone: a parser of its own for each command would take seconds."""
-        return {"fit": SearchCLI.subcommands()["fit"]}
-
     def before_instantiate_classes(self) -> None:
         """Leave run folders alone: a plan may be made while the run is under way."""
 
@@ -62,25 +56,15 @@ class PlanCLI(SearchCLI):
         """Leave out the command itself: the objects are all that a plan needs."""
 
 
-class _OwnOptions(argparse.ArgumentParser):
-    """Options that `fit` does not have."""
+def plan(own: argparse.Namespace, keys: Sequence[str]) -> None:
+    """Prints the table, and refuses what it shows not to fit.
 
-    def error(self, message: str) -> NoReturn:
-        """One line, as for the keys of `fit`."""
-        fail(message)
-
-
-def plan(argv: Sequence[str]) -> None:
-    """Prints memory per GPU by part, for the settings that `fit` would use; exit code 2 where it cannot fit.
-
-    Takes every key of fit: --config FILE (several, later ones win) and --key value; see `sdsearch fit --help`.
+    Args:
+        own: options of `plan_parser`.
+        keys: those of `fit`, as they were given.
     """
-    parser = _OwnOptions("sdsearch plan", description=plan.__doc__, allow_abbrev=False)
-    parser.add_argument("--gpu_memory_gib", type=float, help="of one GPU; default: that of the GPU here, else 80")
-    parser.add_argument("--model_config", help="a config.json, or its folder, in place of the model's own")
-    own, rest = parser.parse_known_args(list(argv))
     capacity = (own.gpu_memory_gib or _detected_gib()) * GIB
-    cli = PlanCLI(["fit", *rest])
+    cli = PlanCLI(["fit", *keys])
     make_model, source = find_architecture(cli.options.model.model_name_or_path, own.model_config)
     settings = settings_of(cli.options, cli.made, make_model, capacity)
     parts = plan_parts(settings)

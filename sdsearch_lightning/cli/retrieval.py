@@ -96,11 +96,17 @@ def _index_parser() -> ShortErrorParser:
         help="FAISS kind: Flat, IVF4096,SQ8, IVF4096,PQ64, HNSW32",
     )
     add("--retriever_name", "--retrieval_method", type=str, default="dense", help="bm25, or any name for a dense one")
-    add("--backend", type=str, choices=BACKENDS, default="auto", help="who will search it")
-    add("--passage_prompt", type=str, default=None, help="text before every passage; default: as the encoder wants")
+    add(
+        "--backend",
+        type=str,
+        choices=BACKENDS,
+        default="auto",
+        help="who will search it; auto: faiss where it is installed",
+    )
+    add("--passage_prompt", type=str, default=None, help="text before every passage; null: as the encoder wants")
     add("--batch_size", type=int, default=256, help="passages per forward pass")
-    add("--device", type=str, default=None, help="of the encoder; default: a GPU if there is one")
-    add("--dtype", type=str, choices=DTYPES, default="float32", help="of the encoder's weights")
+    add("--device", type=str, default=None, help="where the encoder runs; null: a GPU if there is one")
+    add("--dtype", type=str, choices=DTYPES, default="float32", help="number format of the encoder's weights")
     add("--use_fp16", action="store_true", help="the same as --dtype float16")
     return parser
 
@@ -109,23 +115,37 @@ def _serve_parser() -> ShortErrorParser:
     parser = _parser("serve", str(serve.__doc__))
     add = parser.add_argument
     add("--index_path", type=str, required=True, help="folder from sdsearch index, or a FAISS file (e5_Flat.index)")
-    add("--encoder", "--retriever_model", type=str, default=None, help="default: the one that the index was built with")
-    add("--topk", type=int, default=3, help="passages where a request does not say")
-    add("--host", type=str, default="127.0.0.1", help="0.0.0.0 opens it to the network; set SDSEARCH_TOKEN then")
-    add("--port", type=int, default=8000)
+    add(
+        "--encoder",
+        "--retriever_model",
+        type=str,
+        default=None,
+        help="sentence-transformers folder, hub name, static; null: as it was built",
+    )
+    add("--topk", type=int, default=3, help="passages per query where a request does not say")
+    add(
+        "--host",
+        type=str,
+        default="127.0.0.1",
+        help="address to listen at; 0.0.0.0 opens it to the network: set SDSEARCH_TOKEN",
+    )
+    add("--port", type=int, default=8000, help="port to listen at")
     add("--retriever_name", type=str, default="dense", help="bm25, or any name for a dense one")
-    add("--backend", type=str, choices=BACKENDS, default="auto", help="who searches; default: who built it")
+    add("--backend", type=str, choices=BACKENDS, default="auto", help="who searches; auto: who built it")
     add("--faiss_gpu", action="store_true", help="the same as --backend faiss-gpu")
     add("--nprobe", type=int, default=32, help="lists that a query visits (IVF)")
     add("--ef_search", type=int, default=128, help="candidates that a query keeps (HNSW)")
     add("--scan", type=str, choices=PRECISIONS, default="auto", help="arithmetic of torch's scan; exact in any")
-    add("--query_prompt", type=str, default=None, help="text before every query; default: as the encoder wants")
-    add("--device", type=str, default=None, help="of the encoder; default: a GPU if there is one")
+    add("--query_prompt", type=str, default=None, help="text before every query; null: as the encoder wants")
+    add("--device", type=str, default=None, help="where the encoder runs; null: a GPU if there is one")
     add("--cache_entries", type=int, default=0, help="answers to remember; 0: none")
     return parser
 
 
 def _parser(name: str, description: str) -> ShortErrorParser:
-    parser = ShortErrorParser(prog=f"sdsearch {name}", description=description)
-    parser.add_argument("--corpus_path", type=str, required=True, help=".jsonl, .jsonl.gz or .parquet")
+    usage = f"sdsearch {name} --corpus_path FILE --index_path FOLDER [--key value ...]"
+    parser = ShortErrorParser(prog=f"sdsearch {name}", usage=usage, description=description)
+    parser.add_argument(
+        "--corpus_path", type=str, required=True, help="passages to search: a .jsonl, .jsonl.gz or .parquet file"
+    )
     return parser

@@ -32,9 +32,9 @@ from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBound
 from sdsearch_lightning.callbacks.run_start import RunStart
 from sdsearch_lightning.checkpoints.writing import PlainFiles
 from sdsearch_lightning.cli.common import link_seed, say
-from sdsearch_lightning.cli.errors import ShortErrorParser
 from sdsearch_lightning.cli.processes import ending_together, watch_processes
 from sdsearch_lightning.cli.resume import explaining_loads, find_checkpoint
+from sdsearch_lightning.cli.run_parser import RunParser, parser_settings, read_field_texts
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.files import remove
@@ -49,6 +49,7 @@ from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 from sdsearch_lightning.runs.model_card import write_model
 from sdsearch_lightning.supervised import SupervisedModule
 from sdsearch_lightning.training.fsdp2 import check_strategy
+from sdsearch_lightning.training.options import ADAMW
 
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module deals questions out to ranks itself, resumably
@@ -74,24 +75,30 @@ class RunCLI(LightningCLI):
     defaults: dict[str, Any] = TRAINER_DEFAULTS
 
     def __init__(self, argv: Sequence[str]) -> None:
-        parsers = {command: {"allow_abbrev": False} for command in self.subcommands()}
+        self._command = argv[0]
+        read_field_texts(argv)
         super().__init__(
             self.module_class,
             SearchDataModule,
             trainer_class=SearchTrainer,
             trainer_defaults=self.defaults,
             seed_everything_default=0,  # a fixed one, or a run could not be resumed by the same command
-            parser_kwargs={"prog": "sdsearch", "allow_abbrev": False, **parsers},
-            parser_class=ShortErrorParser,
+            parser_kwargs=parser_settings(self.subcommands()),
+            parser_class=RunParser,
             subclass_mode_data=True,
             args=list(argv),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on the object
+        """The given command alone: a parser for each of the four would be made for nothing."""
+        skipped = LightningCLI.subcommands()
+        return {self._command: skipped["fit" if self._command == self.training else self._command]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")
-        link_seed(parser, self.module_class)
+        link_seed(parser)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -232,6 +239,7 @@ class SearchCLI(RunCLI):
         groups = {"rollout": RolloutGrouping, "hindsight": HindsightConstruction, "jsd": JSDWeightScheduler}
         for name, callback in groups.items():  # in the order in which they run
             parser.add_lightning_class_args(callback, name)
+        parser.set_defaults({"model.optimizer": ADAMW})  # of `adamw`, whose options could not be set one by one
         parser.link_arguments("seed_everything", "rollout.seed", int)
         parser.link_arguments("rollout.temperature", "model.temperature")
 
@@ -264,10 +272,6 @@ class SuperviseCLI(RunCLI):
     module_class = SupervisedModule
     training = "supervise"
     defaults = TRAINER_DEFAULTS | {"limit_val_batches": 0}  # a cold start has no rollouts to evaluate
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"supervise": LightningCLI.subcommands()["fit"]}
 
     def supervise(self, **kwargs: Any) -> None:
         """Trains, saves the model and writes a summary."""

@@ -117,8 +117,8 @@ class SupportedDivergence(Divergence):
     Args:
         top_k: size of the support; null for the full vocabulary. A value of your own has to fit the vocabulary; the
             default means at most 50, so that a small vocabulary is taken whole.
-        support: whose top k: teacher, student or union.
-        tail: renormalize or bucket.
+        support: whose top_k tokens are compared: teacher, student, or union of both.
+        tail: what becomes of the other tokens: renormalize leaves them out, bucket adds them up as one token.
     """
 
     def __init__(
@@ -153,10 +153,8 @@ class JensenShannon(SupportedDivergence):
     """The paper's: generalised Jensen-Shannon divergence, symmetric and at most ln 2 at beta 0.5.
 
     Args:
-        beta: teacher's share of the mixture, in [0, 1]; see `losses.jensen_shannon`.
-        top_k: see `SupportedDivergence`.
-        support: see `SupportedDivergence`.
-        tail: see `SupportedDivergence`.
+        beta: teacher's share of the mixture, in [0, 1]: 0.5 is symmetric, 0 means KL(teacher || student),
+            1 means KL(student || teacher).
     """
 
     def __init__(
@@ -201,8 +199,6 @@ class LogitMSE(SupportedDivergence):
     and is left out.
 
     Args:
-        top_k: see `SupportedDivergence`.
-        support: see `SupportedDivergence`.
         centered: subtract each row's mean first.
     """
 

@@ -164,15 +164,15 @@ class EntropyCoefs(_ByKind):
     """Weight of the policy's entropy at each kind of token: above 0 a bonus, below 0 a penalty (sharpening)."""
 
     reasoning: float = 0.0
-    """At thoughts, and at whatever else the policy writes outside of the tags below."""
+    """Weight at thoughts, and at whatever else the policy writes outside of the tags below; above 0 a bonus."""
     query: float = 0.0
-    """At the tokens of executed queries."""
+    """Weight at the tokens of executed queries; above 0 a bonus."""
     refine: float = 0.0
-    """At refined notes."""
+    """Weight at the tokens of refined notes; above 0 a bonus."""
     answer: float = 0.0
-    """At the tokens of the answer."""
+    """Weight at the tokens of the answer; above 0 a bonus."""
     scaffold: float = 0.0
-    """At tags."""
+    """Weight at the tokens of tags; above 0 a bonus."""
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) for value in self.by_kind().values()):
@@ -189,17 +189,17 @@ class LossWeights(_ByKind):
     """Weight of each kind of token in the cold start's loss; a prompt weighs nothing."""
 
     reasoning: float = 1.0
-    """Of thoughts."""
+    """Weight of the tokens of thoughts."""
     query: float = 1.0
-    """Of search queries."""
+    """Weight of the tokens of search queries."""
     refine: float = 1.0
-    """Of refined notes."""
+    """Weight of the tokens of refined notes."""
     answer: float = 1.0
-    """Of the answer."""
+    """Weight of the tokens of the answer."""
     scaffold: float = 1.0
-    """Of tags."""
+    """Weight of the tokens of tags."""
     observation: float = 0.0
-    """Of documents. Above 0, the policy learns to write documents itself: tags in queries follow."""
+    """Weight of the tokens of documents. Above 0, the policy learns to write documents itself, and tags in queries."""
 
     def __post_init__(self) -> None:
         weights = self.by_kind().values()

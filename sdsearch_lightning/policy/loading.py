@@ -65,11 +65,11 @@ class ScratchModel:
     """A causal LM with random weights, for worlds small enough to learn from nothing."""
 
     model_type: str = "llama"
-    """Any causal LM type of transformers that leaves the tokenizer alone."""
+    """Kind of causal LM, by its name in transformers; any that leaves the tokenizer alone."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of its config class; vocab_size comes from the tokenizer."""
+    """Arguments of the config class of that kind; vocab_size comes from the tokenizer."""
     embedding_std: float | None = None
-    """Standard deviation of the input embeddings; None = 1 / sqrt(hidden_size), at which small models learn fastest."""
+    """Standard deviation of the input embeddings; null: 1 / sqrt(hidden_size), at which small models learn fastest."""
 
 
 def from_scratch(

@@ -47,13 +47,13 @@ class LoRA:
     """Low-rank adapters; names and meanings are peft's."""
 
     r: int = 16
-    """Rank of the factors."""
+    """Rank of the two factors, at least 1."""
     lora_alpha: float = 32
-    """Their product is scaled by lora_alpha / r."""
+    """The product of the factors is scaled by lora_alpha / r."""
     target_modules: str | list[str] = "all-linear"
-    """Layers that get one: all-linear is all but the output layer; a list of ends of names; or a regular expression."""
+    """Layers with an adapter: all-linear (all but the output layer), a list of name ends, or a regular expression."""
     adapter: str | None = None
-    """Folder of a peft adapter to go on from; the three above are then the adapter's own."""
+    """Folder of a peft adapter to go on from; the other three are then the adapter's own. null: a new one."""
 
     def __post_init__(self) -> None:
         if self.r < 1 or not self.lora_alpha > 0:

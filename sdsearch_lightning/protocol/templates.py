@@ -48,7 +48,7 @@ _TURN_TAGS = {
 
 
 class Protocol(Pluggable):
-    """Every literal text of a rollout. Text from outside never brings a tag of its own: see `TokenCodec.neutralize`.
+    """Every literal text of a rollout. Text from outside never brings a tag of its own (`TokenCodec.neutralize`).
 
     Args:
         prompt: holds `{question}`. Becomes one user turn where the tokenizer has a chat template.
@@ -58,7 +58,7 @@ class Protocol(Pluggable):
         invalid_message: what the environment answers to an invalid action.
         refine: whether the policy also has a refine tag.
         question_mark: append `?` to a question that does not end with one (as Search-R1's data scripts do).
-        use_chat_template: null means: where the tokenizer has one.
+        use_chat_template: write the prompt as a chat; null: where the tokenizer has one.
         system: what the system turn of the chat says; null leaves it to the template, which may have a default.
         chat_template_kwargs: options of the template, such as enable_thinking.
         add_bos: begin a prompt without a chat template with the tokenizer's beginning-of-text token; null means: where

@@ -56,10 +56,10 @@ class BM25Retriever(IndexedRetriever):
 
     Args:
         corpus: .jsonl, .jsonl.gz or .parquet with rows {id, contents} or {id, title, text}.
-        index_path: folder that keeps indexes, of any retriever; None: `<corpus>.index` beside the corpus.
+        index_path: folder that keeps indexes, of any retriever; null: `<corpus>.index` beside the corpus.
         k1: how slowly repeated words saturate, at least 0.
         b: how much long passages are held back, in [0, 1]. The defaults of k1 and b are those of Pyserini.
-        stopwords: words to leave out: a language that bm25s knows ("en": Lucene's 33 English ones), a list, or None.
+        stopwords: words to leave out: a language that bm25s knows ("en": Lucene's 33 English ones), a list, or null.
     """
 
     def __init__(

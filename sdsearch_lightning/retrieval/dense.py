@@ -48,18 +48,18 @@ class DenseRetriever(IndexedRetriever):
 
     Args:
         corpus: .jsonl, .jsonl.gz or .parquet with rows {id, contents} or {id, title, text}.
-        encoder: a sentence-transformers folder or hub name, or "static": the embedded one (static_encoder.py).
-        index_path: folder that keeps indexes, or a file in Search-R1's layout; None: `<corpus>.index` beside it.
+        encoder: a sentence-transformers folder or hub name, or "static": the embedded one.
+        index_path: folder that keeps indexes, or a file in Search-R1's layout; null: `<corpus>.index` beside it.
         backend: "faiss", "faiss-gpu" (on all GPUs that FAISS sees), "torch" (exact, on the device of the encoder), or
             "auto": faiss where it is installed.
         factory: kind of the FAISS index: Flat (exact), IVF4096,SQ8, IVF4096,PQ64, HNSW32, ...; torch knows Flat only.
         nprobe: inverted lists that a query visits (IVF).
         ef_search: candidates that a query keeps (HNSW).
         scan: arithmetic of torch's scan, "float32", "bfloat16" (half the memory, and still exact) or "auto".
-        query_prompt: text put before every query; None: as the encoder wants it (encoder.py).
-        passage_prompt: text put before every passage; None: as the encoder wants it.
+        query_prompt: text put before every query; null: as the encoder wants it.
+        passage_prompt: text put before every passage; null: as the encoder wants it.
         batch_size: texts per forward pass of the encoder.
-        device: where the encoder runs; None: a GPU if there is one ("static" always runs on the CPU).
+        device: where the encoder runs; null: a GPU if there is one ("static" always runs on the CPU).
         dtype: of the encoder's weights, "float32", "bfloat16" or "float16".
     """
 

@@ -51,20 +51,20 @@ class MilvusRetriever(Retriever):
 
     Args:
         uri: address of a server, http://host:19530, or a local path that ends in .db.
-        corpus: .jsonl, .jsonl.gz or .parquet to fill the collection from; None: it must be there, and full.
+        corpus: .jsonl, .jsonl.gz or .parquet to fill the collection from; null: it must be there, and full.
         collection: name of the collection.
-        encoder: a sentence-transformers folder or hub name, or "static" (static_encoder.py), which is made from the
+        encoder: a sentence-transformers folder or hub name, or "static", which is made from the
             corpus and so needs one.
-        token: "user:password" or an API key; None: none, or what the uri says.
+        token: "user:password" or an API key; null: none, or what the uri says.
         index: kind of a new collection's index: FLAT (exact, reads every vector), HNSW, IVF_FLAT, ... or AUTOINDEX (the
             server chooses; approximate). On milvus-lite AUTOINDEX found 51% of the best 5 of 10,000, 96% with ef 512.
         search_params: of that index, e.g. {ef: 512} or {nprobe: 32}.
-        index_path: folder for byte offsets of the corpus and the static encoder; None: `<corpus>.index` beside it.
+        index_path: folder for byte offsets of the corpus and the static encoder; null: `<corpus>.index` beside it.
         timeout: seconds for connecting and for each request.
-        query_prompt: text put before every query; None: as the encoder wants it (encoder.py).
-        passage_prompt: text put before every passage; None: as the encoder wants it.
+        query_prompt: text put before every query; null: as the encoder wants it.
+        passage_prompt: text put before every passage; null: as the encoder wants it.
         batch_size: texts per forward pass of the encoder.
-        device: where the encoder runs; None: a GPU if there is one ("static" always runs on the CPU).
+        device: where the encoder runs; null: a GPU if there is one ("static" always runs on the CPU).
         dtype: of the encoder's weights, "float32", "bfloat16" or "float16".
     """
 

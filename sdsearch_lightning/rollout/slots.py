@@ -24,7 +24,7 @@ class SlotEngine(Engine):
 
     Args:
         kv_cache_gib: memory for keys and values; the longest rollout that is allowed makes the number of slots of it.
-        max_slots: and there are never more than this.
+        max_slots: rollouts that decode together, at most, however much memory there is.
         overlap_steps: passes between sending queries and taking their answers. More hides a slower retriever,
             and lets a rollout wait longer for a fast one. null takes answers as they come: best with a slow
             retriever, at the price that two runs may differ in the rounding of float32.

@@ -40,18 +40,22 @@ class PolicyModule(ManualStep):
     """Base of both modules; `__init__` is light, the model is built in `configure_model`.
 
     Args:
-        model_name_or_path: Hugging Face folder or hub name of a causal LM with its tokenizer.
+        model_name_or_path: Hugging Face folder or hub name of a causal LM with its tokenizer; null where model.scratch
+            is given.
         optimizers: at least one; together they take every parameter, each entry those that no entry before it took.
-        scratch: instead, a new model; its word-level tokenizer is made of the datamodule's vocabulary.
-        protocol: prompt, tags and observations: search_r1, autorefine, or an object by class_path.
-        lr_schedule: factor on every learning rate by step.
+        scratch: a new model with random weights instead; its word-level tokenizer is made of the data module's
+            vocabulary. null: load model_name_or_path.
+        protocol: texts of prompt, tags and observations: search_r1, autorefine, or a class of your own.
+        lr_schedule: factor on every learning rate, by step.
         gradient_clip_val: gradients are clipped to this norm; null turns it off. (The trainer's own clipping does not
             work with manual optimisation.)
         max_micro_batch_tokens: tokens of one forward and backward pass; bounds memory, never changes a loss.
         compute: how a pass is run.
-        dtype: weights are loaded in it. float32 unless you know better: an update of 1e-6 is lost in bfloat16 weights.
-        seed: of the random weights.
-        lora: learn through low-rank adapters and leave the model as it is; needs the extra `lora`.
+        dtype: number format that weights are loaded in. float32 unless you know better: an update of 1e-6 is lost in
+            bfloat16 weights.
+        seed: of random weights and adapters; linked to seed_everything.
+        lora: learn through low-rank adapters and leave the model as it is; needs the extra `lora`. null: train all
+            weights.
     """
 
     learns_from = "questions"

@@ -108,7 +108,7 @@ def test_a_learning_rate_that_the_checkpoint_overrules_is_told(workplace):
 def test_another_total_batch_size_is_refused_and_the_run_goes_on_with_the_old_one(workplace):
     command = ("fit", "--config", "fit.yaml", "--run.name", "total")
     stopped = workplace.interrupted(
-        "SIGTERM", "sdsearch_lightning.callbacks:RolloutGrouping.run", "6", "before", *command
+        "SIGTERM", "sdsearch_lightning.rollout.groups:GroupSampler.run", "6", "before", *command
     )
     assert stopped.returncode == 143
     done = workplace.sdsearch(*command, "--data.batch_size", "5")

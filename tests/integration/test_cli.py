@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-RECORD, ROLLOUTS = "sdsearch_lightning.runs.metrics_logger", "sdsearch_lightning.callbacks:RolloutGrouping.run"
+SAVING = "sdsearch_lightning.callbacks.run_checkpoint:RunCheckpoint.on_train_batch_end"
+LOGGING = "sdsearch_lightning.runs.metrics_logger:MetricsLogger.log_metrics"
+ROLLOUTS = "sdsearch_lightning.rollout.groups:GroupSampler.run"
 VALIDATION = "sdsearch_lightning.module:SDSearchModule.validation_step"
 
 
@@ -52,8 +54,8 @@ def test_the_seed_reaches_every_group_and_the_configuration_can_be_used_again(wo
 @pytest.mark.parametrize(
     "signal, target, nth, when, code, step",
     [
-        ("SIGKILL", f"{RECORD}:RunCheckpoint.on_train_batch_end", 4, "after", -9, 2),  # saved, but not yet its row
-        ("SIGKILL", f"{RECORD}:MetricsLogger.log_metrics", 6, "after", -9, 2),  # with its row, but not yet published
+        ("SIGKILL", SAVING, 4, "after", -9, 2),  # saved, but not yet its row
+        ("SIGKILL", LOGGING, 6, "after", -9, 2),  # with its row, but not yet published
         ("SIGKILL", VALIDATION, 3, "after", -9, 5),  # in the validation of the step that was saved
         ("SIGKILL", ROLLOUTS, 10, "before", -9, 6),  # in the long work of the next step
         ("SIGKILL", VALIDATION, 4, "before", -9, 8),  # trained, but not yet evaluated

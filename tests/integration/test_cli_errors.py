@@ -26,7 +26,7 @@ ON_THE_COMMAND_LINE = [
     (["--rollout.reward", "F1Rewar"], "rollout.reward: there is no class 'F1Rewar'. Did you mean 'F1Reward'?"),
     (["--model.optimizer", "AdamWW"], "model.optimizer: there is no class 'AdamWW'. Did you mean 'AdamW'?"),
     (["--model.protocol", "autorefin"], "model.protocol: there is no class 'autorefin'. Did you mean 'autorefine'?"),
-    (["--rollout.reward", "sdsearch_lightning.rewads.F1Reward"], "in sdsearch_lightning. Did you mean 'rewards'?"),
+    (["--rollout.reward", "sdsearch_lightning.scoring.rewads.F1Reward"], "Did you mean 'rewards'?"),
     (["--rollout.reward", "nowhere.F1Reward"], "rollout.reward: there is no module 'nowhere'."),
     (["--config", "nope.yaml"], "nope.yaml"),
     (["--model.protocol", "nope.yaml"], "model.protocol: there is no file nope.yaml."),
@@ -121,7 +121,7 @@ def test_an_error_in_a_run_is_told_in_lines_and_on_demand_with_its_traceback(cap
     def broken(*args):
         raise error("expected this, found that.\nDo so.")
 
-    monkeypatch.setattr("sdsearch_lightning.cli.commands.SearchCLI", broken)
+    monkeypatch.setattr("sdsearch_lightning.cli.training.SearchCLI", broken)
     assert fails(capfd, tmp_path, monkeypatch, "fit", code=code) == "error: expected this, found that.\nDo so.\n"
     monkeypatch.setenv("SDSEARCH_TRACEBACK", "1")
     with pytest.raises(error):
@@ -132,7 +132,7 @@ def test_another_error_is_not_hidden(monkeypatch):
     def broken(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("sdsearch_lightning.cli.commands.SearchCLI", broken)
+    monkeypatch.setattr("sdsearch_lightning.cli.training.SearchCLI", broken)
     with pytest.raises(ZeroDivisionError):
         main(["fit"])
 
@@ -144,5 +144,5 @@ def test_ctrl_c_before_training_ends_with_130(monkeypatch):
         except KeyboardInterrupt:
             raise SystemExit(1)  # noqa: B904  (as Lightning does it)
 
-    monkeypatch.setattr("sdsearch_lightning.cli.commands.SearchCLI", stopped)
+    monkeypatch.setattr("sdsearch_lightning.cli.training.SearchCLI", stopped)
     assert main(["fit"]) == 130

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.kill_and_resume import differences
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-ROLLOUTS = "sdsearch_lightning.callbacks:RolloutGrouping.run"
+ROLLOUTS = "sdsearch_lightning.rollout.groups:GroupSampler.run"
 FIT = ("fit", "--config", "fit.yaml", "--trainer.max_steps", "4")
 TWO = (*FIT, "--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy")
 TORCHRUN = (

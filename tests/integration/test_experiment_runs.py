@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 from sdsearch_lightning.__main__ import main
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
 from sdsearch_lightning.policy.loading import ScratchModel, from_scratch, word_level_tokenizer
 from sdsearch_lightning.protocol.templates import Protocol
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 FILES = [
     *sorted((CONFIGS / "experiment/ablation").glob("*.yaml")),
     *sorted((CONFIGS / "experiment/preset").glob("*.yaml")),
@@ -55,7 +56,7 @@ def run(model: Path, folder: Path, *files: Path) -> list[dict[str, float]]:
         f"--data.cache_dir={model.parent}",
         "--data.batch_size=2",
         f"--model.model_name_or_path={model}",
-        "--rollout.engine=scripted_world.ScriptedWorldEngine",
+        "--rollout.engine=helpers.worlds.WorldEngine",
         "--rollout.group_size=3",
         "--rollout.eval_samples=0",
         "--jsd.warmup_steps=0",

@@ -5,46 +5,19 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.exports import EXPORT_TOKENS, export, exported_logits, shard, stored
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
 from sdsearch_lightning.files import written_whole
 
 pytestmark = pytest.mark.slow
-
-TOKENS = torch.tensor([[5, 9, 3, 14, 8, 20, 11, 6]])
-
-
-def logits(folder: Path) -> Tensor:
-    """What plain transformers makes of a folder."""
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits  # type: ignore[no-any-return]
-
-
-def stored(checkpoint: Path) -> dict[str, Any]:
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-
-
-def shard(facts: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint as Lightning's ModelParallelStrategy does, from one process."""
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    facts = dict(facts)
-    state = {"state_dict": facts.pop("state_dict")}
-    state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(facts.pop("optimizer_states"))}
-    folder.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        save(state, checkpoint_id=folder, no_dist=True)
-    torch.save(facts, folder / "meta.pt")
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +31,6 @@ def sharded(workplace: Any) -> Path:
     return folder
 
 
-def export(workplace: Any, checkpoint: object, output: object, *more: str) -> Any:
-    return workplace.sdsearch("export", "--ckpt_path", str(checkpoint), "--output", str(output), *more)
-
-
 @pytest.mark.parametrize("run", ["rl", "sharded"])
 def test_plain_transformers_reads_the_policys_logits_from_a_file_and_from_shards(
     workplace: Any, sharded: Path, tmp_path: Path, run: str
@@ -71,10 +40,10 @@ def test_plain_transformers_reads_the_policys_logits_from_a_file_and_from_shards
     assert "step 8 of" in done.stdout
     trained = AutoModelForCausalLM.from_pretrained(workplace.run("cold") / "model", dtype=torch.float32)
     weights = stored(workplace.run("rl") / "checkpoints/last.ckpt")["state_dict"]
-    before = trained(TOKENS).logits
+    before = trained(EXPORT_TOKENS).logits
     trained.load_state_dict({n.removeprefix("policy.model."): w for n, w in weights.items()})
-    expected = trained(TOKENS).logits
-    assert torch.equal(logits(tmp_path / "model"), expected)
+    expected = trained(EXPORT_TOKENS).logits
+    assert torch.equal(exported_logits(tmp_path / "model"), expected)
     assert not torch.allclose(before, expected, atol=1e-4), "training changed what is compared"
     words = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert words.encode("<search>") == AutoTokenizer.from_pretrained(workplace.run("cold") / "model").encode("<search>")
@@ -86,7 +55,7 @@ def test_the_comparison_above_can_fail(workplace: Any, sharded: Path, tmp_path: 
     folder = sharded.with_name("step_00000009.ckpt")
     shard(facts, folder)
     assert export(workplace, folder, tmp_path / "model").returncode == 0
-    assert not torch.equal(logits(tmp_path / "model"), logits(workplace.run("rl") / "model"))
+    assert not torch.equal(exported_logits(tmp_path / "model"), exported_logits(workplace.run("rl") / "model"))
 
 
 def test_no_process_group_is_needed_and_optimizer_states_are_not_read(sharded: Path) -> None:
@@ -125,7 +94,7 @@ def test_a_push_that_fails_leaves_the_folder_and_one_that_does_not_tells_where(
     done = export(workplace, "runs/rl/checkpoints/last.ckpt", tmp_path / "a", "--push_to_hub", "owner/model")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 2
     assert "push_to_hub: owner/model could not be written" in done.stderr
-    assert torch.equal(logits(tmp_path / "a"), logits(workplace.run("rl") / "model"))
+    assert torch.equal(exported_logits(tmp_path / "a"), exported_logits(workplace.run("rl") / "model"))
     monkeypatch.setattr("sdsearch_lightning.cli.export.push", lambda folder, name: f"https://hub/{name}")
     done = export(workplace, "runs/rl/checkpoints/last.ckpt", tmp_path / "b", "--push_to_hub", "owner/model")
     assert done.returncode == 0 and "pushed to https://hub/owner/model" in done.stdout
@@ -280,4 +249,4 @@ def test_shards_of_two_processes_become_one_model(workplace: Any, sharded: Path,
     assert done.returncode == 0, done.stderr
     assert {"__0_0.distcp", "__1_0.distcp"} <= {path.name for path in folder.iterdir()}
     assert export(workplace, folder, tmp_path / "model").returncode == 0
-    assert torch.equal(logits(tmp_path / "model"), logits(workplace.run("rl") / "model"))
+    assert torch.equal(exported_logits(tmp_path / "model"), exported_logits(workplace.run("rl") / "model"))

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Workplace  # type: ignore[import-not-found]
 
-SCRIPT = Path(__file__).with_name("health_two_ranks.py")
+from helpers.workplace import PROCESSES, Workplace
+
+SCRIPT = PROCESSES / "health_two_ranks.py"
 
 YAML = """\
 run: {name: %s, checkpoint_every: 1}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,14 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from test_export import TOKENS, export, logits, shard, stored
-from test_training_step import taught, without_clocks
 from torch import Tensor
-from training_data import TOKENIZER, make_module, tiny_model
-from training_run import Record, ToyData, fit
 from transformers import AutoModelForCausalLM
 
+from helpers.exports import EXPORT_TOKENS, export, exported_logits, shard, stored
+from helpers.fits import Record, ToyData, fit, taught, without_clocks
+from helpers.models import tiny_model
+from helpers.training import make_module
+from helpers.training_rollouts import TRAINING_TOKENIZER
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.loading import ScratchModel
@@ -97,7 +96,7 @@ def test_training_moves_the_adapter_and_nothing_else_and_begins_without_a_kl(tmp
 
 def test_a_base_in_bfloat16_has_an_adapter_in_float32(tmp_path: Path) -> None:
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "base")
-    TOKENIZER.save_pretrained(tmp_path / "base")
+    TRAINING_TOKENIZER.save_pretrained(tmp_path / "base")
     kind = {"model_name_or_path": str(tmp_path / "base"), "protocol": make_module().protocol, "lora": LoRA(r=4)}
     module = SDSearchModule(**kind, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-6), kl_coef=0.1)
     module.configure_model()
@@ -126,7 +125,7 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
 def test_a_cold_start_with_an_adapter_goes_on_in_reinforcement_learning(tmp_path: Path) -> None:
     first = SupervisedModule(scratch=ScratchModel(), lora=LoRA(r=4))
     first.protocol = make_module().protocol
-    first.attach(tiny_model(), TOKENIZER)
+    first.attach(tiny_model(), TRAINING_TOKENIZER)
     fit(first, data=ToyData(), max_steps=3)
     first.save_adapter(tmp_path / "adapter")
     second = adapted(lora=LoRA(adapter=str(tmp_path / "adapter")))
@@ -149,17 +148,17 @@ def test_merged_and_adapter_folders_give_the_policys_logits(tmp_path: Path) -> N
     module.save_pretrained(tmp_path / "merged")
     module.save_adapter(tmp_path / "adapter")
     with torch.no_grad():
-        expected = module.policy.model(TOKENS).logits
-        initial = base(TOKENS).logits
+        expected = module.policy.model(EXPORT_TOKENS).logits
+        initial = base(EXPORT_TOKENS).logits
         assert not torch.allclose(expected, initial, atol=1e-2), "training changed what is compared"
-        torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(exported_logits(tmp_path / "merged"), expected, rtol=0, atol=1e-5)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
         on_base = PeftModel.from_pretrained(loaded, str(tmp_path / "adapter"))
-        assert torch.equal(on_base(TOKENS).logits, expected), "the same sums in the same order"
+        assert torch.equal(on_base(EXPORT_TOKENS).logits, expected), "the same sums in the same order"
         perturbed = load_file(tmp_path / "merged/model.safetensors")
         perturbed["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-2
         base.load_state_dict(perturbed)
-        assert not torch.allclose(base(TOKENS).logits, expected, rtol=0, atol=1e-5)
+        assert not torch.allclose(base(EXPORT_TOKENS).logits, expected, rtol=0, atol=1e-5)
 
 
 # The command line
@@ -190,7 +189,9 @@ def test_a_run_leaves_a_plain_model_and_small_checkpoints(workplace: Any, run: P
     assert all(map(is_learned, saved["state_dict"]))
     assert saved["origin"]["name"] == "runs/cold/model" and len(saved["origin"]["base"]) == 16
     assert not (run / "model/adapter_config.json").exists()
-    assert not torch.allclose(logits(run / "model"), logits(workplace.run("cold") / "model"), atol=1e-3)
+    assert not torch.allclose(
+        exported_logits(run / "model"), exported_logits(workplace.run("cold") / "model"), atol=1e-3
+    )
     assert json.loads((run / "summary.json").read_text())["exact_match"]["after"] is not None
     name = ("--run.name", "lora", "--model.lora.r", "4", "--model.lora.lora_alpha", "64")
     assert workplace.sdsearch("validate", "--config", "fit.yaml", *name, "--ckpt_path", "last").returncode == 0
@@ -211,11 +212,11 @@ def test_export_writes_the_merged_model_and_the_adapter(workplace: Any, run: Pat
     for output, more in (("merged", ()), ("adapter", ("--adapter", "true"))):
         done = export(workplace, checkpoint, tmp_path / output, *more)
         assert (done.returncode, done.stderr) == (0, "")
-    assert torch.equal(logits(tmp_path / "merged"), logits(run / "model"))
+    assert torch.equal(exported_logits(tmp_path / "merged"), exported_logits(run / "model"))
     base = AutoModelForCausalLM.from_pretrained(workplace.run("cold") / "model", dtype=torch.float32)
     with torch.no_grad():
-        on_base = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(TOKENS).logits
-    torch.testing.assert_close(on_base, logits(run / "model"), rtol=0, atol=1e-5)
+        on_base = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(EXPORT_TOKENS).logits
+    torch.testing.assert_close(on_base, exported_logits(run / "model"), rtol=0, atol=1e-5)
     assert (
         json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
         == "runs/cold/model"
@@ -272,40 +273,3 @@ def test_an_adapter_checkpoint_on_a_base_that_has_changed_is_refused(workplace: 
 def test_usage_errors_are_lines(workplace: Any, arguments: list[str], told: str) -> None:
     done = workplace.sdsearch("fit", "--config", "fit.yaml", "--run.name", "lora_wrong", *arguments)
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) <= 3, done.stderr
-
-
-@pytest.mark.distributed
-def test_two_processes_train_one_adapter_with_the_reference_in_it(workplace: Any) -> None:
-    both = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "2", "--model.lora.r", "4")
-    more = ("--model.num_updates", "2", "--trainer.max_steps", "3", "--run.name", "lora_ddp")
-    done = workplace.start("-m", "sdsearch_lightning", "fit", "--config", "fit.yaml", *both, *more)
-    assert done.returncode == 0, done.stderr
-    rows = [row for row in workplace.metrics("lora_ddp") if row["train/kl"]]
-    assert float(rows[-1]["train/kl"]) > 0 and float(rows[-1]["train/grad_norm"]) > 0
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_sharded_policy_has_the_same_reference_gradients_and_merged_weights(dtype: str) -> None:
-    script = Path(__file__).with_name("sharded_adapter.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(script), dtype], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("lora", [(), ("--model.lora.r", "4")], ids=["all weights", "lora"])
-def test_the_checkpoint_of_a_sharded_run_is_exported_as_the_run_saved_its_model(
-    workplace: Any, tmp_path: Path, lora: tuple[str, ...]
-) -> None:
-    name = "sharded_lora" if lora else "sharded_all"
-    both = ("--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--data.batch_size", "2")
-    more = ("--trainer.max_steps", "2", "--run.name", name, *lora)
-    done = workplace.start("-m", "sdsearch_lightning", "fit", "--config", "fit.yaml", *both, *more)
-    assert done.returncode == 0, done.stderr
-    assert (workplace.run(name) / "checkpoints/last.ckpt/.metadata").is_file()
-    done = export(workplace, workplace.run(name) / "checkpoints/last.ckpt", tmp_path / "model")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert torch.equal(logits(tmp_path / "model"), logits(workplace.run(name) / "model"))
-    assert not torch.equal(logits(tmp_path / "model"), logits(workplace.run("cold") / "model"))
-    assert (tmp_path / "model/README.md").read_text() == (workplace.run(name) / "model/README.md").read_text()

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-import remote_world
 
+from helpers.worlds import RemoteWorld
 from sdsearch_lightning.__main__ import main
 from sdsearch_lightning.retrieval import DenseRetriever, RemoteRetriever
 
@@ -145,9 +145,9 @@ def test_mistakes_are_told_in_a_few_lines(corpus, capsys, arguments, message):
 def test_a_server_that_dies_in_mid_training_costs_retries_only(workplace):
     """The run is the one that searched in its own process, to the last bit of every metric and every rollout."""
     done = workplace.sdsearch(
-        "fit", "--config", "fit.yaml", "--data", "remote_world.RemoteWorld", "--run.name", "remote"
+        "fit", "--config", "fit.yaml", "--data", "helpers.worlds.RemoteWorld", "--run.name", "remote"
     )
-    (retriever,) = remote_world.RemoteWorld.used
+    (retriever,) = RemoteWorld.used
     retriever.server.kill()
     assert (done.returncode, done.stderr) == (0, "")
     assert retriever.server.starts == 2 and retriever.calls > retriever.fatal_call

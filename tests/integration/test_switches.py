@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_data import DIRECT, ONE, PROTOCOL, QUESTION, TOKENIZER, TWO, tiny_model, weights_of
-from training_run import Record, ScriptedEngine, ToyData, fit
 
+from helpers.fits import DrawnScripts, Record, ToyData, fit
+from helpers.models import tiny_model
+from helpers.training import weights_of
+from helpers.training_rollouts import DIRECT, ONE, TRAINING_PROTOCOL, TRAINING_QUESTION, TRAINING_TOKENIZER, TWO
+from helpers.trajectories import query_mask
 from sdsearch_lightning import SDSearchModule
 from sdsearch_lightning.callbacks import (
     HindsightConstruction,
@@ -32,17 +35,17 @@ SCORING = Scoring(ExactMatchReward(), F1LabelRule())
 def module(**options):
     made = SDSearchModule(
         scratch=ScratchModel(),
-        protocol=PROTOCOL,
+        protocol=TRAINING_PROTOCOL,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.05),
         **{"kl_coef": 0.0} | options,
     )
-    made.attach(tiny_model(), TOKENIZER)
+    made.attach(tiny_model(), TRAINING_TOKENIZER)
     return made
 
 
 def grouping(*scripts, **options):
     defaults = {"group_size": 3, "top_k": 2, "max_tokens": 160, "reward": ExactMatchReward()}
-    return RolloutGrouping(**defaults | {"engine": ScriptedEngine(*scripts)} | options)
+    return RolloutGrouping(**defaults | {"engine": DrawnScripts(*scripts)} | options)
 
 
 def method(weight=0.3, **options):
@@ -104,10 +107,10 @@ def test_a_rank_without_empty_groups_meets_the_others_in_their_refills(monkeypat
     nothing = SimpleNamespace(trajectories=[])
     monkeypatch.setattr(GroupSampler, "run", lambda self, requests: calls.append(requests) or nothing)
     for empty_elsewhere, expected in ((1, [[]] * 3), (0, [])):
-        sampler = GroupSampler(None, PROTOCOL, None, None, None, SCORING)  # type: ignore[arg-type]
+        sampler = GroupSampler(None, TRAINING_PROTOCOL, None, None, None, SCORING)  # type: ignore[arg-type]
         sampler.sum_over_ranks = lambda mine, more=empty_elsewhere: mine + more
         calls.clear()
-        assert sampler.refill(full, [QUESTION], 1, attempts=3, rank=1) == full
+        assert sampler.refill(full, [TRAINING_QUESTION], 1, attempts=3, rank=1) == full
         assert calls == expected
 
 
@@ -176,7 +179,7 @@ def test_the_probability_of_the_best_first_query_by_hand():
     for g in group:
         values = []
         for t in g.trajectories:
-            start = t.query_mask.index(True)
+            start = query_mask(t).index(True)
             ids = [*t.token_ids[:start], *words]
             rows = made.policy.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             values.append(math.exp(sum(rows[start + i - 1, word].item() for i, word in enumerate(words))))

@@ -10,27 +10,18 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from training_data import (
-    CODEC,
-    ONE,
-    PROTOCOL,
-    TOKENIZER,
-    TWO,
-    closed_form,
-    gradient,
-    make_module,
-    tiny_model,
-    weights_of,
-)
-from training_run import Broken, Record, ScriptedEngine, ToyData, fit
 
-from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
+from helpers.closed_form import closed_form
+from helpers.fits import Broken, DrawnScripts, Record, ToyData, fit, grouping, taught, without_clocks
+from helpers.models import tiny_model
+from helpers.training import gradient, make_module, weights_of
+from helpers.training_rollouts import ONE, TRAINING_CODEC, TRAINING_PROTOCOL, TRAINING_TOKENIZER, TWO
+from sdsearch_lightning.callbacks import JSDWeightScheduler
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.rollout import Engine, GenerateEngine
+from sdsearch_lightning.rollout import GenerateEngine
 from sdsearch_lightning.schedules import Linear
-from sdsearch_lightning.scoring.rewards import ExactMatchReward
 from sdsearch_lightning.step.collate import SearchBatch
 from sdsearch_lightning.step.teacher_rows import TeacherRows
 
@@ -39,15 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # a resumed run
     pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode"),  # the reference
 ]
-
-
-def rollouts(engine: Engine | None = None, **options: Any) -> RolloutGrouping:
-    options = {"group_size": 4, "max_tokens": 160, "top_k": 2, "reward": ExactMatchReward()} | options
-    return RolloutGrouping(engine=engine or ScriptedEngine(), **options)
-
-
-def taught(weight: float = 0.5, warmup_steps: int = 0, rule: Any = "all") -> list[Any]:
-    return [rollouts(), HindsightConstruction(rule), JSDWeightScheduler(weight, warmup_steps)]
 
 
 def plain(rate: float = 0.1) -> Any:
@@ -110,7 +92,7 @@ def test_the_verdicts_are_written_where_there_was_a_teacher() -> None:
         for trajectory, credit in zip(group.trajectories, credits, strict=True):
             assert (credit is not None) == (block is not None and bool(trajectory.queries))
             for verdict in credit or ():
-                text = CODEC.decode(trajectory.spans[verdict.span].token_ids)
+                text = TRAINING_CODEC.decode(trajectory.spans[verdict.span].token_ids)
                 assert text in trajectory.queries and len(verdict.jsd) == len(text.split())
 
 
@@ -128,14 +110,14 @@ class Counting(SDSearchModule):
 
 
 def counting() -> Counting:
-    module = Counting("unused", protocol=PROTOCOL, optimizer=plain())
-    module.attach(tiny_model(dtype=torch.float32), TOKENIZER)
+    module = Counting("unused", protocol=TRAINING_PROTOCOL, optimizer=plain())
+    module.attach(tiny_model(dtype=torch.float32), TRAINING_TOKENIZER)
     return module
 
 
 def test_weight_0_is_grpo_to_the_last_bit() -> None:
     modules = [counting() for _ in range(3)]
-    run(modules[0], [rollouts()], max_steps=2)
+    run(modules[0], [grouping()], max_steps=2)
     run(modules[1], taught(0.0), max_steps=2)
     run(modules[2], taught(0.5), max_steps=2)
     assert torch.equal(weights_of(modules[0]), weights_of(modules[1]))
@@ -162,7 +144,7 @@ def test_the_teacher_rests_until_the_warm_up_ends() -> None:
 
 def test_a_weight_without_blocks_is_a_mistake() -> None:
     with pytest.raises(RuntimeError, match=r"StepBatch.hindsight, which is None: HindsightConstruction has to fill it"):
-        run(counting(), [rollouts(), JSDWeightScheduler(0.5, 0)])
+        run(counting(), [grouping(), JSDWeightScheduler(0.5, 0)])
 
 
 # Weights that move, and those that sampled
@@ -171,8 +153,8 @@ def test_a_weight_without_blocks_is_a_mistake() -> None:
 @pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
 def test_a_step_at_1e_6_moves_the_weights(tmp_path: Path, saved: torch.dtype) -> None:
     tiny_model(dtype=saved).save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    module = SDSearchModule(str(tmp_path), protocol=PROTOCOL)  # AdamW at 1e-6, as ever
+    TRAINING_TOKENIZER.save_pretrained(tmp_path)
+    module = SDSearchModule(str(tmp_path), protocol=TRAINING_PROTOCOL)  # AdamW at 1e-6, as ever
     module.configure_model()
     start = weights_of(module)
     run(module, taught())
@@ -191,7 +173,7 @@ def test_the_first_update_is_on_policy(
 ) -> None:
     """The real engine; dropout or another arithmetic in either place would show in the gap."""
     module = sgd_module(tiny_model(family, dtype, **rates).train(), temperature=0.8)
-    engine = rollouts(GenerateEngine(), max_turn_tokens=12, temperature=0.8)
+    engine = grouping(GenerateEngine(), max_turn_tokens=12, temperature=0.8)
     record = run(module, [engine], max_steps=2)
     assert module.policy.training
     for metrics in record.metrics:
@@ -201,7 +183,7 @@ def test_the_first_update_is_on_policy(
 
 
 def test_a_policy_loss_is_minus_the_advantage_on_policy() -> None:
-    record = run(sgd_module(), [rollouts()])
+    record = run(sgd_module(), [grouping()])
     judged = [t for group in record.batches[0].groups for t in group.trajectories]
     tokens = [(t.advantage, sum(t.policy_mask)) for t in judged]
     mean = sum(advantage * count for advantage, count in tokens) / sum(count for _, count in tokens)
@@ -263,10 +245,6 @@ def test_a_resumed_run_keeps_its_reference(tmp_path: Path) -> None:
     )
 
 
-def without_clocks(metrics: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in m.items() if "seconds" not in k and "per_second" not in k} for m in metrics]
-
-
 def test_without_a_kl_term_there_is_no_reference() -> None:
     record = run(sgd_module(), taught())
     assert record.metrics[0]["train/kl"] == 0
@@ -278,7 +256,7 @@ def test_without_a_kl_term_there_is_no_reference() -> None:
 def test_a_step_without_a_judged_rollout_learns_nothing_and_stays_finite() -> None:
     module = sgd_module(kl_coef=0.3)
     start = weights_of(module)
-    callbacks = [rollouts(ScriptedEngine(ONE, TWO), max_error_fraction=1.0), *taught()[1:]]
+    callbacks = [grouping(DrawnScripts(ONE, TWO), max_error_fraction=1.0), *taught()[1:]]
     record = run(module, callbacks, data=ToyData(retriever=Broken()), max_steps=2)
     assert record.metrics[0]["rollout/retrieval_error_rate"] == 1
     assert torch.equal(weights_of(module), start)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("two_ranks.py")
+from helpers.workplace import PROCESSES
+
+SCRIPT = PROCESSES / "two_ranks.py"
 
 
 def run(strategy: str, variant: str, folder: Path, name: str = "", *checkpoint: Path) -> dict[str, list]:

@@ -8,18 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_data import (
-    drifted,
-    gradient,
-    make_module,
-    micro_batches,
-    step,
-    taught_batch,
-    three_groups,
-    tiny_model,
-    weights_of,
-)
 
+from helpers.models import tiny_model
+from helpers.training import drifted, gradient, make_module, micro_batches, step, taught_batch, weights_of
+from helpers.training_rollouts import three_groups
+from helpers.trajectories import query_mask
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.losses.terms import jensen_shannon
@@ -193,7 +186,7 @@ def test_only_query_tokens_are_distilled(top_k: int | None, layout: Any) -> None
     module = make_module(divergence=JensenShannon(top_k=top_k), compute=Compute(layout=layout))
     groups = three_groups()
     order = [t for g in (groups[0], groups[2], groups[1]) for t in g.trajectories if t.label]  # longest groups first
-    taught = {(n, i - 1) for n, t in enumerate(order) for i, is_query in enumerate(t.query_mask) if is_query}
+    taught = {(n, i - 1) for n, t in enumerate(order) for i, is_query in enumerate(query_mask(t)) if is_query}
     batch = taught_batch(module)
     assert rows_with_gradient(module, batch, "jsd_loss") == rows_of(module, batch, taught)
     untaught = {n for n, t in enumerate(order) if t.instance_id == groups[1].instance_id}

@@ -9,23 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_data import (
-    DIRECT,
-    ONE,
-    TWO,
-    blocks_of,
-    closed_form,
-    drifted,
-    gradient,
-    group,
-    micro_batches,
-    rollout,
-    step,
-    taught_batch,
-    three_groups,
-    tiny_model,
-)
 
+from helpers.closed_form import closed_form
+from helpers.models import tiny_model
+from helpers.training import drifted, gradient, micro_batches, step, taught_batch
+from helpers.training_rollouts import DIRECT, ONE, TWO, blocks_of, group, rollout, three_groups
 from sdsearch_lightning.losses.divergences import JensenShannon
 from sdsearch_lightning.module import StepSums
 from sdsearch_lightning.step.collate import filler

@@ -13,9 +13,13 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from training_data import CODEC, PROTOCOL, TOKENIZER, demonstration, gradient, logprob_rows, tiny_model, weights_of
-from training_run import Record, ToyData, fit
 
+from helpers.closed_form import logprob_rows
+from helpers.fits import Record, ToyData, fit
+from helpers.models import tiny_model
+from helpers.paths import ROOT
+from helpers.training import gradient, weights_of
+from helpers.training_rollouts import TRAINING_CODEC, TRAINING_PROTOCOL, TRAINING_TOKENIZER, demonstration
 from sdsearch_lightning.datamodules.synthetic_world_demonstrations import WorldDemonstrations
 from sdsearch_lightning.datamodules.synthetic_world_encoder import word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
@@ -44,15 +48,14 @@ from sdsearch_lightning.types import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no")
 
-ROOT = Path(__file__).parents[2]
 UNEVEN = LossWeights(reasoning=0.5, query=3.0, answer=2.0, scaffold=1.0, observation=0.0)
 PLAIN = [OptimizerSpec(lambda params: torch.optim.SGD(params, lr=1.0))]
 
 
 def supervised(model: Any = None, **options: Any) -> SupervisedModule:
     options = {"optimizers": PLAIN, "gradient_clip_val": None} | options
-    module = SupervisedModule(scratch=ScratchModel(), protocol=PROTOCOL, **options)
-    module.attach(model or tiny_model(), TOKENIZER)
+    module = SupervisedModule(scratch=ScratchModel(), protocol=TRAINING_PROTOCOL, **options)
+    module.attach(model or tiny_model(), TRAINING_TOKENIZER)
     return module
 
 
@@ -60,7 +63,7 @@ def by_hand(module: SupervisedModule, batch: Sequence[Demonstration], weights: L
     """The weighted mean over all tokens of the batch, one sequence at a time."""
     total, count = torch.zeros((), dtype=torch.float64), 0.0
     for written in batch:
-        spans = PROTOCOL.demonstration_spans(CODEC, written)
+        spans = TRAINING_PROTOCOL.demonstration_spans(TRAINING_CODEC, written)
         rows = logprob_rows(module.policy.model, [token for span in spans for token in span.token_ids])
         position = 0
         for span in spans:
@@ -115,10 +118,10 @@ def test_a_demonstration_holds_what_a_rollout_with_the_same_text_holds() -> None
 
 def test_siblings_stand_in_the_prompt_as_a_block() -> None:
     siblings = (SiblingRecord(0, ("the river",), Label.INCORRECT), SiblingRecord(1, (), Label.CORRECT))
-    plain, taught = (PROTOCOL.demonstration_spans(CODEC, demonstration(s)) for s in ((), siblings))
+    plain, taught = (TRAINING_PROTOCOL.demonstration_spans(TRAINING_CODEC, demonstration(s)) for s in ((), siblings))
     text = "where is Rome siblings INCORRECT the river ; CORRECT none ;"
-    assert CODEC.decode(taught[0].token_ids) == text and taught[0].kind is SpanKind.PROMPT
-    assert CODEC.decode(plain[0].token_ids) == "where is Rome"
+    assert TRAINING_CODEC.decode(taught[0].token_ids) == text and taught[0].kind is SpanKind.PROMPT
+    assert TRAINING_CODEC.decode(plain[0].token_ids) == "where is Rome"
     assert taught[1:] == plain[1:]
 
 
@@ -196,7 +199,10 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 def cold_start(folder: Path, steps: int = 12) -> tuple[SupervisedModule, Record, Any]:
     record = Record()
     module = SupervisedModule(
-        scratch=ScratchModel("llama", SMALL), protocol=PROTOCOL, optimizers=MUON, lr_schedule=Linear(total_steps=steps)
+        scratch=ScratchModel("llama", SMALL),
+        protocol=TRAINING_PROTOCOL,
+        optimizers=MUON,
+        lr_schedule=Linear(total_steps=steps),
     )
     trainer = fit(module, record, max_steps=steps, default_root_dir=folder)
     return module, record, trainer
@@ -214,7 +220,7 @@ def test_two_optimizers_are_one_step_and_one_step_of_the_schedule(tmp_path: Path
 def test_its_folder_is_what_search_training_starts_from(tmp_path: Path) -> None:
     module, _, _ = cold_start(tmp_path, steps=2)
     module.save_pretrained(tmp_path / "model")
-    loaded = SDSearchModule(str(tmp_path / "model"), protocol=PROTOCOL)
+    loaded = SDSearchModule(str(tmp_path / "model"), protocol=TRAINING_PROTOCOL)
     loaded.configure_model()
     packed = PackedSequences.pack([[3, 4, 5, 6], [9, 8]])
     rows = (packed.position_ids > 0).nonzero()[:, 0]

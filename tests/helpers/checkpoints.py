@@ -1,0 +1,32 @@
+"""Checkpoints of step 4, of one file and of shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+STEP, OPTIMIZERS = 4, 1
+
+
+def checkpoint_state() -> dict[str, Any]:
+    return {
+        "state_dict": {"policy.weight": torch.ones(300, 10), "policy.bias": torch.zeros(10)},
+        "optimizer_0": {"state": {"policy.weight": {"exp_avg": torch.zeros(300, 10)}}},
+    }
+
+
+def sharded(path: Path, step: int = 4) -> Path:
+    """As fsdp2 leaves it."""
+    dcp.save(checkpoint_state(), checkpoint_id=path, no_dist=True)
+    torch.save({"global_step": step, "loops": {}}, path / "meta.pt")
+    return path
+
+
+def single(path: Path, step: int = 4) -> Path:
+    """As every other strategy leaves it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": step, "optimizer_states": [{}], "state_dict": checkpoint_state()["state_dict"]}, path)
+    return path
