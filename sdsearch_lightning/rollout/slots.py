@@ -56,6 +56,11 @@ class SlotEngine(Engine):
         super().attach(policy, start, searches, report)
         if policy.unpackable is not None and self._reference is None:
             self.step_back()
+            warnings.warn(
+                "The slot engine needs a model whose sequences can lie back to back, but "
+                f"{policy.unpackable}. Rollouts run on the slower reference engine.",
+                stacklevel=2,
+            )
         if self._reference is not None:
             self._reference.attach(policy, start, searches, report)
             self._reference.counts = self.counts

@@ -92,6 +92,8 @@ class ScriptedEngine(Engine):
         logprobs: of the i-th sampled token; None for those of the policy at the request's temperature.
     """
 
+    draws = False
+
     def __init__(
         self, script: Callable[[RolloutRequest], Turns | str], logprobs: Logprobs | None = position_eighths
     ) -> None:

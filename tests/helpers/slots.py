@@ -13,7 +13,7 @@ from torch import Tensor
 from helpers.passages import PROTOCOL, QUESTION, ToyRetriever
 from helpers.players import SAMPLED, ScriptedPolicy, make_request
 from helpers.tokenizers import EOS, TOKENIZERS
-from sdsearch_lightning.policy.attention import AttentionLayout
+from sdsearch_lightning.policy.attention import AttentionLayout, Call
 from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import Engine, SearchPool
@@ -41,11 +41,12 @@ class RowsPolicy(ScriptedPolicy):
                 at += part.length
             for row in range(len(last)):
                 marks[0, 0, at + row, 0] = float(row not in fed)
-        attention.attend(0, torch.zeros_like(cells), cells, marks, None)
+        attention.attend(Call(0, torch.zeros_like(cells), cells, marks))
         logits = torch.full((len(last), self.num_tokens), -1e9, dtype=torch.float64)
         for row in range(len(last) if isinstance(attention, RowsAttention) else 0):
             length = int(position_ids[last[row]]) + 1
-            tokens, marked = attention._all[0, :, row, 0, :length, 0]  # type: ignore[attr-defined]
+            keys, values = attention._rows.layer(0)  # type: ignore[attr-defined]
+            tokens, marked = keys[row, 0, :length, 0], values[row, 0, :length, 0]
             context = [int(token) for token in tokens]
             prompt = next(p for p in self.scripts if tuple(context[: len(p)]) == p)
             self.contexts[prompt] = context

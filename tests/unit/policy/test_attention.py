@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
+from transformers import AttentionInterface
 
 from helpers.models import tiny_model
 from helpers.training import drifted, gradient, step, taught_batch
@@ -17,11 +18,11 @@ from sdsearch_lightning.losses.terms import total_loss
 from sdsearch_lightning.policy.attention import (
     NAME,
     AttentionLayout,
+    Call,
     CausalSegments,
     Segment,
     UnknownAttentionError,
     attention_layout,
-    causal_attention,
     causal_mask,
     masked_attention,
 )
@@ -81,7 +82,7 @@ def test_segments_are_a_softmax_over_what_each_token_may_see(
     length = sum(segment.length for segment in segments)
     query = randn(1, heads[0], length, width, seed=0).requires_grad_()
     key, value = (randn(1, heads[1], length, width, seed=seed).requires_grad_() for seed in (1, 2))
-    found = CausalSegments(segments).attend(0, query, key, value, scale)
+    found = CausalSegments(segments).attend(Call(0, query, key, value, scale))
     expected = by_hand(query, key, value, visible(segments), scale or width**-0.5)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
     weights = randn(*found.shape, seed=3)
@@ -101,17 +102,41 @@ def test_a_layout_may_attend_for_every_layer_and_batch() -> None:
     for layer in range(3):
         query, key, value = (randn(1, 2, 18, 4, seed=10 * layer + i) for i in range(3))
         expected = by_hand(query, key, value, visible(PARTS["forest"]), 0.5)
-        torch.testing.assert_close(segments.attend(layer, query, key, value, 0.5), expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(segments.attend(Call(layer, query, key, value, 0.5)), expected, rtol=0, atol=1e-13)
 
 
 def test_masked_and_causal_attention_agree() -> None:
     query, key, value = randn(2, 4, 5, 6, seed=0), randn(2, 2, 5, 6, seed=1), randn(2, 2, 5, 6, seed=2)
-    mask = causal_mask(5, 5, query.device)
+    mask = causal_mask(5, 5, device=query.device)
     assert mask.tolist() == [[j <= i for j in range(5)] for i in range(5)]
-    assert causal_mask(2, 5, query.device).tolist() == [[True] * 4 + [False], [True] * 5]
-    causal = causal_attention(query, key, value, 0.5)
-    torch.testing.assert_close(masked_attention(query, key, value, mask, 0.5), causal, rtol=0, atol=1e-13)
-    assert not torch.allclose(masked_attention(query, key, value, mask | True, 0.5), causal, atol=1e-3)
+    assert causal_mask(2, 5, device=query.device).tolist() == [[True] * 4 + [False], [True] * 5]
+    assert causal_mask(3, 5, 2, device=query.device).tolist() == [
+        [j in (i + 1, i + 2) for j in range(5)] for i in range(3)
+    ]
+    call = Call(0, query, key, value, 0.5)
+    causal = CausalSegments([Segment(5)]).attend(call)
+    torch.testing.assert_close(masked_attention(call, mask), causal, rtol=0, atol=1e-13)
+    assert not torch.allclose(masked_attention(call, mask | True), causal, atol=1e-3)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("window", [1, 2, 3, 50])
+@pytest.mark.parametrize("more", [{}, {"softcap": 0.7}, {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])}])
+def test_windows_caps_sinks_and_wider_values_by_hand(parts: str, window: int, more: dict[str, Any]) -> None:
+    segments = PARTS[parts]
+    length = sum(segment.length for segment in segments)
+    query, key, value = randn(1, 4, length, 6, seed=0), randn(1, 2, length, 6, seed=1), randn(1, 2, length, 5, seed=2)
+    found = CausalSegments(segments).attend(Call(0, query, key, value, 0.4, window=window, **more))
+    for head in range(4):
+        for token, others in enumerate(visible(segments)):
+            near = others[-window:]  # they stand in the order of their positions, the token itself last
+            scores = torch.stack([query[0, head, token] @ key[0, head // 2, other] * 0.4 for other in near])
+            if "softcap" in more:
+                scores = 0.7 * torch.tanh(scores / 0.7)
+            total = scores.exp().sum() + (more["sinks"][head].double().exp() if "sinks" in more else 0)
+            expected = sum(w * value[0, head // 2, o] for w, o in zip(scores.exp() / total, near, strict=True))
+            torch.testing.assert_close(found[0, head, token], expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(found, CausalSegments(segments).attend(Call(0, query, key, value, 0.39, window, **more)))
 
 
 # Which models it is enough for
@@ -173,8 +198,8 @@ def test_a_model_that_ignores_the_layout_is_found_out(monkeypatch: pytest.Monkey
 
 
 class Failing(AttentionLayout):
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        raise RuntimeError(f"layer {layer}")
+    def attend(self, call: Call) -> Tensor:
+        raise RuntimeError(f"layer {call.layer}")
 
 
 def test_a_model_has_its_own_attention_back_also_after_a_failure() -> None:
@@ -193,17 +218,11 @@ def test_a_model_has_its_own_attention_back_also_after_a_failure() -> None:
         assert options == {} and model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "asked"),
-    [("mistral", {"sliding_window": 4}, "sliding_window"), ("gemma2", {"sliding_window": 4}, "softcap")],
-)
-def test_what_a_layout_would_leave_out_is_an_error(family: str, options: dict[str, Any], asked: str) -> None:
-    model, layout = tiny_model(family, **HEADS | options), CausalSegments([Segment(2), Segment(3)])
-    with (
-        pytest.raises(UnknownAttentionError, match=f"its attention uses .*{asked}"),
-        attention_layout(model, layout) as given,
-    ):
-        model(input_ids=torch.tensor([[3, 4, 5, 6, 7]]), **given)
+def test_what_a_layout_would_leave_out_is_an_error() -> None:
+    module, call = tiny_model().model.layers[0].self_attn, randn(1, 2, 3, 4, seed=0)
+    with pytest.raises(UnknownAttentionError, match="its attention uses position_bias"):
+        attend = AttentionInterface()[NAME]
+        attend(module, call, call, call, None, attention_layout=CausalSegments([Segment(3)]), position_bias=call)
 
 
 # Gradient checkpointing

@@ -20,7 +20,7 @@ from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
-from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape
+from sdsearch_lightning.rollout.kv_rows import CellShape, KVRows, KVShape
 from sdsearch_lightning.types import Passage
 
 
@@ -44,37 +44,45 @@ def spy(policy: Any, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., None]
 
 
 def test_rows_change_places_with_what_they_hold() -> None:
-    rows = KVRows(KVShape(2, 1, 1, torch.float64, torch.device("cpu")), num_rows=3, capacity=4)
-    rows.cells[:] = torch.arange(48.0, dtype=torch.float64).view(2, 2, 3, 1, 4, 1)
-    before = rows.cells.clone()
+    narrow, wide = CellShape(1, 1), CellShape(2, 3)
+    shape = KVShape(((narrow, wide), (narrow, narrow)), torch.float64, torch.device("cpu"))
+    rows = KVRows(shape, num_rows=3, capacity=4)
+    assert [tuple(block.shape) for block in rows.blocks.values()] == [(3, 3, 1, 4, 1), (1, 3, 2, 4, 3)]
+    for block in rows.blocks.values():
+        block[:] = torch.arange(block.numel(), dtype=torch.float64).view_as(block)
+    before = [tuple(side.clone() for side in rows.layer(index)) for index in range(2)]
     rows.exchange(0, 3, 2, 2)
-    assert torch.equal(rows.cells[:, :, 2, :, :3], before[:, :, 0, :, :3])
-    assert torch.equal(rows.cells[:, :, 0, :, :2], before[:, :, 2, :, :2])
-    assert torch.equal(rows.cells[:, :, 1], before[:, :, 1])
+    for index, sides in enumerate(before):
+        for now, then in zip(rows.layer(index), sides, strict=True):
+            assert torch.equal(now[2, :, :3], then[0, :, :3]) and torch.equal(now[0, :, :2], then[2, :, :2])
+            assert torch.equal(now[1], then[1])
     rows.exchange(1, 4, 1, 4)
-    assert torch.equal(rows.cells[:, :, 1], before[:, :, 1])
     rows.copy(1, 0, 4)
-    assert torch.equal(rows.cells[:, :, 0], before[:, :, 1])
+    for index, sides in enumerate(before):
+        for now, then in zip(rows.layer(index), sides, strict=True):
+            assert torch.equal(now[1], then[1]) and torch.equal(now[0], then[1])
 
 
 def test_columns_are_clean_when_they_are_reached_and_written_ones_stay() -> None:
-    rows = KVRows(KVShape(1, 1, 1, torch.float64, torch.device("cpu")), num_rows=2, capacity=700)
-    rows.cells.fill_(torch.nan)
+    cell = CellShape(1, 1)
+    rows = KVRows(KVShape(((cell, cell),), torch.float64, torch.device("cpu")), num_rows=2, capacity=700)
+    (cells,) = rows.blocks.values()
+    cells.fill_(torch.nan)
     rows.reach(3)
-    rows.cells[..., :3, :] = 7.0
+    cells[..., :3, :] = 7.0
     rows.reach(2)
     rows.reach(300)
-    assert rows.cells[..., :3, :].eq(7).all() and rows.cells[..., 3:300, :].eq(0).all()
-    assert rows.cells[..., 600:, :].isnan().all(), "what nobody needs is not touched"
+    assert cells[..., :3, :].eq(7).all() and cells[..., 3:300, :].eq(0).all()
+    assert cells[..., 600:, :].isnan().all(), "what nobody needs is not touched"
     rows.reach(700)
-    assert not rows.cells.isnan().any()
+    assert not cells.isnan().any()
 
 
 def test_the_byte_budget_gives_the_number_of_slots(
     policy: TalkativePolicy, word_codec: TokenCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = KVShape.of(policy)
-    assert (shape.layers, shape.heads, shape.width, shape.dtype) == (2, 1, 8, torch.float64)
+    assert shape.cells == ((CellShape(1, 8), CellShape(1, 8)),) * 2 and shape.dtype == torch.float64
     assert shape.bytes_per_token == 2 * 2 * 1 * 8 * 8
     widths = []
     spy(policy, monkeypatch, lambda tokens, attention: widths.append(len(getattr(attention, "_row", ()))))
@@ -159,19 +167,17 @@ def test_logits_that_are_not_finite_stop_the_run(engine: Any, word_codec: TokenC
 
 
 def test_a_model_that_cannot_run_in_slots_gets_the_reference_engine() -> None:
-    policy = Policy(tiny_model("gemma2")).eval()
+    policy = Policy(tiny_model("lfm2", layer_types=["conv", "full_attention"])).eval()
     requests = [make_request(TRAINING_CODEC, index=i) for i in range(2)]
-    engine = SlotEngine()
-    with pytest.warns(
-        UserWarning, match="gemma2 cannot: its attention uses sliding_window, softcap.*reference"
-    ) as told:
+    engine, alone = SlotEngine(max_slots=1), GenerateEngine(1)
+    with pytest.warns(UserWarning, match="lfm2 cannot: a layer does more across tokens than attend.*reference") as told:
         first = run_engine(engine, policy, TRAINING_CODEC, requests, TALK_LIMITS)
         second = run_engine(engine, policy, TRAINING_CODEC, requests, TALK_LIMITS)
     assert len(told) == 1, "told once"
     assert (
         essences(first)
         == essences(second)
-        == essences(run_engine(GenerateEngine(), policy, TRAINING_CODEC, requests, TALK_LIMITS))
+        == essences(run_engine(alone, policy, TRAINING_CODEC, requests, TALK_LIMITS))
     )
     assert engine.counts.decode_rows > 0
 
