@@ -26,7 +26,10 @@ ON_THE_COMMAND_LINE = [
     (["--rollout.reward", "F1Rewar"], "rollout.reward: there is no class 'F1Rewar'. Did you mean 'F1Reward'?"),
     (["--model.optimizer", "AdamWW"], "model.optimizer: there is no class 'AdamWW'. Did you mean 'AdamW'?"),
     (["--model.protocol", "autorefin"], "model.protocol: there is no class 'autorefin'. Did you mean 'autorefine'?"),
-    (["--rollout.reward", "sdsearch_lightning.scoring.rewads.F1Reward"], "Did you mean 'rewards'?"),
+    (
+        ["--rollout.reward", "sdsearch_lightning.scoring.rewads.F1Reward"],
+        "in sdsearch_lightning.scoring. Did you mean 'rewards'?",
+    ),
     (["--rollout.reward", "nowhere.F1Reward"], "rollout.reward: there is no module 'nowhere'."),
     (["--config", "nope.yaml"], "nope.yaml"),
     (["--model.protocol", "nope.yaml"], "model.protocol: there is no file nope.yaml."),

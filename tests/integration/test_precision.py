@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.fits import DrawnScripts
+from helpers import fits
 from helpers.models import tiny_model
 from helpers.training_rollouts import TRAINING_PROTOCOL, TRAINING_TOKENIZER
 from helpers.workplace import Workplace
@@ -62,8 +62,8 @@ def test_a_resumed_run_in_bf16_true_is_the_same_run(workplace: Workplace) -> Non
 def test_only_weights_become_bfloat16() -> None:
     module = SDSearchModule(scratch=ScratchModel(), protocol=TRAINING_PROTOCOL)
     module.attach(tiny_model(dtype=torch.float32), TRAINING_TOKENIZER)
-    grouping = RolloutGrouping(group_size=2, top_k=2, max_tokens=160, engine=DrawnScripts())
-    fit(module, grouping, HindsightConstruction(), JSDWeightScheduler(0.1, 0), precision="bf16-true")
+    grouping = RolloutGrouping(group_size=2, top_k=2, max_tokens=160, engine=fits.DrawnScripts())
+    fits.fit(module, grouping, HindsightConstruction(), JSDWeightScheduler(0.1, 0), precision="bf16-true")
     assert {weight.dtype for weight in module.policy.parameters()} == {torch.bfloat16}
     rotary = {buffer.dtype for buffer in module.policy.buffers() if buffer.is_floating_point()}
     assert rotary == {torch.float32}, "positions need all their digits"
