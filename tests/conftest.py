@@ -12,6 +12,10 @@ from sdsearch_lightning.protocol.tokenization import TokenCodec
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-models", action="store_true", help="write the table of docs/models.md anew")
+
+
 @pytest.fixture(scope="session")
 def byte_codec() -> TokenCodec:
     """One token per byte, so that an ASCII text and its tokens can be drawn below each other."""

@@ -62,6 +62,13 @@ class GenerateEngine(Engine):
         self.one_token = False
         """Whether tokens behind the prompt are fed one at a time."""
 
+    @property
+    def exact_way(self) -> str | None:
+        """How rollouts run since `step_back`, in words; None where nothing was given up."""
+        if self.one_token:
+            return "one rollout, one token at a time"
+        return "one rollout at a time" if self.max_batch_size == 1 else None
+
     def step_back(self) -> bool:
         """One rollout at a time, then one token at a time."""
         if self.max_batch_size > 1:

@@ -20,7 +20,7 @@ from sdsearch_lightning.losses.logprobs import at_tokens, log_softmax
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Search, Stop
-from sdsearch_lightning.rollout.engine import Engine, run_awake
+from sdsearch_lightning.rollout.engine import Engine, StartConversation, run_awake
 from sdsearch_lightning.types import (
     Passage,
     Question,
@@ -113,6 +113,32 @@ def observation_length(policy: Policy, max_tokens: int) -> int:
     return max(2, min(policy.window_to_try or FEW, room))
 
 
+def probe_requests(
+    policy: Policy, text_ids: Sequence[int], max_tokens: int, copies: int = 1
+) -> tuple[list[RolloutRequest], StartConversation, Any]:
+    """The probe's requests, their conversations and a search pool, as an engine takes them.
+
+    Args:
+        policy: has the window.
+        text_ids: at least one token of ordinary text, repeated as often as it takes.
+        max_tokens: of a rollout in the run.
+        copies: of each plan, with other seeds and prompts.
+    """
+    length, question = observation_length(policy, max_tokens), Question("probe", "", ("",))
+    text = tuple(text_ids[i % len(text_ids)] for i in range(length + PROMPT + 2 * copies))
+    plans = PLANS * copies
+    requests = [
+        RolloutRequest(question, (0, i // 2), i % 2, text[i // 2 : i // 2 + PROMPT - 1], seed=i)
+        for i in range(len(plans))
+    ]
+
+    def start(request: RolloutRequest) -> Any:
+        turns = plans[2 * request.instance_id[1] + request.rollout_index]
+        return _Scripted(request, turns, text[:length], PROMPT + length + LONGEST_PLAN)
+
+    return requests, start, _NoSearches()
+
+
 def measure_gap(engine: Engine, policy: Policy, text_ids: Sequence[int], max_tokens: int) -> Gap:
     """Run the probe on an engine and compare; the caller has set eval mode, precision and whole weights.
 
@@ -125,19 +151,7 @@ def measure_gap(engine: Engine, policy: Policy, text_ids: Sequence[int], max_tok
     Raises:
         RolloutError: whatever the engine, or the model under it, raised.
     """
-    length = observation_length(policy, max_tokens)
-    text = tuple(text_ids[i % len(text_ids)] for i in range(length + PROMPT))
-    question = Question("probe", "", ("",))
-    requests = [
-        RolloutRequest(question, (0, i // 2), i % 2, text[i // 2 : i // 2 + PROMPT - 1], seed=i)
-        for i in range(len(PLANS))
-    ]
-
-    def start(request: RolloutRequest) -> Any:
-        turns = PLANS[2 * request.instance_id[1] + request.rollout_index]
-        return _Scripted(request, turns, text[:length], PROMPT + length + LONGEST_PLAN)
-
-    searches: Any = _NoSearches()
+    requests, start, searches = probe_requests(policy, text_ids, max_tokens)
     engine.attach(policy, start, searches)
     try:
         return _compare(policy, run_awake(engine, policy, requests))

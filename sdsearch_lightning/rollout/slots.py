@@ -65,6 +65,13 @@ class SlotEngine(Engine):
             self._reference.attach(policy, start, searches, report)
             self._reference.counts = self.counts
 
+    @property
+    def exact_way(self) -> str | None:
+        """How rollouts run where they cannot in slots, in words; None where they can."""
+        if self._reference is None:
+            return None
+        return self._reference.exact_way or "reference engine"
+
     def step_back(self) -> bool:
         """The reference engine, and then what that one does."""
         if self._reference is not None:

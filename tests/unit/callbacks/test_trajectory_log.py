@@ -109,7 +109,7 @@ def test_a_fit_writes_every_rollout_with_step_block_and_credit(make_trainer: Any
     records = read_lines(tmp_path / "trajectories.jsonl")
     train = [r for r in records if r["phase"] == "train"]
     assert [(r["step"], r["instance_id"], r["rollout_index"]) for r in train] == [
-        (step, [0, 2 * step + group], index) for step in range(3) for group in range(2) for index in range(2)
+        (step + 1, [0, 2 * step + group], index) for step in range(3) for group in range(2) for index in range(2)
     ]
     assert [r["block"] for r in train[:4]] == ["told", "told", None, None]
     assert [r["credit"] is None for r in train[:4]] == [False, False, True, True]
@@ -142,7 +142,7 @@ def test_each_rollout_has_the_text_that_its_own_teacher_read(
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_training_rollouts_can_be_thinned(make_trainer: Any, tmp_path: Path) -> None:
     fit(make_trainer(TrajectoryLog(every_n_steps=2, max_per_step=3), **FIT), train=3, val=0)
-    assert [r["step"] for r in read_lines(tmp_path / "trajectories.jsonl")] == [0, 0, 0, 2, 2, 2]
+    assert [r["step"] for r in read_lines(tmp_path / "trajectories.jsonl")] == [1, 1, 1, 3, 3, 3]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -189,7 +189,7 @@ def test_other_ranks_write_their_own_file_and_demonstrations_are_skipped(tmp_pat
     assert list(tmp_path.iterdir()) == []
     log.on_train_batch_end(trainer, module, None, batch, 0)
     (record,) = read_lines(tmp_path / "trajectories.rank2.jsonl")
-    assert (record["rank"], record["step"]) == (2, 0)
+    assert (record["rank"], record["step"]) == (2, 1)
 
 
 def test_every_n_steps_is_checked() -> None:

@@ -136,7 +136,8 @@ def test_windows_caps_sinks_and_wider_values_by_hand(parts: str, window: int, mo
             total = scores.exp().sum() + (more["sinks"][head].double().exp() if "sinks" in more else 0)
             expected = sum(w * value[0, head // 2, o] for w, o in zip(scores.exp() / total, near, strict=True))
             torch.testing.assert_close(found[0, head, token], expected, rtol=0, atol=1e-12)
-    assert not torch.allclose(found, CausalSegments(segments).attend(Call(0, query, key, value, 0.39, window, **more)))
+    other = CausalSegments(segments).attend(Call(0, query, key, value, 0.39, window, **more))
+    assert torch.allclose(found, other) == (window == 1 and "sinks" not in more), "one token has all the weight"
 
 
 # Which models it is enough for
@@ -164,10 +165,7 @@ def test_families_that_can_lie_back_to_back(family: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
-        ("mistral", HEADS | {"sliding_window": 4}, "its attention uses sliding_window"),
-        ("gemma2", HEADS | {"sliding_window": 4}, "its attention uses sliding_window, softcap"),
-        ("gemma3_text", HEADS | {"sliding_window": 4}, "its attention uses sliding_window"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}, "uses sliding_window"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "a layer does more across tokens than attend"),
         ("bloom", {"n_head": 2, "n_layer": 2}, "a layer does more across tokens than attend"),
     ],
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from helpers.models import tiny_model
@@ -135,15 +135,21 @@ def test_softcapped_models_keep_their_cap(policy: Policy, monkeypatch: pytest.Mo
     [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
 )
 def test_what_is_kept_is_float32_or_float64(weights: torch.dtype, kept: torch.dtype) -> None:
-    class Model(nn.Module, SimpleNamespace):
-        dtype = weights
-
-    assert Policy(Model()).dtype == kept  # type: ignore[arg-type]
+    assert Policy(tiny_model("llama", weights)).dtype == kept
 
 
 def test_a_family_whose_head_is_another_is_refused() -> None:
     Policy(tiny_model("llama")).check()
-    scaled = tiny_model("granite", logits_scaling=8.0)
-    with pytest.raises(ConfigError, match=r"Models of type 'granite' scale or shift their logits"):
-        Policy(scaled).check()
-    Policy(tiny_model("granite", logits_scaling=1.0)).check()
+    for family, options in (("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.1})):
+        Policy(tiny_model(family, **options)).check()
+    other = tiny_model("llama")
+    forward = other.forward
+
+    def doubled(*args: Any, **options: Any) -> Any:
+        output = forward(*args, **options)
+        output.logits = 2 * output.logits
+        return output
+
+    other.forward = doubled
+    with pytest.raises(ConfigError, match=r"Models of type 'llama' scale or shift their logits"):
+        Policy(other).check()
