@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.module import SDSearchModule
@@ -92,6 +92,7 @@ class RolloutGrouping(pl.Callback):
         self._too_long: set[str] = set()
         self._last_error = ""
         self._is_proven = False  # that the engine samples from the policy
+        self._is_told = False  # how a rollout begins
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Warn of settings that cannot learn, and probe the retriever."""
@@ -140,6 +141,15 @@ class RolloutGrouping(pl.Callback):
             if self.engine.draws and not self._is_proven:
                 self._prove(module.sampler)
         return module.sampler
+
+    def _tell_beginning(self, sampler: GroupSampler, request: RolloutRequest) -> None:
+        """Show once what the model reads first, and what ends its turns: chat templates add more than one thinks."""
+        ends = ", ".join(f"{sampler.codec.decode([token])} ({token})" for token in sampler.codec.eos_ids)
+        prompt = sampler.codec.decode(request.prompt_ids)
+        say = rank_zero_only(print)
+        say(f"the first prompt, as the model reads it ({len(request.prompt_ids)} tokens):\n{prompt}", flush=True)
+        say(f"a turn ends with a closing tag, or with {ends or 'its budget only'}", flush=True)
+        self._is_told = True
 
     def _prove(self, sampler: GroupSampler) -> None:
         gap, reasons = sampler.prove_engine()
@@ -193,6 +203,8 @@ class RolloutGrouping(pl.Callback):
 
     def _run(self, trainer: pl.Trainer, sampler: GroupSampler, requests: Sequence[RolloutRequest]) -> WindowResult:
         """Run requests; tell of prompts that leave no room, and of searches that failed."""
+        if requests and not self._is_told:
+            self._tell_beginning(sampler, requests[0])
         self._warn_of_long_prompts(requests)
         window = sampler.run(requests, trainer.is_global_zero and trainer.progress_bar_callback is not None)
         if window.searches.errors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,18 +27,56 @@ def load(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     """
     from transformers import AutoModelForCausalLM
 
+    if (file := gguf_file(name_or_path)) is not None:
+        return load_gguf(file, dtype)
     # transformers would load bfloat16 checkpoints as bfloat16, in which small updates are lost.
     return _load(name_or_path, lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
 
 
+def gguf_file(name_or_path: str) -> Path | None:
+    """The GGUF file that a path means: itself, or the one in a folder without config.json; None where it means none."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    found = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    return found[0] if len(found) == 1 else None
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a GGUF file, with plain weights: quantized ones are expanded, and can then be saved.
+
+    Raises:
+        ConfigError: the package `gguf` is not installed, or the file cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        advice = " Install it: pip install gguf." if isinstance(error, ImportError) else ""
+        raise ConfigError(f"model.model_name_or_path: cannot load {file}: {reason}.{advice}") from error
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers would refuse to save what it has just expanded
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model, tokenizer
+
+
 def load_skeleton(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The same without weights: its parameters are on the meta device, and cost no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     def make(folder: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with suppress(OSError):  # which tokens end a turn has to be the same on all ranks
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model  # type: ignore[no-any-return]
 
     return _load(name_or_path, make)
 

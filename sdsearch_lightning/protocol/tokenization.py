@@ -29,13 +29,15 @@ class TokenCodec:
     Args:
         tokenizer: any fast tokenizer.
         tags: every tag of the protocol; each must survive encode and decode.
-        eos_ids: tokens that end a turn, beside those that the tokenizer and its chat template end one with.
+        eos_ids: tokens that end a turn; None: those of `end_of_turn_ids`.
 
     Raises:
         ConfigError: the tokenizer is slow, or cannot spell a tag.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tags: Sequence[str], eos_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, tags: Sequence[str], eos_ids: Iterable[int] | None = None
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
                 f"Expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}: token offsets need one."
@@ -55,9 +57,8 @@ class TokenCodec:
         self.control_strings = tuple(sorted(controls, key=lambda text: (-len(text), text)))
         self._control = re.compile("|".join(map(re.escape, self.control_strings)))
         self.special_ids = frozenset(tokenizer.all_special_ids)
-        ends = (tokenizer.eos_token_id, closing_token(tokenizer), *eos_ids)
-        self.eos_ids = tuple(dict.fromkeys(token_id for token_id in ends if token_id is not None))
-        """Tokens that end a turn, in any of their senses: of text, of a chat's turn."""
+        self.eos_ids = tuple(end_of_turn_ids(tokenizer) if eos_ids is None else eos_ids)
+        """Tokens that end a turn: those that end a text, and those that close a turn of a chat."""
         self.bos_ids = self._bos()
         """What the tokenizer itself puts before a text; empty for most."""
         self._check(tags)
@@ -122,6 +123,17 @@ class TokenCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The exact text of `token_ids`, special tokens included."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, others: Iterable[int] = ()) -> tuple[int, ...]:
+    """Tokens that end a turn: the tokenizer's end of text, `others`, and what its chat template closes a turn with.
+
+    Args:
+        tokenizer: any.
+        others: the model's, from its generation config.
+    """
+    ends = (tokenizer.eos_token_id, *others, closing_token(tokenizer))
+    return tuple(dict.fromkeys(token_id for token_id in ends if token_id is not None))
 
 
 def closing_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

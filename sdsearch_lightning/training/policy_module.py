@@ -24,7 +24,7 @@ from sdsearch_lightning.policy.lora import LoRA, add_adapter, is_learned
 from sdsearch_lightning.policy.lora_folder import fingerprint, write_adapter
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.templates import PROTOCOLS, Protocol
-from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.protocol.tokenization import TokenCodec, end_of_turn_ids
 from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.training.fsdp2 import shard, whole_weights
 from sdsearch_lightning.training.manual_step import ManualStep
@@ -56,6 +56,8 @@ class PolicyModule(ManualStep):
         seed: of random weights and adapters; linked to seed_everything.
         lora: learn through low-rank adapters and leave the model as it is; needs the extra `lora`. null: train all
             weights.
+        eos_tokens: tokens that end a turn; null: the tokenizer's end of text, those of the model's generation config,
+            and what the chat template closes a turn with.
     """
 
     learns_from = "questions"
@@ -78,6 +80,7 @@ class PolicyModule(ManualStep):
         dtype: DtypeName = "float32",
         seed: int = 0,
         lora: LoRA | None = None,
+        eos_tokens: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -98,7 +101,7 @@ class PolicyModule(ManualStep):
         self._optimizer_specs, self._lr_schedule = list(optimizers), lr_schedule
         self.gradient_clip_val = gradient_clip_val
         self.max_micro_batch_tokens, self.compute = max_micro_batch_tokens, compute
-        self._dtype_name, self._seed, self.lora = dtype, seed, lora
+        self._dtype_name, self._seed, self.lora, self._eos_tokens = dtype, seed, lora, eos_tokens
         self.policy = self.tokenizer = None  # type: ignore[assignment]
         self.codec: TokenCodec = None  # type: ignore[assignment]
 
@@ -158,7 +161,8 @@ class PolicyModule(ManualStep):
 
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take a ready model and tokenizer; what `configure_model` does last, and all a use without a Trainer needs."""
-        self.tokenizer, self.codec = tokenizer, TokenCodec(tokenizer, self.protocol.tags)
+        self.tokenizer = tokenizer
+        self.codec = TokenCodec(tokenizer, self.protocol.tags, self._eos_ids(model, tokenizer))
         if self.lora is not None:
             self._adapt(model, self.lora)
         # In training mode, as Lightning expects it; there is no dropout to tell the modes apart.
@@ -167,6 +171,17 @@ class PolicyModule(ManualStep):
             self.policy.checkpoint_gradients()
         if self.device_mesh is None:  # else once all ranks have weights
             self._examine()
+
+    def _eos_ids(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Tokens that end a turn: what the user says, or else all that tokenizer, model and chat template say."""
+        if self._eos_tokens is None:
+            known = getattr(model.generation_config, "eos_token_id", None)
+            ids = known if isinstance(known, list) else [known]
+            return end_of_turn_ids(tokenizer, [token_id for token_id in ids if token_id is not None])
+        vocabulary = tokenizer.get_vocab()
+        if unknown := [token for token in self._eos_tokens if token not in vocabulary]:
+            raise ConfigError(f"model.eos_tokens: expected tokens of the tokenizer, found {', '.join(unknown)}.")
+        return tuple(vocabulary[token] for token in self._eos_tokens)
 
     def _adapt(self, model: PreTrainedModel, lora: LoRA) -> None:
         """Put the adapter on; rank 0 alone knows the model where it will be sharded, and tells what it found."""
