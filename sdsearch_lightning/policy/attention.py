@@ -15,9 +15,12 @@ model.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +34,10 @@ from sdsearch_lightning.losses.logprobs import wide_dtype
 NAME = "sdsearch_layout"
 _UNKNOWN = ("position_bias", "indexer", "topk_indices")
 """Arguments by which a model asks for more than `Call` tells; a layout would leave them out without a word."""
+
+
+_HALF = torch.bfloat16, torch.float16
+MAX_FLASH_WIDTH = 256
 
 
 class UnknownAttentionError(SDSearchError):
@@ -55,6 +62,22 @@ class Call(NamedTuple):
     """Logits are cap * tanh(logits / cap) (Gemma 2)."""
     sinks: Tensor | None = None
     """[Hq] one more logit per head, which takes probability and gives no value (gpt-oss)."""
+
+    @property
+    def fits_flash(self) -> bool:
+        """Whether a flash kernel computes it."""
+        width = self.query.shape[3]
+        return self.softcap is None and self.sinks is None and width == self.value.shape[3] and width <= MAX_FLASH_WIDTH
+
+
+@cache
+def has_varlen() -> bool:
+    """Whether this release of torch has attention over sequences back to back with all that `Call` can ask of it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 class AttentionLayout(ABC):
@@ -121,6 +144,8 @@ class Segment(NamedTuple):
 class CausalSegments(AttentionLayout):
     """Sequences back to back, or as a tree: suffixes of a prefix that is there once.
 
+    In half precision on CUDA one kernel takes all of them, elsewhere each is a call of its own.
+
     Args:
         segments: in the order of their tokens; a prefix stands before its suffixes and has none itself.
     """
@@ -129,9 +154,12 @@ class CausalSegments(AttentionLayout):
         self.segments = segments
         self._lengths = [segment.length for segment in segments]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._places: tuple[Tensor, Tensor, Tensor | None, int] | None = None
 
     def attend(self, call: Call) -> Tensor:
-        """Causal attention within each segment, one call per segment; see `AttentionLayout.attend`."""
+        """Causal attention within each segment and its prefix; see `AttentionLayout.attend`."""
+        if call.value.is_cuda and call.value.dtype in _HALF and call.fits_flash and has_varlen():
+            return self._fused(call)
         queries, keys, values = (x.split(self._lengths, dim=2) for x in (call.query, call.key, call.value))
         outputs = []
         for own, k, v, segment in zip(queries, keys, values, self.segments, strict=True):
@@ -139,6 +167,37 @@ class CausalSegments(AttentionLayout):
                 k, v = (torch.cat([x[segment.prefix], mine], dim=2) for x, mine in ((keys, k), (values, v)))
             outputs.append(self._segment(call._replace(query=own, key=k, value=v)))
         return torch.cat(outputs, dim=2)
+
+    def _fused(self, call: Call) -> Tensor:
+        """All segments in one kernel. The keys of each stand together, so a prefix is copied to its suffixes."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        # Under autocast, rotary positions leave queries and keys in float32.
+        query, key, value = (x[0].transpose(0, 1).to(call.value.dtype) for x in (call.query, call.key, call.value))
+        limits, key_limits, columns, longest = self._places or self._find_places(call.query.device)
+        if columns is not None:
+            key, value = key.index_select(0, columns), value.index_select(0, columns)
+        if (repeats := query.shape[1] // key.shape[1]) > 1:
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        window = (-1 if call.window is None else call.window - 1, 0)
+        sizes = limits, key_limits, max(self._lengths), longest
+        output: Tensor = varlen_attn(query, key, value, *sizes, scale=call.scale, window_size=window)
+        return output.transpose(0, 1)[None]
+
+    def _find_places(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Where segments end among queries and among keys, which token each key is, and the most keys of a segment."""
+        ends = list(accumulate(self._lengths, initial=0))
+        spans = [[i] if segment.prefix is None else [segment.prefix, i] for i, segment in enumerate(self.segments)]
+        columns = [column for span in spans for i in span for column in range(ends[i], ends[i + 1])]
+        key_lengths = [sum(self._lengths[i] for i in span) for span in spans]
+        limits, key_limits = (
+            torch.tensor(values, dtype=torch.int32, device=device)
+            for values in (ends, list(accumulate(key_lengths, initial=0)))
+        )
+        is_tree = any(len(span) > 1 for span in spans)
+        chosen = torch.tensor(columns, device=device) if is_tree else None
+        self._places = limits, key_limits, chosen, max(key_lengths)
+        return self._places
 
     def _segment(self, call: Call) -> Tensor:
         """Queries that are the last of the keys."""

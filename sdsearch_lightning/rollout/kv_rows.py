@@ -2,7 +2,8 @@
 
 Rows never grow, so a decode step neither copies nor concatenates anything: it writes one cell per row and attends to a
 view. Cells beyond a row's length hold whatever was there before; they are masked, and overwritten before they count. A
-cell is a position of its rollout, so a layer with a window sees the last cells of a row and no others.
+cell is a position of its rollout, so a layer with a window sees the last cells of a row and no others. Behind the last
+cell of each row lies one that nobody looks at: what a step of a fixed size computes too many goes there.
 """
 
 from __future__ import annotations
@@ -81,14 +82,16 @@ class KVRows:
 
     def __init__(self, shape: KVShape, num_rows: int, capacity: int) -> None:
         wanted = [cell for layer in shape.cells for cell in layer]
-        self.device, self.num_rows, self._capacity = shape.device, num_rows, capacity
+        self.device, self.num_rows, self.capacity = shape.device, num_rows, capacity
         self.blocks = {
             cell: torch.empty(
-                (wanted.count(cell), num_rows, cell.heads, capacity, cell.width), dtype=shape.dtype, device=shape.device
+                (wanted.count(cell), num_rows, cell.heads, capacity + 1, cell.width),
+                dtype=shape.dtype,
+                device=shape.device,
             )
             for cell in dict.fromkeys(wanted)
         }
-        """[n, S, H, capacity, width] by shape: n sides of layers."""
+        """[n, S, H, capacity + 1, width] by shape: n sides of layers."""
         taken = dict.fromkeys(self.blocks, 0)
         self._sides: list[Tensor] = []
         for cell in wanted:
@@ -97,7 +100,7 @@ class KVRows:
         self._num_clean = 0  # columns that hold no NaN in any row
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """[S, H, capacity, width] keys and values of a layer."""
+        """[S, H, capacity + 1, width] keys and values of a layer."""
         return self._sides[2 * index], self._sides[2 * index + 1]
 
     def reach(self, length: int) -> None:
@@ -107,7 +110,7 @@ class KVRows:
         times NaN is NaN. Filling all of them at the start would touch memory that most rollouts never reach.
         """
         if length > self._num_clean:
-            target = min(-(-length // 64) * 64, self._capacity)
+            target = min(-(-length // 64) * 64, self.capacity)
             for block in self.blocks.values():
                 block[..., self._num_clean : target, :] = 0
             self._num_clean = target
@@ -143,18 +146,16 @@ class RowsAttention(AttentionLayout):
     Keys and values of the first part are written before the second one looks, so that a row may have tokens in both.
 
     Args:
-        rows: the memory.
+        rows: the memory, made ready as far as `width` and the ends of the first part.
         new: the first part, in the order of its tokens.
         cells: [A] the second: which cell the token of each of the first A rows goes to; it sees all cells before.
+        width: cells that any of them sees, its own among them.
     """
 
-    def __init__(self, rows: KVRows, new: Sequence[NewTokens], cells: Sequence[int]) -> None:
-        self._width = max(cells, default=-1) + 1
-        rows.reach(max([self._width, *(part.start + part.length for part in new)]))
-        self._rows, self._new = rows, new
+    def __init__(self, rows: KVRows, new: Sequence[NewTokens], cells: Tensor, width: int) -> None:
+        self._rows, self._new, self._cell, self._width = rows, new, cells, width
         self._lengths = [part.length for part in new]
         self._row = torch.arange(len(cells), device=rows.device)
-        self._cell = torch.tensor(cells, device=rows.device)
         self._new_masks: dict[int | None, list[Tensor]] = {}  # by window
         self._last_masks: dict[int | None, Tensor] = {}
 
@@ -177,10 +178,10 @@ class RowsAttention(AttentionLayout):
 
     def _attend_last(self, call: Call) -> Tensor:
         """One token per row, which looks at the row's cells up to its own."""
-        rows = slice(len(self._row))
-        held_keys, held_values = (side[rows, :, : self._width] for side in self._rows.layer(call.layer))
-        held_keys[self._row, :, self._cell] = call.key[0].transpose(0, 1)
-        held_values[self._row, :, self._cell] = call.value[0].transpose(0, 1)
+        sides = self._rows.layer(call.layer)
+        for side, new in zip(sides, (call.key, call.value), strict=True):
+            side[self._row, :, self._cell] = new[0].transpose(0, 1)
+        held_keys, held_values = (side[: len(self._row), :, : self._width] for side in sides)
         mask, query = self._mask_of_last(call.window), call.query[0].transpose(0, 1)  # [A, Hq, D]
         if call.softcap is not None or call.sinks is not None:
             seen = call._replace(query=query[:, :, None], key=held_keys, value=held_values)

@@ -9,6 +9,7 @@ import torch
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy.policy import Policy
+from sdsearch_lightning.rollout.decode_graphs import Capture, DecodeGraphs, capture_graph
 from sdsearch_lightning.rollout.engine import Engine, ReportProgress, StartConversation, check_context
 from sdsearch_lightning.rollout.generate import GenerateEngine
 from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape
@@ -29,6 +30,8 @@ class SlotEngine(Engine):
             and lets a rollout wait longer for a fast one. null takes answers as they come: best with a slow
             retriever, at the price that two runs may differ in the rounding of float32.
         max_prefill_tokens: tokens read in one pass, where one rollout alone does not need more.
+        cuda_graphs: record decode steps on CUDA and replay them, which spares the host their launches. Rollouts stay
+            the same. Not done where weights are sharded.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class SlotEngine(Engine):
         max_slots: int = 256,
         overlap_steps: int | None = 4,
         max_prefill_tokens: int = 16384,
+        cuda_graphs: bool = True,
     ) -> None:
         if not kv_cache_gib > 0 or max_slots < 1 or max_prefill_tokens < 1:
             raise ConfigError(
@@ -47,6 +51,7 @@ class SlotEngine(Engine):
             raise ConfigError(f"rollout.engine.overlap_steps: expected 0 or more, or null, found {overlap_steps}.")
         self.kv_cache_gib, self.max_slots = kv_cache_gib, max_slots
         self.schedule = Schedule(overlap_steps, max_prefill_tokens)
+        self._capture: Capture | None = capture_graph if cuda_graphs else None
         self._reference: GenerateEngine | None = None
 
     def attach(
@@ -105,12 +110,20 @@ class SlotEngine(Engine):
         num_rows = min(self._num_rows(shape, capacity), len(slots))
         try:
             rows = KVRows(shape, num_rows, capacity)
-            Window(self.policy, slots, rows, self.searches, self.schedule, done, self.counts, self.report).run()
+            graphs = self._graphs(rows)
+            Window(self.policy, slots, rows, self.searches, self.schedule, done, self.counts, self.report, graphs).run()
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             return num_rows
         return None
+
+    def _graphs(self, rows: KVRows) -> DecodeGraphs | None:
+        """For the steps over these rows; None where nothing can be recorded."""
+        can_record = rows.device.type == "cuda" or self._capture is not capture_graph
+        if self._capture is None or not can_record or self.policy.is_sharded:
+            return None
+        return DecodeGraphs(self.policy, rows, self._capture)
 
     def _num_rows(self, shape: KVShape, capacity: int) -> int:
         """Rows of `capacity` tokens that the memory holds."""

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
+from sdsearch_lightning.rollout.decode_graphs import DecodeGraphs
 from sdsearch_lightning.rollout.engine import ReportProgress, WorkCounts, check_finite
 from sdsearch_lightning.rollout.kv_rows import KVRows, NewTokens, RowsAttention
 from sdsearch_lightning.rollout.sampling import Draws, sample
@@ -77,6 +78,7 @@ class Window:
         done: gets each finished rollout, by its slot's index.
         counts: gets the work.
         report: told of progress.
+        graphs: where to run the steps that read one token per slot; None = as every other pass.
     """
 
     def __init__(
@@ -89,7 +91,9 @@ class Window:
         done: dict[int, Trajectory],
         counts: WorkCounts,
         report: ReportProgress,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
+        self._graphs = graphs
         self._policy, self._rows, self._searches, self._schedule = policy, rows, searches, schedule
         self._done, self._counts, self._report = done, counts, report
         self._todo = deque(todo)
@@ -206,6 +210,8 @@ class Window:
         """Give every running slot its next token."""
         running = self._slots[: self._num_running]
         *early, last = self._portions([slot for slot in running if len(slot.unread) > 1]) or [[]]
+        if self._graphs is not None and last:  # a step that is recorded reads one token of each
+            early, last = [*early, last], []
         for portion in early:
             self._pass(portion, [])
         logits = self._pass(last, running)
@@ -229,15 +235,20 @@ class Window:
         """Let `reading` read all but their last token, and `running`, the first rows, their last: its logits [A, V]."""
         new = [NewTokens(slot.row, slot.length, len(slot.unread) - 1) for slot in reading]
         cells = [slot.length + len(slot.unread) - 1 for slot in running]
-        tokens = [token for slot in reading for token in slot.unread[:-1]]
-        positions = [part.start + i for part in new for i in range(part.length)]
-        logits = self._policy.advance(
-            self._tensor(tokens + [slot.unread[-1] for slot in running]),
-            self._tensor(positions + cells),
-            RowsAttention(self._rows, new, cells),
-            self._tensor(range(len(tokens), len(tokens) + len(running))),
-        )
-        self._counts.prefill_tokens += len(tokens)
+        width = max(cells, default=-1) + 1
+        self._rows.reach(max([width, *(part.start + part.length for part in new)]))
+        if self._graphs is not None and not reading:
+            logits = self._graphs.advance([slot.unread[-1] for slot in running], cells)
+        else:
+            tokens = [token for slot in reading for token in slot.unread[:-1]]
+            positions = [part.start + i for part in new for i in range(part.length)]
+            logits = self._policy.advance(
+                self._tensor(tokens + [slot.unread[-1] for slot in running]),
+                self._tensor(positions + cells),
+                RowsAttention(self._rows, new, self._tensor(cells), width),
+                self._tensor(range(len(tokens), len(tokens) + len(running))),
+            )
+        self._counts.prefill_tokens += sum(part.length for part in new)
         self._counts.decode_rows += len(running)
         for slot, part in zip(reading, new, strict=True):
             slot.length, slot.unread = slot.length + part.length, slot.unread[-1:]
