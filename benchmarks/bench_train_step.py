@@ -63,6 +63,8 @@ class Case:
 CASES = {
     "tiny": Case((174, 310, 420, 455, 480, 560, 675, 875), torch.float32, 1e-5),
     "small": Case((240, 480, 590, 665, 780, 969), torch.bfloat16, 5e-2),
+    "0.5b": Case((700, 900, 1100, 1300), torch.bfloat16, 5e-2, 200, 250),
+    "3b": Case((700, 900, 1100, 1300), torch.bfloat16, 5e-2, 200, 250),
     "exact": Case((22, 31, 36, 44, 52), torch.float64, 1e-10, prompt=12, document=9, query=3),
 }
 BARS = {

@@ -39,9 +39,12 @@ MODELS = {
         "micro": (128, 16, 16, 1, 1, 1),
         "tiny": (2048, 256, 768, 4, 4, 2),
         "small": (32000, 896, 4864, 8, 14, 2),
+        "0.5b": (151936, 896, 4864, 24, 14, 2),
+        "3b": (151936, 2048, 11008, 36, 16, 2),
     }.items()
 }
-"""Qwen2 with random weights. `micro` counts work, `tiny` times it, `small` has the widths of Qwen2.5-0.5B."""
+"""Qwen2 with random weights. `micro` counts work, `tiny` times it, `small` has the widths of Qwen2.5-0.5B; the last two
+have all of their shapes, and are for GPUs."""
 
 
 def make_policy(size: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Policy:
@@ -53,8 +56,8 @@ def make_policy(size: str, dtype: torch.dtype = torch.float32, device: str = "cp
 
     ids = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
     fixed = {"max_position_embeddings": 4096, "use_sliding_window": False, "initializer_range": 0.05}
-    config = Qwen2Config(**MODELS[size], **ids, **fixed)  # type: ignore[arg-type]
-    with torch.random.fork_rng():
+    config = Qwen2Config(**MODELS[size], **ids, **fixed, tie_word_embeddings=size.endswith("b"))  # type: ignore[arg-type]
+    with torch.random.fork_rng(), torch.device(device):  # made where it stays: on a CPU, 3b would take a minute
         torch.manual_seed(seed)
         return Policy(Qwen2ForCausalLM(config).to(device, dtype).eval()).eval()
 

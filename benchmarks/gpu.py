@@ -1,0 +1,101 @@
+"""Everything that is measured on a CUDA device, in order of worth, each stage in a process and a time box of its own.
+
+What a stage found is written at once, so a run that is cut off keeps what it has; a stage that fails does not stop the
+next. On a CPU, `--tiny` runs the same code on sizes that say nothing.
+
+    python -m benchmarks.gpu [--stages rollouts_3b scan] [--out benchmarks/out/gpu.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.harness import OUT, ROOT, environment
+
+BOXES = {"tests": 150, "rollouts_0.5b": 90, "rollouts_3b": 100, "train_step_3b": 70, "scan": 70, "loss_head": 110}
+"""Seconds of each stage at most."""
+MARK = "figures: "
+
+
+def measure(stage: str, tiny: bool) -> dict[str, float]:
+    """What a stage finds; run in a process of its own."""
+    from benchmarks import gpu_stages as stages
+
+    few = {"shape": stages.LONG.divided(4), "questions": 1} if tiny else {}
+    size = "micro" if tiny else stage.partition("_")[2]
+    measured: dict[str, Callable[[], dict[str, float]]] = {
+        "rollouts_0.5b": lambda: stages.rollouts(
+            size, stages.PEERS if tiny else {**stages.PEERS, "continuous batching": stages.ContinuousBatching}, **few
+        ),
+        "rollouts_3b": lambda: stages.rollouts(size, {} if tiny else stages.PEERS, **few),
+        "train_step_3b": lambda: stages.train_step(*(("tiny", 1) if tiny else ("3b",))),
+        "scan": lambda: stages.scan(*((4096, 16) if tiny else ())),
+    }
+    return measured[stage]()
+
+
+def command(stage: str, tiny: bool) -> list[str]:
+    """The process of a stage."""
+    if stage == "tests":
+        return [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x" if tiny else "--maxfail=50", "tests/gpu"]
+    if stage == "loss_head":
+        options = ["--hidden", "64" if tiny else "2048", "--device", "cpu" if tiny else "cuda", "--repetitions", "5"]
+        return [sys.executable, "-m", "benchmarks.bench_loss_head", *options]
+    return [sys.executable, "-m", "benchmarks.gpu", "--measure", stage, *(["--tiny"] if tiny else [])]
+
+
+def run_stage(stage: str, tiny: bool) -> dict[str, object]:
+    """Run it within its box; what came of it."""
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command(stage, tiny), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    try:
+        output, _ = process.communicate(timeout=BOXES[stage])
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+    figures = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
+    return {
+        "stage": stage,
+        "exit": process.returncode,
+        "seconds": round(time.monotonic() - start, 1),
+        "figures": json.loads(figures[-1]) if figures else None,
+        "output": output[-20_000:],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the stages; 1 where one of them failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", choices=list(BOXES), default=list(BOXES))
+    parser.add_argument("--out", type=Path, default=OUT / "gpu.json")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU, to see that it runs")
+    parser.add_argument("--measure", choices=list(BOXES), help=argparse.SUPPRESS)  # what a stage's process does
+    options = parser.parse_args(argv)
+    if options.measure:
+        print(MARK + json.dumps(measure(options.measure, options.tiny)), flush=True)
+        return 0
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results = []
+    for stage in options.stages:
+        results.append(run_stage(stage, options.tiny))
+        record = {"environment": environment(), "tiny": options.tiny, "stages": results}
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        done = results[-1]
+        print(f"== {stage}: exit {done['exit']}, {done['seconds']} s", flush=True)
+        for name, value in (done["figures"] or {}).items():  # type: ignore[attr-defined]
+            print(f"   {name:60} {value:.4g}", flush=True)
+        if not done["figures"]:
+            print(str(done["output"])[-3000:], flush=True)
+    return int(any(result["exit"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

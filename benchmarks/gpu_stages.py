@@ -1,0 +1,195 @@
+"""What `python -m benchmarks.gpu` measures on a CUDA device, one function per stage; each gives named figures.
+
+Ratios are of variants that ran in turn in one process. Shares are of rates measured on the same card just before:
+bytes a copy moves, operations of a large product in bfloat16. `tiny` sizes run on a CPU too, for the test.
+
+Next: gpu.py, which runs them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench_sd_overhead import block_prompt, distilled_loss
+from benchmarks.bench_train_step import (
+    CASES,
+    LAYOUTS,
+    MASKED,
+    LeftPadded,
+    backward,
+    make_batch,
+    make_group,
+    make_model,
+    make_module,
+    student_loss,
+)
+from benchmarks.harness import compare
+from benchmarks.rollout_peers import GenerateKeptCache, GeneratePerTurn
+from benchmarks.workload import Shape, Workload, make_policy, make_workload, run
+from sdsearch_lightning.policy.policy import Policy
+from sdsearch_lightning.retrieval.torch_index import TorchIndex
+from sdsearch_lightning.rollout import SlotEngine
+from sdsearch_lightning.rollout.decode_graphs import PATIENCE, DecodeGraphs, capture_graph
+from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape
+from sdsearch_lightning.rollout.sampling import Draws, sample
+from sdsearch_lightning.types import Sampling
+
+Figures = dict[str, float]
+LONG = Shape((4, 4), (150, 250), (48, 96), 4.3, 0.2, (200, 300))
+"""Four turns with documents, 1 500 tokens at most."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seconds(function: Callable[[], object], repetitions: int = 20, warmup: int = 3) -> float:
+    """Median time of a call on the device."""
+    timings = compare({"it": function}, repetitions, warmup, DEVICE, wall=True)
+    return median(timings["it"].samples)
+
+
+def ceilings(size: int = 8192) -> Figures:
+    """What the card does at best: bytes/s of a copy, read and written, and FLOP/s of a product in bfloat16."""
+    one, other = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    large = torch.empty(size * size * 16, device=DEVICE, dtype=torch.bfloat16)
+    copied = torch.empty_like(large)
+    return {
+        "copy bytes/s": 2 * large.nbytes / seconds(lambda: copied.copy_(large)),
+        "product FLOP/s": 2 * size**3 / seconds(lambda: one @ other),
+    }
+
+
+# Rollouts
+
+
+def decode_step(policy: Policy, num_rows: int, length: int, bytes_per_second: float) -> Figures:
+    """One decode step of rows that hold `length` tokens, recorded and plain: shares of the byte limit; sampling."""
+    shape = KVShape.of(policy)
+    rows = KVRows(shape, num_rows, length + 64)
+    rows.reach(rows.capacity)
+    tokens, cells = list(range(1, num_rows + 1)), [length] * num_rows
+    recorded = DecodeGraphs(policy, rows, capture_graph if DEVICE == "cuda" else lambda step, _: step)
+    plain = DecodeGraphs(policy, rows, lambda step, _: step)
+    weights = sum(p.nbytes for p in policy.parameters())  # tied: the embedding is the output layer
+    bound = (weights + num_rows * length * shape.bytes_per_token) / bytes_per_second
+    with torch.no_grad():
+        replayed = seconds(lambda: recorded.advance(tokens, cells), warmup=PATIENCE + 2)
+        eager = seconds(lambda: plain.advance(tokens, cells))
+        logits = recorded.advance(tokens, cells).clone()
+        draws = [Draws(i) for i in tokens]
+        drawn = {
+            f"sampling seconds, temperature {t:g}": seconds(partial(sample, logits, [Sampling(t)] * num_rows, draws))
+            for t in (0.0, 1.0)
+        }
+    return {
+        "decode seconds, recorded": replayed,
+        "decode seconds, plain": eager,
+        "decode share of the byte limit, recorded": bound / replayed,
+        "decode share of the byte limit, plain": bound / eager,
+        **drawn,
+    }
+
+
+def rollouts(size: str, peers: Mapping[str, Any], questions: int = 16, shape: Shape = LONG) -> Figures:
+    """Whole rollouts, searches answered at once: ours with and without recording, and others over ours."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    policy = make_policy(size, dtype, DEVICE)
+    vocabulary = policy.model.config.vocab_size
+    workload: Workload = make_workload(questions, 8, vocabulary, shape=shape)
+    top = ceilings(8192 if DEVICE == "cuda" else 64)
+    found = {**top, **decode_step(policy, len(workload.requests), shape.max_tokens * 2 // 3, top["copy bytes/s"])}
+    engines = {"ours": SlotEngine(32), "ours, not recorded": SlotEngine(32, cuda_graphs=False)}
+    engines |= {name: make() for name, make in peers.items()}
+    for name, engine in engines.items():
+        warmup = make_workload(2, 8, vocabulary, shape=shape)
+        try:
+            run(engine, policy, warmup if name not in ("ours",) else workload)
+            torch.cuda.synchronize() if DEVICE == "cuda" else None
+            start = time.perf_counter()
+            run(engine, policy, workload)
+            torch.cuda.synchronize() if DEVICE == "cuda" else None
+        except Exception as error:  # noqa: BLE001 - a peer that fails is a figure that is missing
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            continue
+        found[f"rollout seconds, {name}"] = time.perf_counter() - start
+        print(f"{name}: {found[f'rollout seconds, {name}']:.2f} s", flush=True)
+    ours = found["rollout seconds, ours"]
+    found["policy tokens/s"] = workload.num_policy_tokens / ours
+    found |= {f"{n} / ours": found[f"rollout seconds, {n}"] / ours for n in engines if f"rollout seconds, {n}" in found}
+    return found
+
+
+# Training
+
+
+def train_step(size: str, repetitions: int = 5) -> Figures:
+    """Forward and backward of one group in each layout, with and without the teacher; shares of the product rate."""
+    model, case = make_model(size, DEVICE), CASES[size]
+    vocabulary = model.config.vocab_size
+    group = make_group(case, vocabulary)
+    batch = make_batch([group], case.dtype).to(DEVICE)
+    taught = make_batch([group], case.dtype, block_prompt(len(case.lengths), vocabulary)).to(DEVICE)
+    top = ceilings(8192 if DEVICE == "cuda" else 64)
+    modules = {layout: make_module(model, layout).to(DEVICE) for layout in LAYOUTS}
+    distilling = make_module(model, "shared_prefix").to(DEVICE)
+    distilling.jsd_weight = 0.1
+
+    def without() -> Tensor:
+        return backward(model, partial(student_loss, modules["shared_prefix"], taught))
+
+    variants: dict[str, Callable[[], Tensor]] = {
+        layout: partial(backward, model, partial(student_loss, module, batch)) for layout, module in modules.items()
+    }
+    variants[MASKED] = partial(backward, model, LeftPadded(model, batch, all_logits=False).loss)
+    variants["with the teacher"] = partial(backward, model, partial(distilled_loss, distilling, taught))
+    variants["without the teacher"] = without
+    timings = compare(variants, repetitions, 1, DEVICE)
+    times = {name: timing.median for name, timing in timings.items()}
+    layers = sum(p.numel() for p in model.get_decoder().layers.parameters())
+    useful = sum(case.lengths)
+    operations = 6 * layers * useful
+    found = {f"step seconds, {name}": value for name, value in times.items()} | top
+    found |= {
+        f"share of the product rate, {n}": operations / times[n] / top["product FLOP/s"] for n in (*LAYOUTS, MASKED)
+    }
+    found |= {f"{MASKED} / {n}": times[MASKED] / times[n] for n in LAYOUTS}
+    found["with / without the teacher"] = times["with the teacher"] / times["without the teacher"]
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        variants["shared_prefix"]()
+        found["peak GB, shared_prefix"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
+
+
+# Search
+
+
+def scan(num_rows: int = 21_000_000, dimension: int = 768) -> Figures:
+    """Exact search of random vectors, for few and many queries; the bound is reading them once in bfloat16."""
+    top = ceilings(8192 if DEVICE == "cuda" else 64)
+    index = TorchIndex.__new__(TorchIndex)
+    index._device = torch.device(DEVICE)
+    index.chunk_rows = 1 << 18
+    index._rounded = torch.empty(num_rows, dimension, dtype=torch.bfloat16, device=DEVICE)
+    index._exact = torch.empty(num_rows, dimension)
+    index._error = 0.0
+    for start in range(0, num_rows, index.chunk_rows):
+        rows = slice(start, min(start + index.chunk_rows, num_rows))
+        made = torch.nn.functional.normalize(torch.randn(rows.stop - start, dimension, device=DEVICE), dim=1)
+        index._exact[rows], index._rounded[rows] = made, made
+        index._error = max(index._error, float((index._rounded[rows].float() - made).norm(dim=1).max()))
+    bound = index._rounded.nbytes / (top["copy bytes/s"])
+    found = {"bound, seconds": bound, **top}
+    for count in (1, 64, 512):
+        asked = torch.nn.functional.normalize(torch.randn(count, dimension), dim=1).numpy()
+        taken = seconds(partial(index.search, asked, 5), 5, 1)
+        found |= {f"search seconds, {count} queries": taken, f"share of the limit, {count} queries": bound / taken}
+    return found
+
+
+PEERS = {"generate per turn": GeneratePerTurn, "generate, cache kept": GenerateKeptCache}
