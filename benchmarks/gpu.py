@@ -13,31 +13,30 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.harness import OUT, ROOT, environment
 
-BOXES = {"tests": 150, "rollouts_0.5b": 90, "rollouts_3b": 100, "train_step_3b": 70, "scan": 70, "loss_head": 110}
+BOXES = {"tests": 170, "rollouts_0.5b": 90, "rollouts_3b": 100, "train_step_3b": 70, "scan": 70, "loss_head": 110}
 """Seconds of each stage at most."""
 MARK = "figures: "
 
 
-def measure(stage: str, tiny: bool) -> dict[str, float]:
-    """What a stage finds; run in a process of its own."""
+def measure(stage: str, tiny: bool) -> None:
+    """Prints what a stage finds, as it finds it; run in a process of its own."""
     from benchmarks import gpu_stages as stages
 
     few = {"shape": stages.LONG.divided(4), "questions": 1} if tiny else {}
     size = "micro" if tiny else stage.partition("_")[2]
-    measured: dict[str, Callable[[], dict[str, float]]] = {
-        "rollouts_0.5b": lambda: stages.rollouts(
-            size, stages.PEERS if tiny else {**stages.PEERS, "continuous batching": stages.ContinuousBatching}, **few
-        ),
+    measured: dict[str, Callable[[], Iterator[dict[str, float]]]] = {
+        "rollouts_0.5b": lambda: stages.rollouts(size, stages.PEERS if tiny else stages.ALL_PEERS, **few),
         "rollouts_3b": lambda: stages.rollouts(size, {} if tiny else stages.PEERS, **few),
         "train_step_3b": lambda: stages.train_step(*(("tiny", 1) if tiny else ("3b",))),
         "scan": lambda: stages.scan(*((4096, 16) if tiny else ())),
     }
-    return measured[stage]()
+    for found in measured[stage]():
+        print(MARK + json.dumps(found), flush=True)
 
 
 def command(stage: str, tiny: bool) -> list[str]:
@@ -61,12 +60,15 @@ def run_stage(stage: str, tiny: bool) -> dict[str, object]:
     except subprocess.TimeoutExpired:
         process.kill()
         output, _ = process.communicate()
-    figures = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
+    figures: dict[str, float] = {}
+    for line in output.splitlines():
+        if line.startswith(MARK):
+            figures |= json.loads(line.removeprefix(MARK))
     return {
         "stage": stage,
         "exit": process.returncode,
         "seconds": round(time.monotonic() - start, 1),
-        "figures": json.loads(figures[-1]) if figures else None,
+        "figures": figures,
         "output": output[-20_000:],
     }
 
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", choices=list(BOXES), help=argparse.SUPPRESS)  # what a stage's process does
     options = parser.parse_args(argv)
     if options.measure:
-        print(MARK + json.dumps(measure(options.measure, options.tiny)), flush=True)
+        measure(options.measure, options.tiny)
         return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
@@ -92,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"== {stage}: exit {done['exit']}, {done['seconds']} s", flush=True)
         for name, value in (done["figures"] or {}).items():  # type: ignore[attr-defined]
             print(f"   {name:60} {value:.4g}", flush=True)
-        if not done["figures"]:
-            print(str(done["output"])[-3000:], flush=True)
+        if done["exit"]:
+            print(str(done["output"])[-2500:], flush=True)
     return int(any(result["exit"] for result in results))
 
 

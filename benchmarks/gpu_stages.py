@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.gpu` measures on a CUDA device, one function per stage; each gives named figures.
+"""What `python -m benchmarks.gpu` measures on a CUDA device, one function per stage; each yields named figures.
 
 Ratios are of variants that ran in turn in one process. Shares are of rates measured on the same card just before:
 bytes a copy moves, operations of a large product in bfloat16. `tiny` sizes run on a CPU too, for the test.
@@ -9,10 +9,10 @@ Next: gpu.py, which runs them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,19 +31,19 @@ from benchmarks.bench_train_step import (
     student_loss,
 )
 from benchmarks.harness import compare
-from benchmarks.rollout_peers import GenerateKeptCache, GeneratePerTurn
-from benchmarks.workload import Shape, Workload, make_policy, make_workload, run
+from benchmarks.rollout_peers import ContinuousBatching, GenerateKeptCache, GeneratePerTurn
+from benchmarks.workload import Shape, make_policy, make_workload, run
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.retrieval.torch_index import TorchIndex
-from sdsearch_lightning.rollout import SlotEngine
+from sdsearch_lightning.rollout import Engine, SlotEngine
 from sdsearch_lightning.rollout.decode_graphs import PATIENCE, DecodeGraphs, capture_graph
 from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape
 from sdsearch_lightning.rollout.sampling import Draws, sample
 from sdsearch_lightning.types import Sampling
 
 Figures = dict[str, float]
-LONG = Shape((4, 4), (150, 250), (48, 96), 4.3, 0.2, (200, 300))
-"""Four turns with documents, 1 500 tokens at most."""
+LONG = Shape((4, 4), (150, 250), (32, 64), 3.9, 0.2, (200, 300))
+"""Four turns with documents, 1 400 tokens at most."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -95,39 +95,36 @@ def decode_step(policy: Policy, num_rows: int, length: int, bytes_per_second: fl
     }
 
 
-def rollouts(size: str, peers: Mapping[str, Any], questions: int = 16, shape: Shape = LONG) -> Figures:
+def rollouts(
+    size: str, peers: Mapping[str, Callable[[], Engine]], questions: int = 16, shape: Shape = LONG
+) -> Iterator[Figures]:
     """Whole rollouts, searches answered at once: ours with and without recording, and others over ours."""
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    policy = make_policy(size, dtype, DEVICE)
+    policy = make_policy(size, torch.bfloat16 if DEVICE == "cuda" else torch.float32, DEVICE)
     vocabulary = policy.model.config.vocab_size
-    workload: Workload = make_workload(questions, 8, vocabulary, shape=shape)
+    workload, warmup = (make_workload(count, 8, vocabulary, shape=shape) for count in (questions, 2))
     top = ceilings(8192 if DEVICE == "cuda" else 64)
-    found = {**top, **decode_step(policy, len(workload.requests), shape.max_tokens * 2 // 3, top["copy bytes/s"])}
-    engines = {"ours": SlotEngine(32), "ours, not recorded": SlotEngine(32, cuda_graphs=False)}
-    engines |= {name: make() for name, make in peers.items()}
-    for name, engine in engines.items():
-        warmup = make_workload(2, 8, vocabulary, shape=shape)
-        try:
-            run(engine, policy, warmup if name not in ("ours",) else workload)
-            torch.cuda.synchronize() if DEVICE == "cuda" else None
-            start = time.perf_counter()
-            run(engine, policy, workload)
-            torch.cuda.synchronize() if DEVICE == "cuda" else None
-        except Exception as error:  # noqa: BLE001 - a peer that fails is a figure that is missing
-            print(f"{name}: {type(error).__name__}: {error}", flush=True)
-            continue
-        found[f"rollout seconds, {name}"] = time.perf_counter() - start
-        print(f"{name}: {found[f'rollout seconds, {name}']:.2f} s", flush=True)
-    ours = found["rollout seconds, ours"]
-    found["policy tokens/s"] = workload.num_policy_tokens / ours
-    found |= {f"{n} / ours": found[f"rollout seconds, {n}"] / ours for n in engines if f"rollout seconds, {n}" in found}
-    return found
+    yield top
+    yield decode_step(policy, len(workload.requests), shape.max_tokens * 2 // 3, top["copy bytes/s"])
+    makers = {"ours": lambda: SlotEngine(32), **peers, "ours, not recorded": lambda: SlotEngine(32, cuda_graphs=False)}
+    ours = 0.0
+    for name, make in makers.items():
+        engine = make()
+        run(engine, policy, workload if name == "ours" else warmup)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        before, start = replace(engine.counts), time.perf_counter()
+        run(engine, policy, workload)
+        taken = time.perf_counter() - start  # tokens were read on the host, so the device is done
+        if name == "ours":
+            ours = taken
+            yield {"policy tokens/s": workload.num_policy_tokens / ours, "steps": engine.counts.steps - before.steps}
+        yield {f"rollout seconds, {name}": taken, f"{name} / ours": taken / ours}
 
 
 # Training
 
 
-def train_step(size: str, repetitions: int = 5) -> Figures:
+def train_step(size: str, repetitions: int = 5) -> Iterator[Figures]:
     """Forward and backward of one group in each layout, with and without the teacher; shares of the product rate."""
     model, case = make_model(size, DEVICE), CASES[size]
     vocabulary = model.config.vocab_size
@@ -163,33 +160,52 @@ def train_step(size: str, repetitions: int = 5) -> Figures:
         torch.cuda.reset_peak_memory_stats()
         variants["shared_prefix"]()
         found["peak GB, shared_prefix"] = torch.cuda.max_memory_allocated() / 1e9
-    return found
+    yield found
 
 
 # Search
 
 
-def scan(num_rows: int = 21_000_000, dimension: int = 768) -> Figures:
+class Rescored:
+    """Stands for the float32 vectors on disk, which would not fit into the time: the rounded ones, candidates only."""
+
+    def __init__(self, rounded: Tensor) -> None:
+        self.rounded, self.shape, self.device = rounded, rounded.shape, rounded.device
+
+    def __len__(self) -> int:
+        return len(self.rounded)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.rounded[rows].float()
+
+
+def scan(num_rows: int = 21_000_000, dimension: int = 768) -> Iterator[Figures]:
     """Exact search of random vectors, for few and many queries; the bound is reading them once in bfloat16."""
     top = ceilings(8192 if DEVICE == "cuda" else 64)
     index = TorchIndex.__new__(TorchIndex)
-    index._device = torch.device(DEVICE)
-    index.chunk_rows = 1 << 18
-    index._rounded = torch.empty(num_rows, dimension, dtype=torch.bfloat16, device=DEVICE)
-    index._exact = torch.empty(num_rows, dimension)
-    index._error = 0.0
+    index._device, index.chunk_rows = torch.device(DEVICE), 1 << 18
+    rounded = torch.empty(num_rows, dimension, dtype=torch.bfloat16, device=DEVICE)
     for start in range(0, num_rows, index.chunk_rows):
         rows = slice(start, min(start + index.chunk_rows, num_rows))
         made = torch.nn.functional.normalize(torch.randn(rows.stop - start, dimension, device=DEVICE), dim=1)
-        index._exact[rows], index._rounded[rows] = made, made
-        index._error = max(index._error, float((index._rounded[rows].float() - made).norm(dim=1).max()))
-    bound = index._rounded.nbytes / (top["copy bytes/s"])
-    found = {"bound, seconds": bound, **top}
+        rounded[rows] = made
+        index._error = float((rounded[rows].float() - made).norm(dim=1).max())
+    index._rounded, index._exact = rounded, Rescored(rounded)  # type: ignore[assignment]
+    bound = rounded.nbytes / (top["copy bytes/s"])
+    yield {"bound, seconds": bound, **top}
     for count in (1, 64, 512):
-        asked = torch.nn.functional.normalize(torch.randn(count, dimension), dim=1).numpy()
-        taken = seconds(partial(index.search, asked, 5), 5, 1)
-        found |= {f"search seconds, {count} queries": taken, f"share of the limit, {count} queries": bound / taken}
-    return found
+        asked = torch.nn.functional.normalize(torch.randn(count, dimension, device=DEVICE), dim=1)
+        with torch.inference_mode():
+            taken = seconds(partial(index._scan, asked, rounded, 26), 5, 1)
+            rough, candidates = index._scan(asked, rounded, 26)
+            exact = (rounded[candidates].float() @ asked.unsqueeze(-1)).squeeze(-1).topk(5).values
+            doubtful = (exact[:, -1] < rough[:, -1] + index._bound(asked)).float().mean()
+        yield {
+            f"scan seconds, {count} queries": taken,
+            f"share of the limit, {count} queries": bound / taken,
+            f"share of queries that would be scanned again, {count} queries": float(doubtful),
+        }
 
 
 PEERS = {"generate per turn": GeneratePerTurn, "generate, cache kept": GenerateKeptCache}
+ALL_PEERS = {**PEERS, "continuous batching": ContinuousBatching}

@@ -15,11 +15,9 @@ model.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -30,6 +28,7 @@ from transformers import AttentionInterface
 
 from sdsearch_lightning.errors import SDSearchError
 from sdsearch_lightning.losses.logprobs import wide_dtype
+from sdsearch_lightning.policy.flash import MAX_WIDTH, Places, flash, is_available
 
 NAME = "sdsearch_layout"
 _UNKNOWN = ("position_bias", "indexer", "topk_indices")
@@ -37,7 +36,6 @@ _UNKNOWN = ("position_bias", "indexer", "topk_indices")
 
 
 _HALF = torch.bfloat16, torch.float16
-MAX_FLASH_WIDTH = 256
 
 
 class UnknownAttentionError(SDSearchError):
@@ -65,19 +63,10 @@ class Call(NamedTuple):
 
     @property
     def fits_flash(self) -> bool:
-        """Whether a flash kernel computes it."""
-        width = self.query.shape[3]
-        return self.softcap is None and self.sinks is None and width == self.value.shape[3] and width <= MAX_FLASH_WIDTH
-
-
-@cache
-def has_varlen() -> bool:
-    """Whether this release of torch has attention over sequences back to back with all that `Call` can ask of it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+        """Whether policy/flash.py computes it."""
+        width, value = self.query.shape[3], self.value
+        is_plain = self.softcap is None and self.sinks is None and width == value.shape[3] and width <= MAX_WIDTH
+        return is_plain and value.is_cuda and value.dtype in _HALF and is_available()
 
 
 class AttentionLayout(ABC):
@@ -154,11 +143,11 @@ class CausalSegments(AttentionLayout):
         self.segments = segments
         self._lengths = [segment.length for segment in segments]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
-        self._places: tuple[Tensor, Tensor, Tensor | None, int] | None = None
+        self._places: tuple[Places, Tensor | None] | None = None
 
     def attend(self, call: Call) -> Tensor:
         """Causal attention within each segment and its prefix; see `AttentionLayout.attend`."""
-        if call.value.is_cuda and call.value.dtype in _HALF and call.fits_flash and has_varlen():
+        if call.fits_flash:
             return self._fused(call)
         queries, keys, values = (x.split(self._lengths, dim=2) for x in (call.query, call.key, call.value))
         outputs = []
@@ -170,33 +159,20 @@ class CausalSegments(AttentionLayout):
 
     def _fused(self, call: Call) -> Tensor:
         """All segments in one kernel. The keys of each stand together, so a prefix is copied to its suffixes."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        # Under autocast, rotary positions leave queries and keys in float32.
-        query, key, value = (x[0].transpose(0, 1).to(call.value.dtype) for x in (call.query, call.key, call.value))
-        limits, key_limits, columns, longest = self._places or self._find_places(call.query.device)
+        query, key, value = (x[0].transpose(0, 1) for x in (call.query, call.key, call.value))
+        places, columns = self._places or self._find_places(call.query.device)
         if columns is not None:
             key, value = key.index_select(0, columns), value.index_select(0, columns)
-        if (repeats := query.shape[1] // key.shape[1]) > 1:
-            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        window = (-1 if call.window is None else call.window - 1, 0)
-        sizes = limits, key_limits, max(self._lengths), longest
-        output: Tensor = varlen_attn(query, key, value, *sizes, scale=call.scale, window_size=window)
-        return output.transpose(0, 1)[None]
+        return flash(query, key, value, places, call.scale, call.window).transpose(0, 1)[None]
 
-    def _find_places(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """Where segments end among queries and among keys, which token each key is, and the most keys of a segment."""
+    def _find_places(self, device: torch.device) -> tuple[Places, Tensor | None]:
+        """Where segments end, and which token each key is; None where each is a key once."""
         ends = list(accumulate(self._lengths, initial=0))
         spans = [[i] if segment.prefix is None else [segment.prefix, i] for i, segment in enumerate(self.segments)]
         columns = [column for span in spans for i in span for column in range(ends[i], ends[i + 1])]
-        key_lengths = [sum(self._lengths[i] for i in span) for span in spans]
-        limits, key_limits = (
-            torch.tensor(values, dtype=torch.int32, device=device)
-            for values in (ends, list(accumulate(key_lengths, initial=0)))
-        )
+        places = Places.of(self._lengths, [sum(self._lengths[i] for i in span) for span in spans], device)
         is_tree = any(len(span) > 1 for span in spans)
-        chosen = torch.tensor(columns, device=device) if is_tree else None
-        self._places = limits, key_limits, chosen, max(key_lengths)
+        self._places = places, torch.tensor(columns, device=device) if is_tree else None
         return self._places
 
     def _segment(self, call: Call) -> Tensor:

@@ -24,6 +24,7 @@ from sdsearch_lightning.policy.attention import (
     causal_mask,
     masked_attention,
 )
+from sdsearch_lightning.policy.flash import Places, flash
 from sdsearch_lightning.policy.policy import Policy
 
 
@@ -156,25 +157,53 @@ class RowsAttention(AttentionLayout):
         self._rows, self._new, self._cell, self._width = rows, new, cells, width
         self._lengths = [part.length for part in new]
         self._row = torch.arange(len(cells), device=rows.device)
+        self._places: tuple[Places, Tensor, Tensor] | None = None
         self._new_masks: dict[int | None, list[Tensor]] = {}  # by window
         self._last_masks: dict[int | None, Tensor] = {}
 
     def attend(self, call: Call) -> Tensor:
         """Write the new cells, then attend: first the tokens being read, then one token per running row."""
-        held_keys, held_values = self._rows.layer(call.layer)
-        sizes = [*self._lengths, len(self._row)]
-        parts = (x.to(held_values.dtype).split(sizes, dim=2) for x in (call.query, call.key, call.value))
-        queries, keys, values = parts
+        dtype = self._rows.layer(call.layer)[1].dtype
+        sizes = [sum(self._lengths), len(self._row)]
+        parts = zip(*(x.to(dtype).split(sizes, dim=2) for x in (call.query, call.key, call.value)), strict=True)
+        first, second = (call._replace(query=q, key=k, value=v) for q, k, v in parts)
         outputs = []
-        masks = self._masks_of_new(call.window)
-        for part, mask, own, k, v in zip(self._new, masks, queries, keys, values, strict=False):
+        if self._new:
+            outputs.append(self._attend_new_fused(first) if first.fits_flash else self._attend_new(first))
+        if len(self._row):
+            outputs.append(self._attend_last(second))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _attend_new(self, call: Call) -> Tensor:
+        """The tokens being read, a call per row."""
+        held_keys, held_values = self._rows.layer(call.layer)
+        tokens = zip(*(x.split(self._lengths, dim=2) for x in (call.query, call.key, call.value)), strict=True)
+        outputs = []
+        for part, mask, (own, k, v) in zip(self._new, self._masks_of_new(call.window), tokens, strict=True):
             row, end = slice(part.row, part.row + 1), part.start + part.length
             held_keys[row, :, part.start : end], held_values[row, :, part.start : end] = k, v
             seen = call._replace(query=own, key=held_keys[row, :, :end], value=held_values[row, :, :end])
             outputs.append(masked_attention(seen, mask))
-        if len(self._row):
-            outputs.append(self._attend_last(call._replace(query=queries[-1], key=keys[-1], value=values[-1])))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return torch.cat(outputs, dim=2)
+
+    def _attend_new_fused(self, call: Call) -> Tensor:
+        """The same in one kernel, for which the keys of all rows are copied to stand together."""
+        places, (row, cell), (key_row, key_cell) = self._places or self._find_places()
+        sides = self._rows.layer(call.layer)
+        for side, new in zip(sides, (call.key, call.value), strict=True):
+            side[row, :, cell] = new[0].transpose(0, 1)
+        key, value = (side[key_row, :, key_cell] for side in sides)  # [L, Hkv, D]
+        query = call.query[0].transpose(0, 1)
+        return flash(query, key, value, places, call.scale, call.window).transpose(0, 1)[None]
+
+    def _find_places(self) -> tuple[Places, Tensor, Tensor]:
+        """Where the tokens of rows end, then row and cell [2, T] of each new token and [2, L] of all that are seen."""
+        new = [(part.row, part.start + i) for part in self._new for i in range(part.length)]
+        seen = [(part.row, i) for part in self._new for i in range(part.start + part.length)]
+        places = Places.of(self._lengths, [part.start + part.length for part in self._new], self._rows.device)
+        written, read = (torch.tensor(cells, device=self._rows.device).T for cells in (new, seen))
+        self._places = places, written, read
+        return self._places
 
     def _attend_last(self, call: Call) -> Tensor:
         """One token per row, which looks at the row's cells up to its own."""

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.models import TalkativePolicy
 from sdsearch_lightning.policy.attention import Call, CausalSegments, Segment, causal_mask
+from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape, NewTokens, RowsAttention
 
 TREES = {
     "sequences": [Segment(3), Segment(1), Segment(9)],
@@ -59,3 +62,32 @@ def test_one_kernel_sees_what_a_call_per_segment_sees(
     apart = [Segment(segment.length) for segment in segments]
     if tree == "suffixes":
         assert not torch.allclose(CausalSegments(apart)._fused(call), expected, atol=1e-3), "prefixes count"
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_rows_read_in_one_kernel_what_they_read_one_by_one(
+    window: int | None, word_codec: TokenCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    torch.manual_seed(0)
+    shape = KVShape.of(TalkativePolicy(word_codec))
+    (key, value), new = shape.cells[0], [NewTokens(2, 4, 3), NewTokens(0, 0, 6), NewTokens(1, 7, 1)]
+    total, cells = 10, torch.tensor([6, 8])
+    inputs = [torch.randn(1, heads, total + 2, key.width, dtype=torch.float64) for heads in (4, key.heads, value.heads)]
+    held = [torch.randn(3, cell.heads, 12, cell.width, dtype=torch.float64) for cell in (key, value)]
+
+    def attend(fused: bool) -> tuple[Tensor, list[Tensor]]:
+        rows = KVRows(shape, num_rows=3, capacity=12)
+        rows.reach(12)
+        for side, cells_before in zip(rows.layer(0), held, strict=True):
+            side[:, :, :12] = cells_before
+        layout = RowsAttention(rows, new, cells, 9)
+        if fused:
+            monkeypatch.setattr(Call, "fits_flash", True)
+        output = layout.attend(Call(0, *inputs, window=window))
+        return output, [side[:, :, :12].clone() for side in rows.layer(0)]
+
+    expected, filled = attend(fused=False)
+    found, filled_too = attend(fused=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(filled, filled_too, strict=True))
