@@ -23,7 +23,7 @@ from sdsearch_lightning.policy.loading import load
 from sdsearch_lightning.protocol import Protocol, TokenCodec
 from sdsearch_lightning.retrieval import DenseRetriever
 from sdsearch_lightning.rollout import SlotEngine
-from sdsearch_lightning.rollout.probe import measure_gap
+from sdsearch_lightning.rollout.probe import HALF, measure_gap
 from sdsearch_lightning.scoring.rewards import ExactMatchReward
 from sdsearch_lightning.types import Demonstration, Question, SpanKind
 
@@ -98,10 +98,12 @@ def test_its_tokens_are_those_that_a_policy_writes(gguf: str) -> None:
     assert codec.eos_ids == (tokenizer.convert_tokens_to_ids("<|im_end|>"),) and codec.split_tags == PROTOCOL.tags
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-5), ("bf16-mixed", 2e-2)])
+@pytest.mark.parametrize(("precision", "bound", "probe_bound"), [("32-true", 1e-5, 1e-5), ("bf16-mixed", 2e-2, HALF)])
 def test_a_step_with_self_distillation(
-    gguf: str, retriever: DenseRetriever, tmp_path: Path, precision: str, bound: float
+    gguf: str, retriever: DenseRetriever, tmp_path: Path, precision: str, bound: float, probe_bound: float
 ) -> None:
+    """In bfloat16 the steps of a logit from 16 to 32, as most are here, are an eighth apart: two passes that round to
+    different neighbours differ by .03 on text that it would not write itself, and so does one from float32."""
     module = SDSearchModule(
         gguf,
         protocol=PROTOCOL,
@@ -124,7 +126,7 @@ def test_a_step_with_self_distillation(
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         text = module.codec.encode("Nairobi is the capital of Kenya, and its largest city.")
         gap = measure_gap(SlotEngine(kv_cache_gib=0.5), policy, text, 400)
-    assert gap.mean <= bound
+    assert gap.mean <= probe_bound
     if precision == "32-true":
         check_export(module, tmp_path / "model")
 
