@@ -98,13 +98,8 @@ def test_its_tokens_are_those_that_a_policy_writes(gguf: str) -> None:
     assert codec.eos_ids == (tokenizer.convert_tokens_to_ids("<|im_end|>"),) and codec.split_tags == PROTOCOL.tags
 
 
-@pytest.mark.parametrize(("precision", "bound", "probe_bound"), [("32-true", 1e-5, 1e-5), ("bf16-mixed", 2e-2, HALF)])
-def test_a_step_with_self_distillation(
-    gguf: str, retriever: DenseRetriever, tmp_path: Path, precision: str, bound: float, probe_bound: float
-) -> None:
-    """In bfloat16 the steps of a logit from 16 to 32, as most are here, are an eighth apart: two passes that round to
-    different neighbours differ by .03 on text that it would not write itself, and so does one from float32."""
-    module = SDSearchModule(
+def make_module(gguf: str) -> SDSearchModule:
+    return SDSearchModule(
         gguf,
         protocol=PROTOCOL,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-5),
@@ -112,6 +107,15 @@ def test_a_step_with_self_distillation(
         kl_coef=0.0,
         max_micro_batch_tokens=1024,
     )
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-5), ("bf16-mixed", HALF)])
+def test_a_step_with_self_distillation(
+    gguf: str, retriever: DenseRetriever, tmp_path: Path, precision: str, bound: float
+) -> None:
+    """In bfloat16 the steps of a logit from 16 to 32, as most are here, are an eighth apart: two passes that round to
+    different neighbours differ by .03, and so does one from float32."""
+    module = make_module(gguf)
     record = Record()
     grouping = RolloutGrouping(
         group_size=3, top_k=1, max_tokens=400, reward=ExactMatchReward(), engine=DrawnScripts(*SCRIPTS)
@@ -126,9 +130,21 @@ def test_a_step_with_self_distillation(
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         text = module.codec.encode("Nairobi is the capital of Kenya, and its largest city.")
         gap = measure_gap(SlotEngine(kv_cache_gib=0.5), policy, text, 400)
-    assert gap.mean <= probe_bound
+    assert gap.mean <= bound
     if precision == "32-true":
         check_export(module, tmp_path / "model")
+
+
+BEYOND = pytest.mark.xfail(strict=True, reason="the goal is 2e-2; four short rollouts at temperature 1 measured 3.1e-2")
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-5), pytest.param("bf16-mixed", 2e-2, marks=BEYOND)])
+def test_rollouts_that_it_draws_itself(gguf: str, retriever: DenseRetriever, precision: str, bound: float) -> None:
+    module, record = make_module(gguf), Record()
+    limits = {"max_turn_tokens": 16, "max_invalid_actions": 1, "max_tokens": 160}
+    grouping = RolloutGrouping(group_size=2, top_k=1, engine=SlotEngine(kv_cache_gib=0.5), **limits)
+    fit(module, grouping, record, data=Facts(retriever=retriever, batch_size=2), precision=precision)
+    assert 0 < record.metrics[0]["train/logprob_gap"] <= bound
 
 
 def check_export(module: Any, folder: Path) -> None:
