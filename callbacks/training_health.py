@@ -27,6 +27,8 @@ SCORE = "rollout/reward"
 """The best checkpoint is the one with the highest average of it over recent steps."""
 ALWAYS = (SCORE, "train/loss", "train/grad_norm", "train/skipped_updates")
 """Read in any case: for the best checkpoint, and for values that are not finite."""
+ENVIRONMENT_MASSES = ("distill/environment_mass_student", "distill/environment_mass_teacher")
+"""Left out where the documents tag is several tokens."""
 
 
 class TrainingHealth(pl.Callback):
@@ -85,7 +87,7 @@ class TrainingHealth(pl.Callback):
             self._jsd_owner, self._jsd_weight = owners[0], owners[0].weight
         self._set_jsd_weight()
         ids = getattr(pl_module, "environment_ids", None)
-        blind = [name for name, rule in self.rules.items() if rule.metric.startswith("distill/environment_mass")]
+        blind = [name for name, rule in self.rules.items() if rule.metric in ENVIRONMENT_MASSES]
         if ids is not None and not len(ids) and blind:
             rank_zero_warn(
                 f"TrainingHealth: {' and '.join(blind)} see nothing here: with this tokenizer the documents tag is "

@@ -221,10 +221,9 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
     def policy_logprobs(self, groups: Sequence[RolloutGroup]) -> OldLogprobs:
         """Log-probs of the rollouts' tokens under the present policy, at the temperature of the rollouts."""
         micro_batches = self.micro_batches(groups, [None] * len(groups), on_policy=True)
-        temperature = self.policy_terms.temperature
         found: dict[tuple[InstanceId, int], Tensor] = {}
         for micro in micro_batches:
-            found |= read_logprobs(self.policy, micro.batch, micro.rollouts, temperature)
+            found |= read_logprobs(self.policy, micro.batch, micro.rollouts, self.policy_terms.temperature)
         return found
 
     def collate(self, rollouts: Sequence[WeightedRollout]) -> SearchBatch:

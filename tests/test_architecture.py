@@ -32,7 +32,7 @@ __main__ __init__
 LIBRARIES = {
     "lightning": "module supervised checkpoints.* training.* runs.folder runs.metrics_logger callbacks* datamodules* "
     "cli.*",
-    "transformers": "policy.attention policy.loading rollout.* plan.* cli.*",
+    "transformers": "policy.attention policy.loading policy.rope rollout.* plan.* cli.*",
     "tokenizers": "policy.loading retrieval.* datamodules.*",
     "sentence_transformers": "retrieval.encoder retrieval.static_encoder datamodules.*",
     "faiss": "retrieval.faiss_library retrieval.backends",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -53,8 +54,8 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     try:
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+    except (ImportError, OSError, ValueError, LookupError, struct.error) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         advice = " Install it: pip install gguf." if isinstance(error, ImportError) else ""
         raise ConfigError(f"model.model_name_or_path: cannot load {file}: {reason}.{advice}") from error
     config = loaded.config

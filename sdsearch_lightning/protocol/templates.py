@@ -134,7 +134,17 @@ class Protocol(Pluggable):
             return codec.encode_prompt(str(codec.tokenizer.apply_chat_template(turns, **options)))
         if self.system is not None:
             raise ConfigError("model.protocol.system: expected a tokenizer with a chat template, found one without.")
-        return (*(() if self.add_bos is False else codec.bos_ids), *codec.encode_prompt(text))
+        return (*self._bos_ids(codec), *codec.encode_prompt(text))
+
+    def _bos_ids(self, codec: TokenCodec) -> tuple[int, ...]:
+        """What begins a prompt without a chat template."""
+        if self.add_bos is False:
+            return ()
+        if self.add_bos is None or codec.bos_ids:
+            return codec.bos_ids
+        if (bos_id := codec.tokenizer.bos_token_id) is None:
+            raise ConfigError("model.protocol.add_bos is true, but the tokenizer has no beginning-of-text token.")
+        return (int(bos_id),)
 
     def format_passages(self, passages: Iterable[Passage]) -> str:
         """Passages as one text, without the documents tag: byte for byte what Search-R1 writes, by default."""

@@ -162,8 +162,6 @@ def continuing(backend: Any) -> Any:
     Returns:
         A changed copy; the same where it begins nothing with a space.
     """
-    from tokenizers import Tokenizer
-
     spec = json.loads(backend.to_str())
     inside = {
         "normalizer": _without(spec["normalizer"], lambda part: part["type"] == "Prepend"),
@@ -172,7 +170,7 @@ def continuing(backend: Any) -> Any:
     }
     if all(spec[name] == part for name, part in inside.items()):
         return backend
-    return Tokenizer.from_str(json.dumps(spec | inside))
+    return type(backend).from_str(json.dumps(spec | inside))
 
 
 def _without(part: Any, is_left_out: Callable[[Any], bool] = lambda part: False) -> Any:

@@ -38,7 +38,7 @@ data:
 
 COLD_START = f"""{DATA}
 run: {{name: cold, checkpoint_every: 5}}
-trainer: {{max_steps: 24, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}}
+trainer: {{max_steps: 96, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}}
 model:
   protocol: autorefine
   scratch:

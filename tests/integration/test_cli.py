@@ -21,7 +21,7 @@ def test_the_cold_start_leaves_a_model_a_summary_and_two_lines(workplace):
         "config.yaml", "metrics.csv", "checkpoints", "model", "summary.json",
     }  # fmt: skip
     summary = json.loads((workplace.run("cold") / "summary.json").read_text())
-    assert (summary["steps"], summary["seed"]) == (24, 0)
+    assert (summary["steps"], summary["seed"]) == (96, 0)
     assert summary["train_loss"]["last"] < summary["train_loss"]["first"]
     assert len((workplace.path / "supervise.out").read_text().splitlines()) == 2
 

@@ -72,7 +72,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_written_down(tmp_path):
             seen.append(weights_of(pl_module).clone())
 
     log = TrajectoryLog(str(tmp_path / "t.jsonl"), max_per_step=0)
-    with pytest.warns(UserWarning, match=r"Step 1: the gradient was not finite, so 1 update\(s\) were skipped"):
+    with pytest.warns(UserWarning, match=r"Step 2: the gradient was not finite, so 1 update\(s\) were skipped"):
         trainer = fit(made, grouping(reward=NotANumber()), *method(), record, Weights(), log, max_steps=3)
     assert trainer.global_step == 3, "a skipped step is a step"
     assert [batch.skipped_updates for batch in record.batches] == [0, 1, 0]
@@ -80,7 +80,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_written_down(tmp_path):
     assert torch.equal(seen[1], seen[0]) and not torch.equal(seen[2], seen[1])
     assert all(weights.isfinite().all() for weights in seen)
     written = list(read_trajectories(tmp_path / "t.jsonl"))
-    assert {(row["phase"], row["step"]) for row in written} == {("skipped", 1)} and len(written) == 9
+    assert {(row["phase"], row["step"]) for row in written} == {("skipped", 2)} and len(written) == 9
 
 
 def test_groups_without_signal_are_refilled_from_other_questions():

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
+from sdsearch_lightning.callbacks import RolloutGrouping
+from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.hindsight import BlockBuilder, QueriesAndLabels
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
 from sdsearch_lightning.protocol.templates import Protocol, SearchR1Protocol
@@ -46,3 +51,35 @@ def test_look_alikes_of_a_base_are_not_taken_for_its_subclasses() -> None:
     """Or every retriever would be a DenseRetriever."""
     assert not issubclass(duck("search"), DenseRetriever)
     assert not issubclass(duck("prompt_ids", "render_block"), SearchR1Protocol)
+
+
+# Adoption
+
+
+def slotted(*methods: str, **values: object) -> Any:
+    """An object that can be given nothing."""
+    return type("Duck", (), {"__slots__": (), **{name: lambda self, *args: None for name in methods}, **values})()
+
+
+def test_what_a_look_alike_lacks_it_is_given_and_what_it_has_it_keeps() -> None:
+    found: Any = duck("attach", "run", "sync")()
+    assert Engine.adopt(found) is found
+    assert found.draws is True and found.is_exact is True and found.step_back() is False
+    assert found.step_back.__self__ is found and found.sync() is None and "sync" not in vars(found)
+    found = duck("attach", "run")()
+    found.draws = False
+    assert Engine.adopt(found).draws is False
+
+
+def test_what_can_be_given_nothing_is_refused_by_name() -> None:
+    message = "Duck lacks 'is_exact' and can be given none, since it has __slots__. Derive it from Engine, or write "
+    with pytest.raises(ConfigError, match=re.escape(f"{message}'is_exact'.")) as caught:
+        Engine.adopt(slotted("attach", "run"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="Duck lacks 'draws'"):
+        RolloutGrouping(engine=slotted("attach", "run", is_exact=True))
+
+
+def test_slots_do_no_harm_where_nothing_is_missing() -> None:
+    whole = slotted("attach", "run", "step_back", "sync", "sleep", "wake", is_exact=False, draws=False)
+    assert Engine.adopt(whole) is whole

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from helpers.grouping_runs import (
     FOUR_OUTCOMES,
@@ -20,6 +21,7 @@ from helpers.grouping_runs import (
     search_then,
 )
 from helpers.models import TalkativePolicy
+from helpers.passages import PROTOCOL
 from helpers.players import ScriptedEngine, Turns
 from sdsearch_lightning.callbacks import RolloutGrouping
 from sdsearch_lightning.protocol.tokenization import TokenCodec
@@ -176,3 +178,52 @@ def test_a_step_tells_how_it_went(word_codec: TokenCodec) -> None:
     run.module.logged = {}
     run.evaluate([PARIS])
     assert run.module.logged == {}  # the module logs evaluations
+
+
+# What is told at the start
+
+
+FIRST_PROMPT = """the first prompt, as the model reads it (6 tokens):
+question: where is Paris ?
+a turn ends with a closing tag, or with <eos> (2)
+"""
+
+
+def test_the_first_prompt_is_shown_once(word_codec: TokenCodec, capsys: pytest.CaptureFixture[str]) -> None:
+    run = grouping_run(word_codec)
+    run.train([PARIS, ROME])
+    shown = capsys.readouterr()
+    tokens = len(rollouts_in(run.train([PARIS]))[0].spans[0].token_ids)
+    assert shown.out == FIRST_PROMPT.replace("6", str(tokens)).replace(
+        "question: where is Paris ?", word_codec.decode(word_codec.encode("question: where is Paris ?"))
+    )
+    run.evaluate([ROME])
+    after = capsys.readouterr()
+    assert (after.out, shown.err, after.err) == ("", "", "")
+
+
+def test_evaluation_shows_it_too(word_codec: TokenCodec, capsys: pytest.CaptureFixture[str]) -> None:
+    run = grouping_run(word_codec)
+    run.evaluate([PARIS])
+    run.train([PARIS])
+    assert capsys.readouterr().out.count("the first prompt") == 1
+
+
+def test_one_rank_speaks_for_all(
+    word_codec: TokenCodec, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    grouping_run(word_codec).train([PARIS])
+    assert capsys.readouterr().out == ""
+
+
+def test_what_ends_a_turn_is_said_where_nothing_does(
+    word_codec: TokenCodec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codec = TokenCodec(word_codec.tokenizer, PROTOCOL.tags, eos_ids=())
+    run = grouping_run(codec, lambda request: ["<answer> Paris </answer>"])
+    run.callback._tell_beginning(
+        run.callback.sampler(run.trainer, run.module),  # type: ignore[arg-type]
+        run.callback.sampler(run.trainer, run.module).requests([PARIS], [(0, 0)], 1)[0],  # type: ignore[arg-type]
+    )
+    assert "or with its budget only" in capsys.readouterr().out

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from helpers.reports import WordTokenizer, city_rollout, credit, read_lines
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.report import read_trajectories
+from sdsearch_lightning.report.trajectories import cut_after
 from sdsearch_lightning.types import HindsightBlock, Question, RolloutGroup, StepBatch, TeacherView
 
 QUESTION = Question("q0", "where is Rome ?", ("Rome",), "toy")
@@ -166,6 +167,31 @@ def test_a_resumed_run_cuts_the_torn_line_and_appends(make_trainer: Any, tmp_pat
     fit(make_trainer(TrajectoryLog(), **FIT), train=3, val=0)
     assert path.read_bytes() == whole[: whole.rstrip(b"\n").rfind(b"\n") + 1] + whole
     assert len(list(read_trajectories(path))) == 12
+
+
+class Save(Callback):
+    """A checkpoint after the second step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_resumed_run_goes_on_with_the_next_step_and_writes_none_twice(make_trainer: Any, tmp_path: Path) -> None:
+    path, checkpoint = tmp_path / "trajectories.jsonl", tmp_path / "two.ckpt"
+    options = FIT | {"max_steps": 5, "limit_val_batches": 0}
+    trainer = make_trainer(TrajectoryLog(), **options | {"max_steps": 3})
+    trainer.callbacks.append(Save(checkpoint))
+    fit(trainer, train=5, val=0)
+    assert [r["step"] for r in read_lines(path)] == [1] * 4 + [2] * 4 + [3] * 4
+    cut_after(path, 2)  # what the checkpoint does not know of, as the command line does
+    resumed = make_trainer(TrajectoryLog(), **options)
+    resumed.fit(Module(), loader(5), loader(0), ckpt_path=checkpoint)
+    assert [r["step"] for r in read_lines(path)] == [step for step in (1, 2, 3, 4, 5) for _ in range(4)]
 
 
 class Ranked:

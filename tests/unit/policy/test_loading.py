@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,46 @@ def test_a_hub_name_that_cannot_be_reached_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="model_name_or_path: cannot load 'nobody/nothing': "):
         models.load("nobody/nothing", torch.float32)
+
+
+# GGUF
+
+
+def gguf_header(architecture: str) -> bytes:
+    """A file without tensors: version 3, and one value, the architecture."""
+    texts = [len(text).to_bytes(8, "little") + text.encode() for text in ("general.architecture", architecture)]
+    return struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + texts[0] + struct.pack("<I", 8) + texts[1]
+
+
+def test_which_file_a_path_means(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    assert models.gguf_file(str(tmp_path)) == models.gguf_file(str(tmp_path / "a.gguf")) == tmp_path / "a.gguf"
+    assert models.gguf_file(str(tmp_path / "b.gguf")) is None and models.gguf_file("nobody/nothing") is None
+    (tmp_path / "b.gguf").touch()
+    assert models.gguf_file(str(tmp_path)) is None, "two: it has to be said which"
+    (tmp_path / "b.gguf").rename(tmp_path / "config.json")
+    assert models.gguf_file(str(tmp_path)) is None, "a model of transformers that has a GGUF beside it"
+
+
+def test_without_its_package_a_gguf_file_is_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda *args, **kwargs: False)
+    (tmp_path / "model.gguf").write_bytes(gguf_header("nobody"))
+    for path in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(
+            ConfigError, match=r"cannot load .*model\.gguf: .* Install it: pip install gguf\."
+        ) as caught:
+            models.load(str(path), torch.float32)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"no model", b"GGUF" + bytes(60), gguf_header("llama")[:-3]])
+def test_a_broken_gguf_file_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model_name_or_path: cannot load .*model\.gguf: ") as caught:
+        models.load(str(tmp_path), torch.float32)
+    assert len(str(caught.value).splitlines()) == 1 and "pip install" not in str(caught.value)
 
 
 # From scratch

@@ -107,17 +107,17 @@ def test_a_resumed_run_begins_where_the_checkpoint_stands(tmp_path: Path) -> Non
     path = tmp_path / "trajectories.jsonl"
     for rank, file in ((0, path), (1, rank_file(path, 1))):  # rank 1 may be gone in the resumed run
         write_records(file, [city_rollout()], "val", 0)
-        for step in range(3):
+        for step in (1, 2, 3):
             write_records(file, [city_rollout(), city_rollout(index=1)], "train", step, rank=rank)
-            write_records(file, [city_rollout()], "val", step + 1)
-        write_records(file, [city_rollout()], "skipped", 3)
+            write_records(file, [city_rollout()], "val", step)
+        write_records(file, [city_rollout()], "skipped", 4)
         file.write_bytes(file.read_bytes() + b'{"schema": 1, "pha')
     cut_after(path, 2)
     for file in (path, rank_file(path, 1)):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         told = [(line["phase"], line["step"]) for line in lines]
         assert told == [
-            ("val", 0), ("train", 0), ("train", 0), ("val", 1), ("train", 1), ("train", 1), ("val", 2),
+            ("val", 0), ("train", 1), ("train", 1), ("val", 1), ("train", 2), ("train", 2), ("val", 2),
         ]  # fmt: skip
         whole = file.read_bytes()
         cut_after(path, 2)
