@@ -49,7 +49,9 @@ class Policy(nn.Module):
     """
 
     ENTRANCES = ("advance", "decode", "project", "check", "find_obstacle")
-    """What else runs the model, beside `forward`: where weights are sharded, they are gathered for these too."""
+    """What else runs the model, beside `forward`: where weights are sharded, they are gathered for these too.
+
+    Each takes an argument: FSDP2 moves arguments to the device, and on CUDA it fails where there are none."""
 
     def __init__(
         self, model: PreTrainedModel, layout: LayoutName = "shared_prefix", long_context: bool = False
@@ -183,13 +185,16 @@ class Policy(nn.Module):
     # What the model can do
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self, device: torch.device) -> None:
         """Compare with the model's own logits on four tokens: some families do more in their head than is done here.
+
+        Args:
+            device: of the weights.
 
         Raises:
             ConfigError: the logits differ, or the model is not made of a body and an output layer.
         """
-        tokens, name = self._any_tokens(4), self.model.config.model_type
+        tokens, name = self._any_tokens(4, device), self.model.config.model_type
         with self._without_dropout():
             try:
                 theirs = self.model(input_ids=tokens, use_cache=False).logits[0]
@@ -205,17 +210,17 @@ class Policy(nn.Module):
     @cached_property
     def unpackable(self) -> str | None:
         """Why the model's sequences cannot lie back to back; None where they can."""
-        return self.find_obstacle()
+        return self.find_obstacle(self.model.device)
 
     @torch.no_grad()
-    def find_obstacle(self) -> str | None:
+    def find_obstacle(self, device: torch.device) -> str | None:
         """What `unpackable` remembers, by trying: sequences packed have to give what each gives alone.
 
         The second is a suffix of the first one's beginning, as siblings are; both reach beyond the model's window.
         """
         name, shared = self.model.config.model_type, 3
         longest = (self.window_to_try or 0) + 8
-        tokens, rest = self._any_tokens(longest), self._any_tokens(longest + 7)[:, 7 + shared :]
+        tokens, rest = self._any_tokens(longest, device), self._any_tokens(longest + 7, device)[:, 7 + shared :]
         witness = _Witness([Segment(shared), Segment(longest - shared, 0), Segment(rest.shape[1], 0)])
         positions = torch.arange(longest, device=tokens.device)
         with self._without_dropout():
@@ -249,8 +254,7 @@ class Policy(nn.Module):
             for module, training in modes:
                 module.training = training
 
-    def _any_tokens(self, number: int) -> Tensor:
-        device = next(self.model.parameters()).device
+    def _any_tokens(self, number: int, device: torch.device) -> Tensor:
         return torch.tensor([[(7 * i) % self.model.config.vocab_size for i in range(number)]], device=device)
 
     def checkpoint_gradients(self) -> None:

@@ -15,7 +15,7 @@ from sdsearch_lightning.types import Label, RolloutGroup, SpanKind, Trajectory
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """`rollout/*`: means over the rollouts of this rank, and shares of its groups."""
     rollouts = [trajectory for group in groups for trajectory in group.trajectories]
-    scores = RolloutScores()
+    scores = RolloutScores(sync_on_compute=False)  # on the CPU, where NCCL could not gather them
     scores.update(rollouts)
     metrics = {f"rollout/{name}": float(value) for name, value in scores.compute().items() if name != "questions"}
     labels = [[t.label for t in group.trajectories] for group in groups]

@@ -30,6 +30,9 @@ class RolloutScores(Metric):
         answered_rate, truncated_rate      share with an answer; share ended by a budget
         retrieval_error_rate               share ended by a failed search
         questions                          rollouts scored; the questions themselves at one rollout each
+
+    Args:
+        sync_on_compute: whether `compute()` is over all ranks, and so a collective; else over what this one saw.
     """
 
     full_state_update = False
@@ -49,8 +52,8 @@ class RolloutScores(Metric):
         "rows",
     )
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.add_state("sums", torch.zeros(len(self._columns), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, trajectories: Iterable[Trajectory]) -> None:

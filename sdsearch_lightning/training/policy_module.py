@@ -199,7 +199,7 @@ class PolicyModule(ManualStep):
 
     def _examine(self) -> None:
         """Find out what the model can do, by running it."""
-        self.policy.check()
+        self.policy.check(self.policy.model.device)
         if self.policy.unpackable and self.compute.layout != "padded":
             rank_zero_warn(
                 f"model.compute.layout is {self.compute.layout!r}, but {self.policy.unpackable}. Sequences are padded."

@@ -78,7 +78,7 @@ def test_a_policy_with_adapters_is_checked_packed_and_padded_as_one_without(fami
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Sequences are padded")
         module = move_adapter(adapted(tiny_model(family, **options)))
-    module.policy.check()
+    module.policy.check(torch.device("cpu"))
     assert (module.policy.unpackable is None) == (Policy(tiny_model(family, **options)).unpackable is None)
     plain = [module.policy.model(input_ids=torch.tensor([s])).logits[0, :-1] for s in RAGGED_SEQUENCES]
     torch.testing.assert_close(ragged_logits(module.policy), torch.cat(plain), rtol=0, atol=1e-12)

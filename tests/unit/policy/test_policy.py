@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from typing import Any
 
@@ -139,9 +140,9 @@ def test_what_is_kept_is_float32_or_float64(weights: torch.dtype, kept: torch.dt
 
 
 def test_a_family_whose_head_is_another_is_refused() -> None:
-    Policy(tiny_model("llama")).check()
+    Policy(tiny_model("llama")).check(torch.device("cpu"))
     for family, options in (("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.1})):
-        Policy(tiny_model(family, **options)).check()
+        Policy(tiny_model(family, **options)).check(torch.device("cpu"))
     other = tiny_model("llama")
     forward = other.forward
 
@@ -152,4 +153,11 @@ def test_a_family_whose_head_is_another_is_refused() -> None:
 
     other.forward = doubled
     with pytest.raises(ConfigError, match=r"Models of type 'llama' scale or shift their logits"):
-        Policy(other).check()
+        Policy(other).check(torch.device("cpu"))
+
+
+def test_every_entrance_takes_an_argument() -> None:
+    """On CUDA, FSDP2 fails at a call without any."""
+    for name in Policy.ENTRANCES:
+        _, *arguments = inspect.signature(getattr(Policy, name)).parameters.values()
+        assert any(argument.default is inspect.Parameter.empty for argument in arguments), name

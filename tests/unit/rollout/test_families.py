@@ -71,7 +71,7 @@ def played_by(engine: Engine, policy: Policy) -> list[Trajectory]:
 def test_rollouts_are_the_policys(name: str, dtype: torch.dtype) -> None:
     """Twelve rows, several searches, some waiting while others go on, all but the shortest beyond the window."""
     policy, engine, reasons = prepared(name, dtype)
-    policy.check()
+    policy.check(torch.device("cpu"))
     with torch.no_grad():
         played = played_by(engine, policy)
         assert len(played) == ROWS and max(len(t.token_ids) for t in played) > 2 * WINDOW
