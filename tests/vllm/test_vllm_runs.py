@@ -197,6 +197,16 @@ def test_prefixes_of_older_weights_are_forgotten(
     assert gap <= BOUND if forgets else gap > 1e3 * BOUND
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_more_prompts_than_one_pass_reads(make_engine: MakeEngine, whole: bool) -> None:
+    """Left alone, vLLM cuts the prompt at the end of a pass, and cannot rewind the rollout's generator on a CPU."""
+    policy, requests = policy_of(llama()), word_requests(SAMPLED, 4, LONG_QUESTION)
+    assert 512 / 2 < len(requests[0].prompt_ids) < 512
+    engine = make_engine(max_num_batched_tokens=512, **{} if whole else {"enable_chunked_prefill": True})
+    with nullcontext() if whole else pytest.raises(RuntimeError, match="does not use offset"):
+        assert recorded_gap(policy, play_words(engine, policy, requests))[0] <= BOUND
+
+
 # What a run asks of an engine
 
 

@@ -52,7 +52,7 @@ def test_a_step_wakes_pushes_runs_and_sleeps(world: FakeVLLM) -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleep_is_refused_where_the_platform_cannot(world: FakeVLLM, level: int) -> None:
-    world.can_sleep = False
+    world.on_cpu = True
     with pytest.raises(ConfigError, match=rf"sleep_level is {level}, .* Set sleep_level to 0"):
         run_vllm(world, vllm_requests(world), engine=VLLMEngine("folder", sleep_level=level))
     assert len(run_vllm(world, vllm_requests(world), engine=VLLMEngine("folder", sleep_level=0))) == 7
@@ -186,6 +186,14 @@ def test_several_ranks_share_the_trainers_group(world: FakeVLLM, monkeypatch: py
     VLLMEngine("folder").sync(world.policy)
     assert world.arguments[0]["distributed_executor_backend"] == "external_launcher"
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["1", "2", "0"]
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(1000, 4096), (5000, 5000)])
+def test_a_cpu_reads_prompts_whole(world: FakeVLLM, length: int, tokens: int) -> None:
+    world.on_cpu = True
+    VLLMEngine("folder", max_model_len=length, sleep_level=0).sync(world.policy)
+    assert world.arguments[0]["max_num_batched_tokens"] == tokens
+    assert world.arguments[0]["enable_chunked_prefill"] is False
 
 
 def test_one_process_needs_no_launcher(world: FakeVLLM) -> None:
