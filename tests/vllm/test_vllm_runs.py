@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -39,7 +38,7 @@ from sdsearch_lightning.rollout.probe import EXACT, HALF, find_exact, measure_ga
 from sdsearch_lightning.rollout.vllm import VLLMEngine
 from sdsearch_lightning.types import Sampling
 
-if find_spec("vllm") is None:
+if not any(adapter._version(name) for name in adapter.DISTRIBUTIONS):
     pytest.skip("needs vLLM for the CPU: make test-vllm", allow_module_level=True)
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # of vLLM's own
 
@@ -96,6 +95,7 @@ def played_gaps(engine: VLLMEngine, policy: Policy, updates: int, sampling: Samp
         mean, _, number = recorded_gap(policy, played, sampling)
         assert number > 200
         gaps.append(mean)
+    assert num_searches or updates < 5
     print("gaps:", *(f"{gap:.2g}" for gap in gaps), "searches:", num_searches)
     return gaps
 
@@ -132,9 +132,9 @@ def test_loaders_are_gone_outside_of_a_reload(untied: VLLMEngine) -> None:
     assert played_gaps(untied, policy, 0)[0] <= BOUND
 
 
-@pytest.mark.parametrize("given", [0, 5])
+@pytest.mark.parametrize("given", [0, 3])
 def test_a_push_that_failed_is_done_again(untied: VLLMEngine, monkeypatch: pytest.MonkeyPatch, given: int) -> None:
-    """In the middle of a layer, whose share of the first try must not count for the second."""
+    """After the embedding, queries and keys, which vLLM keeps in one layer with the values: it must start anew."""
     policy = policy_of(llama(False))
 
     def some(model: Any, weights: Any) -> Iterator[Any]:
