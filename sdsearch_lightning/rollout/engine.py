@@ -83,7 +83,7 @@ class Engine(Pluggable):
 
     draws: ClassVar[bool] = True
     """False for an engine that replays written rollouts: it is not tried against the policy."""
-    is_exact: ClassVar[bool] = True
+    is_exact: bool = True
     """False for an engine with numerics of its own, such as half precision beside a trainer in float32."""
 
     def attach(

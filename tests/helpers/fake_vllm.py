@@ -1,7 +1,9 @@
 """A fake that speaks vLLM's interface, and is stricter than vLLM where vLLM is quietly wrong.
 
 It refuses unknown arguments, generating while asleep, weights that are not the policy's, and prefixes that were cached
-under older weights; it samples from a script, or from a tiny model of its own.
+under older weights; it samples from a script, or from a tiny model of its own. Its weights take the way that was seen
+in vLLM 0.32 on a CPU: layers compute with copies, loaders exist during `reload_weights` only, a reload that breaks off
+leaves layers without weights, and a layer that shares its weight with an earlier one keeps the copy it has.
 """
 
 from __future__ import annotations
@@ -44,15 +46,34 @@ class FakeSamplingParams:
         assert self.detokenize or not self.stop, "stop strings need text"
 
 
+class Packing:
+    """What vLLM calls the `quant_method` of a layer, without any quantization."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.packed = layer.weight.detach().clone()
+
+
 class FakeModel(torch.nn.Module):
     """The model inside vLLM: it takes the names of a checkpoint, and calls its parameters otherwise."""
 
-    def __init__(self, codec: TokenCodec) -> None:
+    def __init__(self, codec: TokenCodec, **options: Any) -> None:
         super().__init__()
-        self.policy = TalkativePolicy(codec, seed=99)  # other weights than any policy here
+        self.policy = TalkativePolicy(codec, seed=99, **options)  # other weights than any policy here
         self.loaded: list[str] = []
+        self.has_loaders = False
+        for layer in self.layers.values():
+            layer.quant_method = Packing()
+            layer.quant_method.process_weights_after_loading(layer)
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """Those with a weight, by the weight's name."""
+        layers = self.policy.model.named_modules()
+        return {f"{name}.weight": layer for name, layer in layers if hasattr(layer, "weight")}
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        if not self.has_loaders:
+            raise AttributeError("'Parameter' object has no attribute 'weight_loader'")
         own, self.loaded = dict(self.policy.model.named_parameters()), []
         for name, weight in weights:
             assert not weight.requires_grad and own[name].shape == weight.shape
@@ -61,14 +82,37 @@ class FakeModel(torch.nn.Module):
         return {f"policy.model.{name}" for name in self.loaded}
 
 
+class FakeWorker:
+    """The part of vLLM that holds the model."""
+
+    def __init__(self, llm: FakeLLM) -> None:
+        self.llm = llm
+
+    def get_model(self) -> FakeModel:
+        return self.llm.model
+
+    def reload_weights(self, *, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Does not tell which weights it missed; vLLM logs them."""
+        assert "weights" not in self.llm.asleep, "unmapped memory"
+        self.llm.world.log.append("load")
+        self.llm.clean, model = False, self.llm.model
+        assert not model.has_loaders, "an earlier reload broke off, and layers have no weights"
+        model.has_loaders = True
+        model.load_weights(weights_iterator)
+        model.has_loaders = False
+        for name in model.loaded:
+            model.layers[name].quant_method.process_weights_after_loading(model.layers[name])
+
+
 NextTurn = Callable[[list[int], FakeSamplingParams], Iterator[tuple[int, float]]]
 
 
 class FakeVLLM:
     """What the fake is told, and all that it saw."""
 
-    def __init__(self, codec: TokenCodec) -> None:
-        self.codec, self.policy = codec, TalkativePolicy(codec, seed=1)
+    def __init__(self, codec: TokenCodec, tied: bool = False) -> None:
+        self.codec, self.options = codec, {"tie_word_embeddings": tied}
+        self.policy = TalkativePolicy(codec, seed=1, **self.options)
         self.talk: NextTurn = self.from_model
         self.overshoot = 0  # tokens after a stop
         self.log: list[str] = []
@@ -76,8 +120,11 @@ class FakeVLLM:
         self.requests: list[tuple[list[int], FakeSamplingParams]] = []
         self.num_sampled = 0
         self.llm: FakeLLM | None = None
-        self.resets = True
-        self.module = ModuleType("vllm")
+        self.resets, self.on_cpu = True, False
+        self.module, self.platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+        self.platforms.current_platform = SimpleNamespace(
+            is_sleep_mode_available=lambda: not self.on_cpu, is_cpu=lambda: self.on_cpu
+        )
         self.module.LLM, self.module.SamplingParams = self.make_llm, FakeSamplingParams
 
     def make_llm(self, **arguments: Any) -> FakeLLM:
@@ -144,17 +191,22 @@ class FakeLLM:
         seed: int = 0,
         enforce_eager: bool = False,
         distributed_executor_backend: str | None = None,
+        enable_chunked_prefill: bool = True,
+        max_num_batched_tokens: int = 2048,
     ) -> None:
-        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "apply_model could not see the trainer's tensors"
-        assert generation_config == "vllm" and model == "folder"
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "collective_rpc could not see the trainer's tensors"
+        assert generation_config == "vllm" and model == "folder" and not (world.on_cpu and enable_sleep_mode)
+        assert not (world.on_cpu and enable_chunked_prefill), "CPU Generator does not use offset"
+        assert enable_chunked_prefill or max_num_batched_tokens >= max_model_len
         self.world, self.max_model_len, self.can_sleep = world, max_model_len, enable_sleep_mode
-        self.model = FakeModel(world.codec)
+        self.model = FakeModel(world.codec, **world.options)
         self.asleep: dict[str, Any] = {}
         self.clean = True  # no prefix of older weights in the cache
         assert not torch.is_autocast_enabled("cpu")
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
+        torch.set_num_threads = lambda number: None  # as on a CPU
         world.log.append("build")
 
     def sleep(self, level: int = 1) -> None:
@@ -174,11 +226,8 @@ class FakeLLM:
                 parameter.data.copy_(value)
             self.world.log.append(f"wake {tag}")
 
-    def apply_model(self, function: Callable[[FakeModel], Any]) -> list[Any]:
-        assert "weights" not in self.asleep, "unmapped memory"
-        self.world.log.append("load")
-        self.clean = False
-        return [function(self.model)]
+    def collective_rpc(self, method: Callable[[FakeWorker], Any]) -> list[Any]:
+        return [method(FakeWorker(self))]
 
     def reset_prefix_cache(self) -> bool:
         self.world.log.append("reset")
@@ -189,8 +238,10 @@ class FakeLLM:
         self, prompts: list[dict[str, list[int]]], sampling_params: list[FakeSamplingParams], *, use_tqdm: bool = True
     ) -> list[SimpleNamespace]:
         assert not self.asleep and self.clean and not use_tqdm and not torch.is_autocast_enabled("cpu")
-        wanted = dict(self.world.policy.model.named_parameters())
-        assert all(torch.equal(p, wanted[n]) for n, p in self.model.policy.model.named_parameters()), "stale weights"
+        wanted = dict(self.world.policy.model.named_parameters(remove_duplicate=False))
+        assert all(torch.equal(layer.packed, wanted[name]) for name, layer in self.model.layers.items()), (
+            "stale weights"
+        )
         self.world.log.append(f"generate {len(prompts)}")
         answers = []
         for prompt, params in zip(prompts, sampling_params, strict=True):

@@ -44,8 +44,8 @@ def tiny_model(
 class TalkativePolicy(Policy):
     """`tiny_model` over whole words, with a constant leaning towards the tags: it searches and answers by chance."""
 
-    def __init__(self, codec: TokenCodec, seed: int = 0) -> None:
-        sizes = {"intermediate_size": 24, "max_position_embeddings": 2048}
+    def __init__(self, codec: TokenCodec, seed: int = 0, **options: Any) -> None:
+        sizes = {"intermediate_size": 24, "max_position_embeddings": 2048} | options
         super().__init__(tiny_model("llama", torch.float32, seed, codec.tokenizer, **sizes).double().eval())
         leaning = {"<search>": 1.5, "</search>": 2.5, "<answer>": 0.0, "</answer>": 0.5, "<eos>": 0.0}
         bias = torch.full((len(codec.tokenizer),), -1.0, dtype=torch.float64)

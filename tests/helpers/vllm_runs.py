@@ -37,18 +37,19 @@ VLLM_QUESTIONS = [Question(f"q{i}", text, ("Paris",)) for i, text in enumerate(V
 
 def install_vllm(world: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
     monkeypatch.setitem(sys.modules, "vllm", world.module)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", world.platforms)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the engine sets it; this puts it back
     pretend_version(monkeypatch, "0.30.1")
     return world
 
 
-def pretend_version(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
+def pretend_version(monkeypatch: pytest.MonkeyPatch, found: str | None, distribution: str = "vllm") -> None:
     real = metadata.version
 
     def version(name: str) -> str:
-        if name != "vllm":
+        if name not in adapter.DISTRIBUTIONS:
             return real(name)
-        if found is None:
+        if found is None or name != distribution:
             raise metadata.PackageNotFoundError(name)
         return found
 

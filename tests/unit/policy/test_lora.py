@@ -175,13 +175,22 @@ def test_layers_are_back_after_a_save_and_after_one_that_failed() -> None:
 
 
 def test_vllm_is_given_merged_weights_by_plain_names() -> None:
-    from sdsearch_lightning.rollout.vllm import _load_weights
+    from sdsearch_lightning.rollout.vllm_weights import load_weights
 
     module, given = move_adapter(adapted()), {}
 
     class LLM:
-        def apply_model(self, function: Any) -> list[Any]:
-            return [function(self)]
+        def collective_rpc(self, method: Any) -> list[Any]:
+            return [method(self)]
+
+        def get_model(self) -> Any:
+            return self
+
+        def reload_weights(self, weights_iterator: Any) -> None:
+            self.load_weights(weights_iterator)
+
+        def modules(self) -> Any:
+            return iter(())
 
         def named_parameters(self) -> Any:
             return tiny_model().named_parameters()
@@ -190,7 +199,7 @@ def test_vllm_is_given_merged_weights_by_plain_names() -> None:
             given.update(weights)
             return list(given)
 
-    _load_weights(LLM(), module.policy)
+    load_weights(LLM(), module.policy)
     plain = tiny_model()
     plain.load_state_dict(given)
     torch.testing.assert_close(ragged_logits(Policy(plain)), ragged_logits(module.policy), rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The vLLM adapter: turns, searches and sampling, against a fake; no vLLM release is run here."""
+"""The vLLM adapter: turns, searches and sampling, against a fake; tests/vllm runs a real one."""
 
 from __future__ import annotations
 

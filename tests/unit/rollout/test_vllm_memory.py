@@ -1,4 +1,4 @@
-"""The vLLM adapter: weights, memory and what goes wrong, against a fake; no vLLM release is run here."""
+"""The vLLM adapter: weights, memory and what goes wrong, against a fake; tests/vllm runs the same with a real one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from helpers.players import make_request
 from helpers.vllm_runs import attach_vllm, install_vllm, pretend_version, run_vllm, vllm_requests
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.protocol.tokenization import TokenCodec
-from sdsearch_lightning.rollout import Engine, vllm as adapter
+from sdsearch_lightning.rollout import Engine, vllm as adapter, vllm_weights
 from sdsearch_lightning.rollout.vllm import VLLMEngine
 
 
@@ -47,6 +48,14 @@ def test_a_step_wakes_pushes_runs_and_sleeps(world: FakeVLLM) -> None:
         run_vllm(world, vllm_requests(world), engine=engine)
         assert world.log == ["build", *push, *awake * step]
         assert sorted(world.llm.model.loaded) == sorted(name for name, _ in world.policy.model.named_parameters())
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_is_refused_where_the_platform_cannot(world: FakeVLLM, level: int) -> None:
+    world.on_cpu = True
+    with pytest.raises(ConfigError, match=rf"sleep_level is {level}, .* Set sleep_level to 0"):
+        run_vllm(world, vllm_requests(world), engine=VLLMEngine("folder", sleep_level=level))
+    assert len(run_vllm(world, vllm_requests(world), engine=VLLMEngine("folder", sleep_level=0))) == 7
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -93,6 +102,33 @@ def test_a_push_that_failed_is_done_again(world: FakeVLLM, monkeypatch: pytest.M
     pool.close()
 
 
+def test_weights_that_skip_the_reload_are_refused(world: FakeVLLM) -> None:
+    """As in reality; or the fake would take a push that vLLM does not."""
+    engine = VLLMEngine("folder")
+    engine.sync(world.policy)
+    with pytest.raises(AttributeError, match="no attribute 'weight_loader'"):
+        world.llm.model.load_weights(world.policy.model.named_parameters())
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_tied_output_layer_follows(word_codec: TokenCodec, monkeypatch: pytest.MonkeyPatch, follows: bool) -> None:
+    world = install_vllm(FakeVLLM(word_codec, tied=True), monkeypatch)
+    assert "lm_head.weight" not in dict(world.policy.model.named_parameters())
+    if not follows:
+        monkeypatch.setattr(vllm_weights, "_repack_shared", lambda model: None)
+    engine, requests = VLLMEngine("folder"), [make_request(world.codec)]
+    with nullcontext() if follows else pytest.raises(AssertionError, match="stale weights"):
+        for _ in range(3):
+            run_vllm(world, requests, engine=engine)
+            with torch.no_grad():
+                world.policy.model.lm_head.weight.mul_(0.7)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", False), ("auto", False)])
+def test_numerics_are_the_trainers_in_float32(world: FakeVLLM, dtype: str, exact: bool) -> None:
+    assert VLLMEngine("folder", dtype=dtype).is_exact == exact
+
+
 def test_weights_that_nobody_pushes_are_an_error(world: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     load = FakeModel.load_weights
     monkeypatch.setattr(FakeModel, "load_weights", lambda self, weights: load(self, list(weights)[1:]))
@@ -135,6 +171,12 @@ def test_the_trainers_random_numbers_stay(world: FakeVLLM) -> None:
     assert draw() != drawn[0]  # what the fake sets
 
 
+def test_the_trainer_may_set_its_threads(world: FakeVLLM) -> None:
+    before = torch.set_num_threads
+    VLLMEngine("folder").sync(world.policy)
+    assert torch.set_num_threads is before
+
+
 def test_several_ranks_share_the_trainers_group(world: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "7")
@@ -144,6 +186,14 @@ def test_several_ranks_share_the_trainers_group(world: FakeVLLM, monkeypatch: py
     VLLMEngine("folder").sync(world.policy)
     assert world.arguments[0]["distributed_executor_backend"] == "external_launcher"
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["1", "2", "0"]
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(1000, 4096), (5000, 5000)])
+def test_a_cpu_reads_prompts_whole(world: FakeVLLM, length: int, tokens: int) -> None:
+    world.on_cpu = True
+    VLLMEngine("folder", max_model_len=length, sleep_level=0).sync(world.policy)
+    assert world.arguments[0]["max_num_batched_tokens"] == tokens
+    assert world.arguments[0]["enable_chunked_prefill"] is False
 
 
 def test_one_process_needs_no_launcher(world: FakeVLLM) -> None:
@@ -214,8 +264,9 @@ def test_other_releases_are_refused(monkeypatch: pytest.MonkeyPatch, found: str)
 
 @pytest.mark.parametrize("found", ["0.22.0", "0.32.0", "0.32.5rc1+cu129", "0.29.1.dev3+g12ab"])
 def test_known_releases_are_taken(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    pretend_version(monkeypatch, found)
-    VLLMEngine("folder")
+    for distribution in adapter.DISTRIBUTIONS:
+        pretend_version(monkeypatch, found, distribution)
+        VLLMEngine("folder")
 
 
 def test_vllm_may_be_missing_until_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
