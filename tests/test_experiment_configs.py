@@ -92,7 +92,18 @@ def test_a_preset_says_where_it_comes_from_and_what_is_missing(path: Path) -> No
     assert ("arXiv:" in text and "Not reproduced" in text) or path.stem == "sharpening_control"
 
 
+def test_a_peer_comes_with_its_own_reward() -> None:
+    """A protocol alone would train on the reward of another."""
+    by_name = {path.stem: parsed(path) for path in PRESETS}
+    rewards = {name: by_name[name].rollout.reward.class_path.rpartition(".")[2] for name in ("search_r1", "autorefine")}
+    assert rewards == {"search_r1": "ExactMatchReward", "autorefine": "AutoRefineReward"}
+    for name in rewards:
+        model = by_name[name].model
+        assert model.protocol == name and model.old_logprobs == "trainer" and by_name[name].jsd.weight == 0
+        assert set(vars(model.entropy_coef).values()) == {0.001}
+
+
 def test_no_two_files_say_the_same() -> None:
-    assert (len(ABLATIONS), len(PRESETS)) == (30, 8)
+    assert (len(ABLATIONS), len(PRESETS)) == (30, 10)
     options = [parsed(path).as_dict() for path in (*ABLATIONS, *PRESETS)]
     assert len({str([row[group] for group in ("model", *GROUPS)]) for row in options}) == len(options)

@@ -71,7 +71,7 @@ def test_one_kernel_for_all_segments(window: int | None) -> None:
     weight = torch.randn(1, 8, total, 64, device="cuda", dtype=torch.float64)
 
     def attend(dtype: torch.dtype, way: str) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in exact]
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in exact]
         output = getattr(CausalSegments(TREE), way)(Call(0, *leaves, window=window))
         return [output.detach(), *torch.autograd.grad((output * weight.to(dtype)).sum(), leaves)]
 
