@@ -111,6 +111,7 @@ def test_without_its_package_a_gguf_file_is_refused_with_what_to_install(
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no model", b"GGUF" + bytes(60), gguf_header("llama")[:-3]])
 def test_a_broken_gguf_file_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    pytest.importorskip("gguf", reason="comes with the extra `real`")
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(ConfigError, match=r"model_name_or_path: cannot load .*model\.gguf: ") as caught:
         models.load(str(tmp_path), torch.float32)

@@ -71,17 +71,20 @@ def test_there_is_no_dropout() -> None:
     assert torch.equal(ragged_logits(module.policy), ragged_logits(module.policy))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral"])
-def test_a_policy_with_adapters_is_checked_packed_and_padded_as_one_without(family: str) -> None:
-    """Gemma2 and Mistral cannot be packed here, with adapters or without."""
+@pytest.mark.parametrize(
+    ("family", "rounding"), [("llama", 1e-12), ("gpt2", 1e-12), ("gemma2", 2e-6), ("mistral", 1e-12), ("bloom", 1e-12)]
+)
+def test_a_policy_with_adapters_is_checked_packed_and_padded_as_one_without(family: str, rounding: float) -> None:
+    """Bloom cannot be packed, with adapters or without; Gemma 2 computes in float32 in between."""
     options = {"head_dim": 8, "sliding_window": 4} if family in ("gemma2", "mistral") else {}
+    options |= {"n_head": 2, "n_layer": 2} if family == "bloom" else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Sequences are padded")
         module = move_adapter(adapted(tiny_model(family, **options)))
     module.policy.check(torch.device("cpu"))
     assert (module.policy.unpackable is None) == (Policy(tiny_model(family, **options)).unpackable is None)
     plain = [module.policy.model(input_ids=torch.tensor([s])).logits[0, :-1] for s in RAGGED_SEQUENCES]
-    torch.testing.assert_close(ragged_logits(module.policy), torch.cat(plain), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ragged_logits(module.policy), torch.cat(plain), rtol=0, atol=rounding)
 
 
 def smooth() -> Any:

@@ -37,6 +37,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gpt2": {},
 }
+ROUNDING = {"gemma2": 2e-6}
+"""Of families that compute in float32 in between, whatever their weights are: 7e-7 was seen. Elsewhere 1e-12."""
 
 
 # The forward
@@ -51,8 +53,9 @@ def test_the_policy_gives_the_logits_of_the_plain_model(family: str) -> None:
     (first,), (second,) = Policy(model)(packed, readings).kept
     assert not model.training, "finding out what it can leaves its mode alone"
     plain = torch.cat([model(input_ids=torch.tensor([sequence])).logits[0, :-1] for sequence in SEQUENCES])
-    torch.testing.assert_close(first.logits, plain, rtol=0, atol=1e-12)
-    torch.testing.assert_close(second.logits, plain[[5, 0, 9]], rtol=0, atol=1e-12)
+    rounding = ROUNDING.get(family, 1e-12)
+    torch.testing.assert_close(first.logits, plain, rtol=0, atol=rounding)
+    torch.testing.assert_close(second.logits, plain[[5, 0, 9]], rtol=0, atol=rounding)
     assert [tuple(chunk.hidden.shape) for chunk in (first, second)] == [(len(targets), 16), (3, 16)]
     assert first.paired is None and second.paired is not None and second.paired.shape == (3, len(TRAINING_TOKENIZER))
     assert plain.std() > 0.3, "the comparison would see a difference"
@@ -106,11 +109,11 @@ def test_the_layout_is_that_of_compute(kind: type) -> None:
 
 def test_a_model_that_cannot_pack_is_padded_and_says_so() -> None:
     with pytest.warns(
-        UserWarning, match=r"model.compute.layout is 'packed', but models of type mistral cannot: its .* are padded"
+        UserWarning, match=r"model.compute.layout is 'packed', but models of type bloom cannot: a layer .* are padded"
     ):
-        module = make_module(tiny_model("mistral", **FAMILIES["mistral"]), compute=Compute(layout="packed"))
+        module = make_module(tiny_model("bloom", n_head=2, n_layer=2), compute=Compute(layout="packed"))
     assert module.policy.layout is LAYOUTS["padded"]
-    make_module(tiny_model("mistral", **FAMILIES["mistral"]), compute=Compute(layout="padded"))  # asked for: no warning
+    make_module(tiny_model("bloom", n_head=2, n_layer=2), compute=Compute(layout="padded"))  # asked for: no warning
 
 
 def test_gradient_checkpointing_is_that_of_compute() -> None:
