@@ -27,7 +27,7 @@ WORLD = {
     "num_train_questions": 30,
     "num_val_questions": 2,
 }
-TAUGHT_BY_NOBODY = {"grpo", "dr_grpo", "dapo", "sharpening_control"}
+TAUGHT_BY_NOBODY = {"grpo", "dr_grpo", "dapo", "sharpening_control", "search_r1", "autorefine"}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def run(model: Path, folder: Path, *files: Path) -> list[dict[str, float]]:
         f"--data.cache_dir={model.parent}",
         "--data.batch_size=2",
         f"--model.model_name_or_path={model}",
+        f"--model.protocol={CONFIGS / 'protocol/synthetic_world.yaml'}",  # presets of others bring words it lacks
         "--rollout.engine=helpers.worlds.WorldEngine",
         "--rollout.group_size=3",
         "--rollout.eval_samples=0",
