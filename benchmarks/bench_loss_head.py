@@ -33,12 +33,7 @@ from sdsearch_lightning.policy.packing import PackedSequences  # noqa: E402
 from sdsearch_lightning.step.collate import SearchBatch  # noqa: E402
 from sdsearch_lightning.step.policy_terms import PolicyTerms  # noqa: E402
 from sdsearch_lightning.step.student import Student  # noqa: E402
-from sdsearch_lightning.step.teacher_rows import (  # noqa: E402
-    TeacherRows,
-    divergence_to_teacher,
-    join,  # noqa: E402
-    summarize_teacher,
-)
+from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher, join, summarize_teacher  # noqa: E402
 
 VOCABULARY, TOKENS, POLICY_ROWS, QUERY_ROWS = 151_936, 512, 256, 64
 TRL_CHUNK = 32_768  # entries of the vocabulary, as in TRL's divergence
@@ -103,7 +98,7 @@ class Inputs:
 
     @property
     def tokens(self) -> Tensor:
-        """[R] those tokens."""
+        """[R] tokens that the policy wrote."""
         return self.batch.token_ids[self.policy + 1]
 
     def policy_loss(self, logprobs: Tensor) -> Tensor:

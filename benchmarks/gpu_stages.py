@@ -165,19 +165,6 @@ def train_step(size: str, repetitions: int = 5) -> Iterator[Figures]:
 # Search
 
 
-class Rescored:
-    """Stands for the float32 vectors on disk, which would not fit into the time: the rounded ones, candidates only."""
-
-    def __init__(self, rounded: Tensor) -> None:
-        self.rounded, self.shape, self.device = rounded, rounded.shape, rounded.device
-
-    def __len__(self) -> int:
-        return len(self.rounded)
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        return self.rounded[rows].float()
-
-
 def scan(num_rows: int = 21_000_000, dimension: int = 768) -> Iterator[Figures]:
     """Exact search of random vectors, for few and many queries; the bound is reading them once in bfloat16."""
     top = ceilings(8192 if DEVICE == "cuda" else 64)
@@ -189,7 +176,6 @@ def scan(num_rows: int = 21_000_000, dimension: int = 768) -> Iterator[Figures]:
         made = torch.nn.functional.normalize(torch.randn(rows.stop - start, dimension, device=DEVICE), dim=1)
         rounded[rows] = made
         index._error = float((rounded[rows].float() - made).norm(dim=1).max())
-    index._rounded, index._exact = rounded, Rescored(rounded)  # type: ignore[assignment]
     bound = rounded.nbytes / (top["copy bytes/s"])
     yield {"bound, seconds": bound, **top}
     for count in (1, 64, 512):

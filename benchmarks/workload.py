@@ -223,7 +223,7 @@ class Workload:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of distinct prompts."""
+        """Prompt tokens; rollouts with one prompt count it once."""
         return sum(map(len, {request.prompt_ids for request in self.requests}))
 
     @property
