@@ -104,8 +104,10 @@ class Settings:
     """Frozen copies of the policy: reference, teacher."""
     compute_bytes: int
     """Of a number in products: 2 in half precision."""
-    casts_weights: bool
-    """Whether weights are cast for each product (autocast)."""
+    head_bytes: int
+    """Of a number in the output layer's product."""
+    casts_head: bool
+    """Whether the output layer's weights are cast for each product (autocast)."""
     checkpoints: bool
     """model.compute.gradient_checkpointing."""
     num_slots: int
@@ -177,7 +179,7 @@ def _rollout(s: Settings) -> Iterator[Part]:
         return
     rows = s.num_slots * s.passes.kv_row
     yield Part("keys and values", rows, 0, 0, f"{s.num_slots} slots x {s.passes.kv_row / 2**20:.0f} MiB")
-    cast = s.model.head * s.compute_bytes if s.casts_weights else 0
+    cast = s.model.head * s.head_bytes if s.casts_head else 0
     work = max(s.passes.reading, s.num_slots * s.model.vocab_size * SAMPLING_BYTES + cast)
     yield Part("rollout passes", work, 0, 0, "reading documents, or sampling from logits")
 
@@ -204,10 +206,10 @@ def _training(s: Settings) -> Iterator[Part]:
 def head_work(s: Settings) -> int:
     """One pass through the output layer with its losses and their gradient; see head.py."""
     model, vocabulary = s.model, s.model.vocab_size
-    logits = max(MIN_ROWS, MAX_LOGITS // vocabulary) * vocabulary * s.compute_bytes
+    logits = max(MIN_ROWS, MAX_LOGITS // vocabulary) * vocabulary * s.head_bytes
     chunk = max(1, CHUNK_LOGITS // vocabulary) * vocabulary * 4 * CHUNK_TENSORS
     so_far = model.head_trained * _gradient_bytes(s)  # the gradient of the passes before this one
-    cast, cast_gradient = (n * s.compute_bytes * s.casts_weights for n in (model.head, model.head_trained))
+    cast, cast_gradient = (n * s.head_bytes * s.casts_head for n in (model.head, model.head_trained))
     return logits + so_far + cast + max(chunk, so_far + cast_gradient)
 
 

@@ -46,6 +46,7 @@ class Policy(nn.Module):
         model: any Hugging Face causal LM with rotary or learned positions and a linear output layer.
         layout: how the body runs over sequences, see packing.py; a model that cannot pack is padded.
         long_context: for models with two sets of rotary frequencies, see rope.py.
+        wide_head: compute the output layer in the precision of its weights where autocast has a lower one.
     """
 
     ENTRANCES = ("advance", "decode", "project", "check", "find_obstacle")
@@ -54,10 +55,14 @@ class Policy(nn.Module):
     Each takes an argument: FSDP2 moves arguments to the device, and on CUDA it fails where there are none."""
 
     def __init__(
-        self, model: PreTrainedModel, layout: LayoutName = "shared_prefix", long_context: bool = False
+        self,
+        model: PreTrainedModel,
+        layout: LayoutName = "shared_prefix",
+        long_context: bool = False,
+        wide_head: bool = True,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._wide_head = model, wide_head
         self._layout: LayoutName = layout
         self._short_context = fix_frequencies(model, long_context)
         if getattr(model.config, "attn_logit_softcapping", None) is not None:
@@ -128,7 +133,9 @@ class Policy(nn.Module):
         return Head(self._head, weights, layer.weight.shape[0])
 
     def _head(self, rows: Tensor) -> Tensor:
-        logits: Tensor = self.model.get_output_embeddings()(rows)
+        layer, device = self.model.get_output_embeddings(), rows.device.type
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self._wide_head):
+            logits: Tensor = layer(rows.to(layer.weight.dtype))
         config = self.model.config
         if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * factor

@@ -8,12 +8,14 @@ grow beyond the model's window where a run can. What the engine recorded has to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError, RetrievalError, RolloutError
 from sdsearch_lightning.losses.logprobs import at_tokens, log_softmax
@@ -39,8 +41,8 @@ PROMPT, FEW = 6, 24
 EXACT, HALF = 1e-3, 0.06
 """Mean difference of log-probs in nats that is rounding: of float32, of half precision. Wrong engines have .1 to 10.
 
-Two passes in bfloat16 differ by .02 to .04: from 16 to 32, where most logits of a pretrained model's likely tokens are,
-its numbers are an eighth apart."""
+Two passes in bfloat16 differ by .02, and by .03 where logits are bfloat16 too: from 16 to 32, where most of a
+pretrained model's likely tokens have them, its numbers are an eighth apart. Of larger ones see `_rounding`."""
 _BREAKS = (RuntimeError, LookupError, TypeError, AttributeError, ValueError)
 """What a model's own code raises where an engine asks it for something that it cannot do."""
 
@@ -50,8 +52,8 @@ class Gap(NamedTuple):
 
     mean: float
     most: float
-    dtype: torch.dtype = torch.float32
-    """What the training pass computed in."""
+    rounding: float = EXACT
+    """What the mean may be, by what the training pass computed in."""
 
 
 @dataclass
@@ -175,8 +177,17 @@ def _compare(policy: Policy, played: Sequence[Trajectory]) -> Gap:
     mine = at_tokens(logprobs, sequences.token_ids[sampled]).double().cpu()
     recorded = torch.tensor([x for t in played for s in t.spans for x in s.logprobs or ()], dtype=torch.float64)
     gaps = (mine - recorded).abs()
-    gaps[gaps.isnan()] = torch.inf
-    return Gap(float(gaps.mean()), float(gaps.max()), logits.dtype)
+    return Gap(float(gaps.mean()), float(gaps.max()), _rounding(logits))
+
+
+def _rounding(logits: Tensor) -> float:
+    """The mean gap that is rounding where a training pass gave these logits [R, V]."""
+    is_half = logits.dtype.itemsize < 4 or torch.is_autocast_enabled(logits.device.type)
+    if not is_half:
+        return EXACT
+    largest = max(float(logits.abs().amax(-1).mean()), 1.0)
+    spacing = torch.finfo(logits.dtype).eps * 2.0 ** math.floor(math.log2(largest))
+    return max(HALF, spacing / 2)
 
 
 def find_exact(engine: Engine, policy: Policy, text_ids: Sequence[int], max_tokens: int) -> tuple[Gap, list[str]]:
@@ -198,8 +209,7 @@ def find_exact(engine: Engine, policy: Policy, text_ids: Sequence[int], max_toke
     while True:
         try:
             gap = measure_gap(engine, policy, text_ids, max_tokens)
-            wide = gap.dtype in (torch.float32, torch.float64) and engine.is_exact
-            if gap.mean <= (EXACT if wide else HALF):
+            if gap.mean <= (gap.rounding if engine.is_exact else max(gap.rounding, HALF)):
                 return gap, reasons
             reasons.append(f"log-probs differ from a training pass by {gap.mean:.2g} nats ({gap.most:.2g} at most)")
         except RolloutError as error:

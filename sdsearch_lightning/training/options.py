@@ -42,5 +42,8 @@ class Compute:
     long_context: bool = False
     """For models with two sets of rotary frequencies (longrope: Phi-3.5, Phi-4-mini): take the set for contexts beyond
     the original one, for all sequences of the run. With false, longer sequences are refused."""
+    wide_head: bool = True
+    """With trainer.precision bf16-mixed, compute logits in float32, as the weights are: in bfloat16 one of 16 to 32 is
+    rounded to an eighth. With false, the output layer is computed as all others are."""
     gradient_checkpointing: bool = False
     """Keep the layers' inputs only and compute the rest again: a third more time for much less memory."""

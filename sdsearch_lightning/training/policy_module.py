@@ -166,7 +166,7 @@ class PolicyModule(ManualStep):
         if self.lora is not None:
             self._adapt(model, self.lora)
         # In training mode, as Lightning expects it; there is no dropout to tell the modes apart.
-        self.policy = Policy(model, self.compute.layout, self.compute.long_context).train()
+        self.policy = Policy(model, self.compute.layout, self.compute.long_context, self.compute.wide_head).train()
         if self.compute.gradient_checkpointing:
             self.policy.checkpoint_gradients()
         if self.device_mesh is None:  # else once all ranks have weights

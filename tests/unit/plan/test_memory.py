@@ -54,7 +54,8 @@ SETTINGS = Settings(
     num_gpus=1,
     copies=("reference",),
     compute_bytes=2,
-    casts_weights=True,
+    head_bytes=2,
+    casts_head=True,
     checkpoints=False,
     num_slots=64,
     engine=0,
@@ -82,7 +83,7 @@ def test_states_of_a_full_training() -> None:
 
 
 def test_fsdp2_divides_all_states_and_gathers_weights() -> None:
-    one, eight = rows(SETTINGS), rows(replace(SETTINGS, parallel="fsdp2", num_gpus=8, casts_weights=False))
+    one, eight = rows(SETTINGS), rows(replace(SETTINGS, parallel="fsdp2", num_gpus=8, casts_head=False))
     for name in ("weights", "reference copy", "optimizer state", "gradients"):
         assert eight[name].backward == one[name].backward / 8
     assert eight["gathered weights"].rollout == 2 * BILLION
@@ -101,7 +102,7 @@ def test_ddp_keeps_gradients_twice_unless_buckets_are_views() -> None:
 
 
 def test_adapters_have_the_only_gradients_and_states() -> None:
-    found = rows(replace(SETTINGS, model=ADAPTERS, copies=(), casts_weights=False))
+    found = rows(replace(SETTINGS, model=ADAPTERS, copies=(), casts_head=False))
     assert found["weights"].backward == 2 * BILLION
     assert found["gradients"].backward == 4 * 10**7 and found["optimizer state"].step == 8 * 10**7
 
@@ -121,9 +122,9 @@ def test_the_output_layer() -> None:
     logits, chunk = 512 * 2**17 * 2, 128 * 2**17 * 4 * CHUNK_TENSORS
     so_far, cast, new = 4 * 10**8, 2 * 10**8, 4 * 10**8 + 2 * 10**8
     assert head_work(SETTINGS) == logits + so_far + cast + max(chunk, new)
-    frozen = replace(SETTINGS, model=ADAPTERS, casts_weights=False)
+    frozen = replace(SETTINGS, model=ADAPTERS, casts_head=False)
     assert head_work(frozen) == logits + chunk
-    assert head_work(replace(frozen, compute_bytes=4)) == 2 * logits + chunk
+    assert head_work(replace(frozen, head_bytes=4)) == 2 * logits + chunk
 
 
 def test_rollouts() -> None:

@@ -204,14 +204,17 @@ def test_names_of_precisions_and_devices() -> None:
 
 def test_settings_come_from_the_keys_of_fit(small: str) -> None:
     mixed = planned(small, "--trainer.precision", "bf16-mixed", "--model.teacher", "EMATeacher")[2]
-    assert (mixed.copies, mixed.casts_weights, mixed.compute_bytes) == (["reference", "teacher"], True, 2)
+    assert (mixed.copies, mixed.compute_bytes) == (["reference", "teacher"], 2)
+    assert (mixed.head_bytes, mixed.casts_head) == (4, False)
+    narrow = planned(small, "--trainer.precision", "bf16-mixed", "--model.compute.wide_head", "false")[2]
+    assert (narrow.head_bytes, narrow.casts_head) == (2, True)
     assert mixed.model.weight_bytes == 4 * mixed.model.num_parameters
     true = planned(small, "--trainer.precision", "bf16-true", "--model.kl_coef", "0")[2]
-    assert (true.copies, true.casts_weights, true.compute_bytes) == ([], False, 2)
+    assert (true.copies, true.compute_bytes, true.head_bytes, true.casts_head) == ([], 2, 2, False)
     assert true.model.weight_bytes == 2 * true.model.num_parameters
     keys = ["--trainer.precision", "bf16-mixed", "--trainer.devices", "4", "--trainer.num_nodes", "2"]
     sharded = planned(small, *keys, "--trainer.strategy", "fsdp2")[2]
-    assert (sharded.parallel, sharded.shards, sharded.casts_weights) == ("fsdp2", 8, False)
+    assert (sharded.parallel, sharded.shards, sharded.head_bytes, sharded.casts_head) == ("fsdp2", 8, 2, False)
     assert sharded.model.weight_bytes == mixed.model.weight_bytes
     assert planned(small, *keys)[2].parallel == "ddp"
     with pytest.raises(ConfigError, match="deepspeed"):

@@ -131,6 +131,18 @@ def test_softcapped_models_keep_their_cap(policy: Policy, monkeypatch: pytest.Mo
     assert near(capped, 0.5 * torch.tanh(plain / 0.5)) and not near(capped, plain)
 
 
+def test_under_autocast_the_output_layer_keeps_the_precision_of_its_weights() -> None:
+    """Logits of 16 to 32 are rounded to an eighth in bfloat16: .03 nats on a pretrained model."""
+    model, generator = tiny_model("llama", torch.float32), torch.Generator().manual_seed(0)
+    hidden = 30 * torch.randn(3, 16, generator=generator)
+    exact = Policy(model).project(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        wide, narrow = Policy(model).project(hidden), Policy(model, wide_head=False).project(hidden)
+    assert torch.equal(wide, exact) and narrow.dtype == torch.bfloat16 and not torch.equal(narrow.float(), exact)
+    half = tiny_model("llama", torch.bfloat16)
+    assert Policy(half).project(hidden.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("weights", "kept"),
     [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],

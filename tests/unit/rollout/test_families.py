@@ -20,7 +20,7 @@ from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
 from sdsearch_lightning.rollout.engine import Engine, run_awake
-from sdsearch_lightning.rollout.probe import PLANS, find_exact, measure_gap, probe_requests
+from sdsearch_lightning.rollout.probe import EXACT, HALF, PLANS, Gap, find_exact, measure_gap, probe_requests
 from sdsearch_lightning.types import Trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers tells of kernels that are not installed
@@ -124,6 +124,29 @@ def test_the_probe_sees_weights_that_did_not_arrive() -> None:
 
     with torch.no_grad(), pytest.raises(ConfigError, match="Stale does not sample from the policy that is trained"):
         find_exact(Stale(8), policy, TEXT, MAX_TOKENS)
+
+
+def test_what_is_rounding_follows_the_precision_and_the_size_of_logits() -> None:
+    """In bfloat16 numbers from 64 to 128 are a half apart; computed in it, logits of float32 differ less."""
+    policy = Policy(family_model("llama", torch.float32)).eval()
+    narrow = Policy(policy.model, wide_head=False)
+
+    def rounding(policy: Policy, is_half: bool = True) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            return measure_gap(GenerateEngine(8), policy, TEXT, MAX_TOKENS).rounding
+
+    with torch.no_grad():
+        assert rounding(policy, is_half=False) == EXACT
+        assert rounding(policy) == rounding(narrow) == HALF
+        policy.model.get_output_embeddings().weight.mul_(1000)
+        assert rounding(policy) == HALF < rounding(narrow)
+
+    class Rounded(GenerateEngine):
+        is_exact = False
+
+    with torch.no_grad():
+        gap, reasons = find_exact(Rounded(8), policy, TEXT, MAX_TOKENS)
+    assert isinstance(gap, Gap) and gap.mean < 1e-4 and not reasons
 
 
 def test_longrope_has_one_regime_per_run() -> None:

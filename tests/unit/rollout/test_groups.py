@@ -17,6 +17,7 @@ from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import Engine, GenerateEngine, SearchPool, SlotEngine
 from sdsearch_lightning.rollout.groups import GroupSampler, Scoring
+from sdsearch_lightning.rollout.probe import EXACT
 from sdsearch_lightning.scoring.advantages import group_relative
 from sdsearch_lightning.scoring.rewards import ExactMatchReward, F1LabelRule
 from sdsearch_lightning.types import RolloutRequest, Trajectory
@@ -111,7 +112,7 @@ class Honest(GenerateEngine):
 def test_an_engine_is_proven_without_a_trainer(word_codec: TokenCodec, searches: SearchPool, engine: Engine) -> None:
     sampler = make_sampler(word_codec, searches, engine)
     gap, reasons = sampler.prove_engine()
-    assert gap.most < 1e-10 and gap.dtype == torch.float64 and not reasons
+    assert gap.most < 1e-10 and gap.rounding == EXACT and not reasons
     assert sampler.run(sampler.requests(TALK_QUESTIONS, IDS, 1)).trajectories, "attached to the rollouts again"
 
 

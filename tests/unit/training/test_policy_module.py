@@ -116,6 +116,13 @@ def test_a_model_that_cannot_pack_is_padded_and_says_so() -> None:
     make_module(tiny_model("bloom", n_head=2, n_layer=2), compute=Compute(layout="padded"))  # asked for: no warning
 
 
+@pytest.mark.parametrize(("options", "dtype"), [({}, torch.float32), ({"wide_head": False}, torch.bfloat16)])
+def test_the_precision_of_the_output_layer_can_be_chosen(options: dict[str, bool], dtype: torch.dtype) -> None:
+    module = make_module(tiny_model(dtype=torch.float32), compute=Compute(**options))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.policy.logits(PackedSequences.pack(SEQUENCES), torch.tensor([2])).dtype == dtype
+
+
 def test_gradient_checkpointing_is_that_of_compute() -> None:
     module = make_module(compute=Compute(gradient_checkpointing=True))
     assert checkpoints(module)
