@@ -87,7 +87,7 @@ class NaiveTeacher:
         """The rows at query tokens."""
         logits = self.module.policy.model(**self.inputs, use_cache=False).logits[self.row, self.column - 1]
         return summarize_teacher(
-            logits, logits, self.tokens, self.module.divergence.teacher_top_k, self.module.environment_ids
+            logits, logits, self.tokens, self.module.divergence.teacher_top_k, self.module.controls
         )
 
 

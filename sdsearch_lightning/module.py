@@ -39,6 +39,7 @@ from sdsearch_lightning.step.collate import (
     weigh,
     with_idle_teacher,
 )
+from sdsearch_lightning.step.control_tokens import ControlTokens
 from sdsearch_lightning.step.credit import Credits, credit_rollouts, credit_table
 from sdsearch_lightning.step.metrics import (
     DISTILLATION_SUMS,
@@ -71,6 +72,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         divergence: distance of student and teacher at query tokens: the self-distillation loss.
         teacher: whose weights the teacher has: the policy's own at that moment (LiveTeacher, the paper), or a copy's.
         positions: tokens where student and teacher are compared: queries (the paper), or policy, all that it wrote.
+        exclude_tags: leave tokens that begin a tag, end a turn or are special out of the divergence at queries, where
+            none may be written, and renormalise both sides. false: the paper's letter, with which runs collapsed.
         policy_coef: weight of the policy-gradient loss; 0 distils only.
         entropy_coef: weight of the entropy at each kind of token; a bonus above 0, a penalty below.
         tis_cap: cap of truncated importance sampling, on the ratio of the policy's probability of a token to the
@@ -93,6 +96,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
     """
 
     environment_ids: Tensor
+    policy_tag_ids: Tensor
 
     def __init__(
         self,
@@ -101,6 +105,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         divergence: Divergence = JensenShannon(),  # noqa: B008  (stateless)
         teacher: Teacher = LiveTeacher(),  # noqa: B008  (attached anew by each run)
         positions: Positions = "queries",
+        exclude_tags: bool = True,
         policy_coef: float = 1.0,
         entropy_coef: EntropyCoefs = EntropyCoefs(),  # noqa: B008  (frozen)
         tis_cap: float | None = None,
@@ -120,7 +125,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         # An impossible aggregation is refused here, not in the first step.
         token_weights(torch.zeros(1, 1, dtype=torch.bool), aggregation, aggregation_norm)
         self.divergence, self.teacher = Divergence.adopt(divergence), Teacher.adopt(teacher)
-        self.positions = positions
+        self.positions, self.exclude_tags = positions, exclude_tags
         self.policy_terms = PolicyTerms(clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature)
         self.aggregation, self.aggregation_norm, self.num_updates = aggregation, aggregation_norm, num_updates
         self._needs_old_logprobs = num_updates > 1 and (old_logprobs == "trainer" or tis_cap is not None)
@@ -140,9 +145,9 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""
         disable_dropout(model)
         super().attach(model, tokenizer)
-        tags = [self.codec.encode(f"<{slash}{self.protocol.documents_tag}>") for slash in ("", "/")]
-        whole = [ids[0] for ids in tags if len(ids) == 1]
-        self.register_buffer("environment_ids", torch.tensor(whole, dtype=torch.long), persistent=False)
+        controls = ControlTokens.of(self.codec, self.protocol, self.exclude_tags)
+        self.register_buffer("environment_ids", controls.environment, persistent=False)
+        self.register_buffer("policy_tag_ids", controls.policy, persistent=False)
         if self.policy_terms.kl_coef > 0:
             # Adapters switched off are the initial policy: it takes no copy.
             self.reference = (
@@ -150,6 +155,12 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             )
         self.teacher_policy = self.teacher.attach(self.policy)
         self.divergence.check(len(tokenizer))
+
+    @property
+    def controls(self) -> ControlTokens:
+        """Tokens that steer a rollout, on the module's device."""
+        is_excluded = self.exclude_tags and self.positions == "queries"  # elsewhere tags are what is learnt
+        return ControlTokens(self.environment_ids, self.policy_tag_ids, is_excluded)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """All updates of one rollout batch; logs, and writes `batch.credit`."""
@@ -255,10 +266,10 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """
         assert batch.teacher is not None and batch.teacher_query_row is not None, "the batch has no teacher's side"
         tokens = batch.teacher.token_ids[batch.teacher_query_row]
-        top_k = self.divergence.teacher_top_k
+        top_k, controls = self.divergence.teacher_top_k, self.controls
 
         def read(chunk: Chunk) -> tuple[Tensor, TeacherRows]:
-            rows = summarize_teacher(chunk.logits, chunk.hidden, tokens[chunk.rows], top_k, self.environment_ids)
+            rows = summarize_teacher(chunk.logits, chunk.hidden, tokens[chunk.rows], top_k, controls)
             return chunk.logits.new_zeros(0), rows
 
         outcome: Outcome = self.teacher.policy(self.policy)(batch.teacher, [Reading(batch.teacher_query_row, read)])
@@ -276,7 +287,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """
         source = self.teacher.policy(self.policy)
         project = None if source is self.policy else source.project
-        student = Student(batch, self.policy_terms, self.divergence, teacher, self.environment_ids, project)
+        student = Student(batch, self.policy_terms, self.divergence, teacher, self.controls, project)
         return student.step(self.policy, self.jsd_weight, self.reference)
 
     def _log_step(self, tally: StepTally, blocks: Sequence[HindsightBlock | None], learning_rate: float) -> None:
@@ -285,7 +296,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         if self.trainer.world_size > 1:
             values = self.sum_over_ranks(values)
         totals = dict(zip(names, values.tolist(), strict=True))
-        means = step_means(totals, self.num_updates, sees_tags=len(self.environment_ids) > 0)
+        seen = {"environment": len(self.environment_ids) > 0, "policy_tag": self.positions == "queries"}
+        means = step_means(totals, self.num_updates, [name for name, is_seen in seen.items() if is_seen])
         applied = max(self.num_updates - tally.skipped, 1)
         means |= {
             **{f"train/{name}": tally.sums[name] / applied for name in ("grad_norm", "update_ratio")},

@@ -120,6 +120,12 @@ class TokenCodec:
         """Whether a tag or a special token stands in `text`."""
         return self._control.search(text) is not None
 
+    def beginnings(self, tags: Sequence[str]) -> tuple[int, ...]:
+        """Ids of tokens with which one of `tags` can begin: a whole tag or a piece of it, spaces before it or not."""
+        texts = self._backend.decode_batch([[i] for i in range(len(self.tokenizer))], skip_special_tokens=False)
+        read = ((i, text.lstrip()) for i, text in enumerate(texts))
+        return tuple(i for i, text in read if text and any(t.startswith(text) or text.startswith(t) for t in tags))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The exact text of `token_ids`, special tokens included."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=False))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sdsearch_lightning.losses.logprobs import entropy
+from sdsearch_lightning.step.control_tokens import ControlTokens
 from sdsearch_lightning.step.teacher_rows import TeacherRows
 
 POLICY_SUMS = ("policy_tokens", "entropy", "clipped", "logprob_gap", "searched_tokens", "query_entropy")
@@ -27,6 +28,8 @@ DISTILLATION_SUMS = (
     "teacher_entropy",
     "environment_mass_student",
     "environment_mass_teacher",
+    "policy_tag_mass_student",
+    "policy_tag_mass_teacher",
 )
 
 
@@ -87,7 +90,7 @@ def policy_sums(
 
 @torch.no_grad()
 def distillation_sums(
-    jsd: Tensor, student_logprobs: Tensor, chosen: Tensor, teacher: TeacherRows, environment_ids: Tensor
+    jsd: Tensor, student_logprobs: Tensor, chosen: Tensor, teacher: TeacherRows, controls: ControlTokens
 ) -> dict[str, Tensor]:
     """Sums over the Q taught query tokens of a micro-batch.
 
@@ -96,8 +99,9 @@ def distillation_sums(
         student_logprobs: [Q, V].
         chosen: [Q] of the sampled tokens.
         teacher: its rows.
-        environment_ids: [E] tokens that only the environment writes.
+        controls: tokens that steer a rollout.
     """
+    environment_mass, policy_tag_mass = controls.masses(student_logprobs.exp())
     return {
         "query_tokens": torch.tensor(len(jsd)),
         "jsd": jsd.sum(),
@@ -105,19 +109,24 @@ def distillation_sums(
         "teacher_logprob": teacher.logprob.sum(),
         "student_entropy": entropy(student_logprobs).sum(),
         "teacher_entropy": teacher.entropy.sum(),
-        "environment_mass_student": student_logprobs[:, environment_ids].exp().sum(),
+        "environment_mass_student": environment_mass.sum(),
         "environment_mass_teacher": teacher.environment_mass.sum(),
+        "policy_tag_mass_student": policy_tag_mass.sum(),
+        "policy_tag_mass_teacher": teacher.policy_tag_mass.sum(),
     }
 
 
-def step_means(totals: Mapping[str, float], num_updates: int, sees_tags: bool = True) -> dict[str, float]:
+def step_means(
+    totals: Mapping[str, float], num_updates: int, masses: Sequence[str] = ("environment", "policy_tag")
+) -> dict[str, float]:
     """Metric keys and values of a step from its sums over all micro-batches and ranks.
 
     Args:
         totals: sums by the names above. Losses are sums of weighted terms, so their totals are the losses themselves,
             once per update.
         num_updates: updates the totals cover.
-        sees_tags: whether the environment has a tag of one token, whose probability says something.
+        masses: of which tokens the probability says something: the environment's, where a tag of it is one token; the
+            policy's, where it may not write them.
     """
     tokens = max(totals["policy_tokens"], 1.0)
     means = {f"train/{name}": totals[name] / num_updates for name in ("loss", "policy_loss", "kl", "entropy_loss")}
@@ -140,9 +149,6 @@ def step_means(totals: Mapping[str, float], num_updates: int, sees_tags: bool = 
             "distill/teacher_entropy": totals["teacher_entropy"] / queries,
             "distill/entropy_gap": (totals["student_entropy"] - totals["teacher_entropy"]) / queries,
         }
-    if queries and sees_tags:
-        means |= {
-            "distill/environment_mass_student": totals["environment_mass_student"] / queries,
-            "distill/environment_mass_teacher": totals["environment_mass_teacher"] / queries,
-        }
+        for name in (f"{of}_mass_{side}" for of in masses for side in ("student", "teacher")):
+            means[f"distill/{name}"] = totals[name] / queries
     return means

@@ -22,6 +22,7 @@ from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.lora import Reference
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.step.collate import SearchBatch
+from sdsearch_lightning.step.control_tokens import ControlTokens
 from sdsearch_lightning.step.credit import CreditRows
 from sdsearch_lightning.step.metrics import distillation_sums
 from sdsearch_lightning.step.policy_terms import PolicyTerms
@@ -83,7 +84,7 @@ class Student:
         policy_terms: of the policy's tokens.
         divergence: from the teacher at query tokens.
         teacher: its rows; None leaves the JSD out.
-        environment_ids: [E] tokens that only the environment writes.
+        controls: tokens that steer a rollout.
         project: [R, H] -> [R, V], the output layer of a teacher that is a copy; None for the policy itself, whose rows
             share the student's pass.
     """
@@ -94,11 +95,11 @@ class Student:
         policy_terms: PolicyTerms,
         divergence: Divergence,
         teacher: TeacherRows | None,
-        environment_ids: Tensor,
+        controls: ControlTokens,
         project: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._batch, self._policy_terms, self._divergence = batch, policy_terms, divergence
-        self._environment_ids, self._project = environment_ids, project
+        self._controls, self._project = controls, project
         queries = batch.query_row if teacher is not None else batch.query_row[:0]
         is_other = batch.policy_weight != 0
         is_other[queries] = False
@@ -156,11 +157,11 @@ class Student:
             with torch.no_grad():
                 paired = self._project(teacher.hidden)
         logits = chunk.logits.to(wide_dtype(chunk.logits.dtype))
-        jsd = divergence_to_teacher(self._divergence, logits, teacher, paired)
+        jsd = divergence_to_teacher(self._divergence, logits, teacher, paired, self._controls)
         with torch.no_grad():
             logprobs, found = log_softmax(logits), jsd.detach()
             student = at_tokens(logprobs, tokens)
-            sums = distillation_sums(found, logprobs, student, teacher, self._environment_ids)
+            sums = distillation_sums(found, logprobs, student, teacher, self._controls)
         return jsd, sums, CreditRows(found, student, teacher.logprob, teacher.top_ids, teacher.top_probs)
 
 

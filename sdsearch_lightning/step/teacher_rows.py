@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdsearch_lightning.losses.divergences import Divergence
 from sdsearch_lightning.losses.logprobs import at_tokens, entropy, log_softmax
+from sdsearch_lightning.step.control_tokens import ControlTokens
 
 Rows = TypeVar("Rows", bound=Any)
 """A dataclass of columns with one first dimension; a column may be None, in all parts alike."""
@@ -38,6 +39,8 @@ class TeacherRows:
     """[Q] of the token that was sampled."""
     environment_mass: Tensor
     """[Q] probability of tokens that only the environment may write."""
+    policy_tag_mass: Tensor
+    """[Q] probability of the other tokens that steer a rollout."""
     top_ids: Tensor
     """[Q, NUM_TOP]."""
     top_probs: Tensor
@@ -49,7 +52,7 @@ class TeacherRows:
 
 
 def summarize_teacher(
-    logits: Tensor, hidden: Tensor, tokens: Tensor, top_k: int | None, environment_ids: Tensor
+    logits: Tensor, hidden: Tensor, tokens: Tensor, top_k: int | None, controls: ControlTokens
 ) -> TeacherRows:
     """Reduce the teacher's logits [Q, V] to what the loss and the report need.
 
@@ -58,27 +61,33 @@ def summarize_teacher(
         hidden: [Q, H] the rows they came from.
         tokens: [Q] the sampled tokens.
         top_k: support of the divergence; None, or one beyond V, = full vocabulary.
-        environment_ids: [E] tokens that only the environment writes.
+        controls: tokens that steer a rollout.
     """
     logprobs = log_softmax(logits)
     probs = logprobs.exp()
     top = probs.topk(min(NUM_TOP, logits.shape[-1]), dim=-1)
     limited = top_k is not None and top_k < logits.shape[-1]
-    kept, support = logits.topk(top_k, dim=-1) if limited else (None, None)  # type: ignore[arg-type]
+    kept, support = controls.top(logits, top_k) if limited else (None, None)  # type: ignore[arg-type]
+    environment_mass, policy_tag_mass = controls.masses(probs)
     return TeacherRows(
         support=support,
         logits=kept,
         hidden=None if limited else hidden,
         entropy=entropy(logprobs),
         logprob=at_tokens(logprobs, tokens),
-        environment_mass=probs[:, environment_ids].sum(-1),
+        environment_mass=environment_mass,
+        policy_tag_mass=policy_tag_mass,
         top_ids=top.indices,
         top_probs=top.values,
     )
 
 
 def divergence_to_teacher(
-    divergence: Divergence, student_logits: Tensor, teacher: TeacherRows, teacher_logits: Tensor | None
+    divergence: Divergence,
+    student_logits: Tensor,
+    teacher: TeacherRows,
+    teacher_logits: Tensor | None,
+    controls: ControlTokens,
 ) -> Tensor:
     """[Q] divergence of the student from the teacher, on the teacher's support, both renormalised there.
 
@@ -87,12 +96,13 @@ def divergence_to_teacher(
         student_logits: [Q, V], with gradient.
         teacher: its rows.
         teacher_logits: [Q, V] from `teacher.hidden`; None with a top-k support.
+        controls: tokens that steer a rollout; of a top-k support they are left out already.
     """
     if teacher.support is not None:
         assert teacher.logits is not None
         return divergence.divergence(student_logits.gather(1, teacher.support), teacher.logits)
     assert teacher_logits is not None
-    return divergence.divergence(student_logits, teacher_logits.detach())
+    return divergence.divergence(controls.compared(student_logits), controls.compared(teacher_logits.detach()))
 
 
 def join(parts: Sequence[Rows]) -> Rows:

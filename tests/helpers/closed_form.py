@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.training_rollouts import TRAINING_CODEC
+from helpers.training_rollouts import TRAINING_CODEC, TRAINING_PROTOCOL, TRAINING_TOKENIZER
 from helpers.trajectories import query_mask
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.types import RolloutGroup
@@ -34,6 +34,8 @@ def closed_form(
     model, judged = module.policy.model, [[t for t in g.trajectories if t.label is not None] for g in groups]
     num_tokens = sum(sum(t.policy_mask) for ts in judged for t in ts)
     num_searching = sum(any(query_mask(t)) for ts in judged for t in ts)
+    steering = {*TRAINING_TOKENIZER.all_special_ids, *TRAINING_TOKENIZER.convert_tokens_to_ids(TRAINING_PROTOCOL.tags)}
+    said = [i for i in range(model.config.vocab_size) if i not in steering or not module.exclude_tags]
     policy_loss, jsd_loss, kl = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     for trajectories, group_weight, text in zip(judged, group_weights, block_texts, strict=True):
         for t in trajectories:
@@ -64,7 +66,10 @@ def closed_form(
             student = logprob_rows(model, tokens)
             teacher = logprob_rows(model, prompt + tokens[t.prompt_length :]).detach()
             for i in queries:
-                p, q = teacher[i + len(prompt) - t.prompt_length].exp(), student[i].exp()
+                p, q = (
+                    row[said] / row[said].sum()
+                    for row in (teacher[i + len(prompt) - t.prompt_length].exp(), student[i].exp())
+                )
                 m = (p + q) / 2
                 jsd = ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
                 jsd_loss = jsd_loss + group_weight * jsd / len(queries) / num_searching

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.losses.terms import Terms
+from sdsearch_lightning.step.control_tokens import ControlTokens
 from sdsearch_lightning.step.metrics import (
     DISTILLATION_SUMS,
     POLICY_SUMS,
@@ -21,7 +22,7 @@ from sdsearch_lightning.step.metrics import (
 from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
 
 R, V = 7, 5
-ENVIRONMENT = torch.tensor([1, 3])
+CONTROLS = ControlTokens(torch.tensor([1, 3]), torch.tensor([2]), is_excluded=True)
 
 
 def logprobs(rows: int, seed: int = 0) -> Tensor:
@@ -30,7 +31,7 @@ def logprobs(rows: int, seed: int = 0) -> Tensor:
 
 
 def teacher_rows(rows: Tensor) -> TeacherRows:
-    return summarize_teacher(rows, rows, torch.zeros(len(rows), dtype=torch.long), None, ENVIRONMENT)
+    return summarize_teacher(rows, rows, torch.zeros(len(rows), dtype=torch.long), None, CONTROLS)
 
 
 def entropy_by_hand(row: list[float]) -> float:
@@ -59,7 +60,7 @@ def test_policy_sums_by_hand() -> None:
 def test_distillation_sums_by_hand() -> None:
     student, teacher = logprobs(3, 1), logprobs(3, 2)
     jsd = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    sums = distillation_sums(jsd, student, student[:, 4], teacher_rows(teacher), ENVIRONMENT)
+    sums = distillation_sums(jsd, student, student[:, 4], teacher_rows(teacher), CONTROLS)
     assert sums["student_logprob"].item() == pytest.approx(student[:, 4].sum().item())
     assert sums["teacher_logprob"].item() == pytest.approx(teacher[:, 0].sum().item())
     assert sums["query_tokens"].item() == 3
@@ -68,13 +69,14 @@ def test_distillation_sums_by_hand() -> None:
         assert sums[f"{name}_entropy"].item() == pytest.approx(math.fsum(map(entropy_by_hand, rows.tolist())))
         mass = math.fsum(math.exp(row[1]) + math.exp(row[3]) for row in rows.tolist())
         assert sums[f"environment_mass_{name}"].item() == pytest.approx(mass)
+        assert sums[f"policy_tag_mass_{name}"].item() == pytest.approx(sum(math.exp(row[2]) for row in rows.tolist()))
     assert set(sums) == set(DISTILLATION_SUMS)
 
 
 def test_sums_carry_no_graph() -> None:
     rows = logprobs(3).requires_grad_()
     sums = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0], torch.ones(3, dtype=torch.bool), 0.2, 0.2)
-    sums |= distillation_sums(rows[:, 0], rows, rows[:, 1], teacher_rows(rows), ENVIRONMENT)
+    sums |= distillation_sums(rows[:, 0], rows, rows[:, 1], teacher_rows(rows), CONTROLS)
     assert not any(value.requires_grad for value in sums.values())
 
 
@@ -121,6 +123,8 @@ def test_step_means_by_hand() -> None:
             teacher_entropy=6.0,
             environment_mass_student=0.4,
             environment_mass_teacher=0.2,
+            policy_tag_mass_student=0.8,
+            policy_tag_mass_teacher=1.6,
         ),
         num_updates=2,
     )
@@ -144,6 +148,8 @@ def test_step_means_by_hand() -> None:
             "distill/entropy_gap": 0.5,
             "distill/environment_mass_student": 0.1,
             "distill/environment_mass_teacher": 0.05,
+            "distill/policy_tag_mass_student": 0.2,
+            "distill/policy_tag_mass_teacher": 0.4,
             "distill/teacher_rows": 4.0,
         }
     )
