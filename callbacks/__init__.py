@@ -4,6 +4,7 @@ if __name__ == "callbacks":
     # Imported as a top-level package, every class would exist twice.
     raise ImportError("import this package as sdsearch_lightning.callbacks")
 
+from sdsearch_lightning.callbacks.credit_weight_scheduler import CreditWeightScheduler
 from sdsearch_lightning.callbacks.graceful_stop import GracefulStop
 from sdsearch_lightning.callbacks.hindsight_construction import HindsightConstruction
 from sdsearch_lightning.callbacks.jsd_weight_scheduler import JSDWeightScheduler
@@ -13,6 +14,7 @@ from sdsearch_lightning.callbacks.training_health import TrainingHealth
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 
 __all__ = [
+    "CreditWeightScheduler",
     "GracefulStop",
     "HindsightConstruction",
     "JSDWeightScheduler",

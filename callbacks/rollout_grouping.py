@@ -21,7 +21,9 @@ from sdsearch_lightning.retrieval import check_retriever
 from sdsearch_lightning.rollout import Engine, SearchPool, SlotEngine
 from sdsearch_lightning.rollout.groups import GroupSampler, Scoring, WindowResult
 from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics, window_totals
+from sdsearch_lightning.scoring import policy_credit  # noqa: F401  (short names in YAML)
 from sdsearch_lightning.scoring.advantages import AdvantageScale
+from sdsearch_lightning.scoring.query_credit import CreditScale, QueryCredit
 from sdsearch_lightning.scoring.rewards import AutoRefineReward, F1LabelRule, LabelRule, Reward
 from sdsearch_lightning.training.fsdp2 import gathered
 from sdsearch_lightning.types import Limits, RolloutRequest, Sampling, StepBatch, Trajectory
@@ -45,6 +47,10 @@ class RolloutGrouping(pl.Callback):
         max_tokens: tokens of a whole rollout: prompt, what the policy writes, and observations.
         eval_samples: sampled rollouts per question in evaluation, beside the greedy one.
         reward: scores a rollout; advantages are made of it.
+        credit: gives each search a number of its own, which is added to the advantage of its tokens, see credit.weight;
+            null: all tokens of a rollout have its advantage (GRPO).
+        credit_scale: credit is standardised over the searches of the whole step, or of its group; none leaves it as it
+            is.
         label: tells the hindsight block whether a rollout was CORRECT or INCORRECT, independent of the reward.
         advantage_scale: what advantages are divided by: std, the group's standard deviation (GRPO), or none (Dr. GRPO).
         engine: runs the rollouts. One with vLLM: sdsearch_lightning.rollout.vllm.VLLMEngine.
@@ -67,6 +73,8 @@ class RolloutGrouping(pl.Callback):
         max_tokens: int = 6656,
         eval_samples: int = 0,
         reward: Reward = AutoRefineReward(),  # noqa: B008  (stateless)
+        credit: QueryCredit | None = None,
+        credit_scale: CreditScale = "step",
         label: LabelRule = F1LabelRule(),  # noqa: B008  (stateless)
         advantage_scale: AdvantageScale = "std",
         engine: Engine = SlotEngine(),  # noqa: B008  (attached anew by each run)
@@ -87,6 +95,7 @@ class RolloutGrouping(pl.Callback):
         self.sampling, self.top_k = Sampling(temperature, top_p), top_k
         self.limits = Limits(max_searches, max_invalid_actions, max_turn_tokens, max_observation_tokens, max_tokens)
         self.scoring, self.engine = Scoring(reward, label, advantage_scale), Engine.adopt(engine)
+        self.credit, self.credit_scale = credit and QueryCredit.adopt(credit), credit_scale
         self.refill_attempts, self.max_error_fraction = refill_attempts, max_error_fraction
         self._searches: SearchPool | None = None
         self._too_long: set[str] = set()
@@ -137,6 +146,8 @@ class RolloutGrouping(pl.Callback):
                 self.seed,
                 opened,
                 module.sum_over_ranks,
+                self.credit,
+                self.credit_scale,
             )
             if self.engine.draws and not self._is_proven:
                 self._prove(module.sampler)
@@ -176,7 +187,7 @@ class RolloutGrouping(pl.Callback):
         if self.refill_attempts:
             pool, rank = trainer.datamodule.training_questions, trainer.global_rank  # type: ignore[attr-defined]
             groups = sampler.refill(groups, pool, pool.rows_per_epoch, self.refill_attempts, step, rank)
-        batch.groups = groups
+        batch.groups = sampler.credited(groups)
         group_metrics = rollout_metrics(batch.groups)
         pl_module.log_dict(group_metrics, batch_size=len(batch), sync_dist=trainer.world_size > 1)
         self._stop_if_broken(pl_module, window.trajectories)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
-from sdsearch_lightning.losses.terms import Terms, total_loss
+from sdsearch_lightning.losses.terms import total_loss
 from sdsearch_lightning.losses.weights import AggregationMode, EntropyCoefs, token_weights
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.loading import disable_dropout
@@ -41,17 +41,13 @@ from sdsearch_lightning.step.collate import (
 )
 from sdsearch_lightning.step.control_tokens import ControlTokens
 from sdsearch_lightning.step.credit import Credits, credit_rollouts, credit_table
-from sdsearch_lightning.step.metrics import (
-    DISTILLATION_SUMS,
-    POLICY_SUMS,
-    StepTally,
-    step_means,
-)
+from sdsearch_lightning.step.metrics import StepTally
 from sdsearch_lightning.step.old_logprobs import OldLogprobs, read_logprobs, with_old_logprobs
 from sdsearch_lightning.step.policy_terms import PolicyTerms
 from sdsearch_lightning.step.student import StepSums as StepSums, Student
 from sdsearch_lightning.step.taught_spans import Positions
 from sdsearch_lightning.step.teacher_rows import TeacherRows, join, summarize_teacher
+from sdsearch_lightning.step.token_advantages import CreditPlacement
 from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
 from sdsearch_lightning.training.options import OptimizerSpec, adamw
 from sdsearch_lightning.training.policy_module import PolicyModule
@@ -131,6 +127,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         self._needs_old_logprobs = num_updates > 1 and (old_logprobs == "trainer" or tis_cap is not None)
         self.jsd_weight = 0.0
         """Weight of the JSD loss; JSDWeightScheduler sets it before each step. At 0 there is no teacher at all."""
+        self.credit = CreditPlacement()
+        """How the credit of a search reaches its tokens; CreditWeightScheduler sets it before each step."""
         self.reference: Policy | Reference | None = None  # both copies are made in `attach`
         self.teacher_policy: Policy | None = None
         self.sampler: GroupSampler | None = None
@@ -145,9 +143,9 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """See `PolicyModule.attach`; also turns dropout off and freezes the reference where there is one."""
         disable_dropout(model)
         super().attach(model, tokenizer)
-        controls = ControlTokens.of(self.codec, self.protocol, self.exclude_tags)
-        self.register_buffer("environment_ids", controls.environment, persistent=False)
-        self.register_buffer("policy_tag_ids", controls.policy, persistent=False)
+        steering = self.codec.steering_ids(self.protocol.tags, self.protocol.documents_tag)
+        for name, ids in zip(("environment_ids", "policy_tag_ids"), steering, strict=True):
+            self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
         if self.policy_terms.kl_coef > 0:
             # Adapters switched off are the initial policy: it takes no copy.
             self.reference = (
@@ -159,8 +157,9 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
     @property
     def controls(self) -> ControlTokens:
         """Tokens that steer a rollout, on the module's device."""
-        is_excluded = self.exclude_tags and self.positions == "queries"  # elsewhere tags are what is learnt
-        return ControlTokens(self.environment_ids, self.policy_tag_ids, is_excluded)
+        if self.positions == "queries":
+            return ControlTokens(self.environment_ids, self.policy_tag_ids, self.exclude_tags)
+        return ControlTokens(self.environment_ids, self.policy_tag_ids[:0], False)  # tags are learnt there
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """All updates of one rollout batch; logs, and writes `batch.credit`."""
@@ -240,7 +239,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
     def collate(self, rollouts: Sequence[WeightedRollout]) -> SearchBatch:
         """One micro-batch; the teacher's side is left out while the JSD weighs nothing."""
         prompt = self.teacher_prompt if self.jsd_weight > 0 else None
-        return collate(rollouts, prompt, self.positions, self.policy.dtype, self.policy.layout.cuts_teacher)
+        cut, dtype = self.policy.layout.cuts_teacher, self.policy.dtype
+        return collate(rollouts, prompt, self.positions, dtype, cut, self.credit)
 
     def teacher_prompt(self, trajectory: Trajectory, block_text: str) -> Sequence[int]:
         """Token ids of the trajectory's prompt with a hindsight block."""
@@ -291,22 +291,10 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         return student.step(self.policy, self.jsd_weight, self.reference)
 
     def _log_step(self, tally: StepTally, blocks: Sequence[HindsightBlock | None], learning_rate: float) -> None:
-        names = ["loss", *Terms._fields, *POLICY_SUMS, *DISTILLATION_SUMS]
-        values = torch.tensor([tally.sums[name] for name in names], dtype=torch.float64)
-        if self.trainer.world_size > 1:
-            values = self.sum_over_ranks(values)
-        totals = dict(zip(names, values.tolist(), strict=True))
-        seen = {"environment": len(self.environment_ids) > 0, "policy_tag": self.positions == "queries"}
-        means = step_means(totals, self.num_updates, [name for name, is_seen in seen.items() if is_seen])
-        applied = max(self.num_updates - tally.skipped, 1)
-        means |= {
-            **{f"train/{name}": tally.sums[name] / applied for name in ("grad_norm", "update_ratio")},
-            "train/skipped_updates": float(tally.skipped),
+        means = tally.means(self.num_updates, self.controls.measured, self.sum_over_ranks) | {
             "train/lr": learning_rate,
             "distill/weight": self.jsd_weight,
             "distill/groups": float(sum(block is not None for block in blocks)),
             "distill/effective_weight": self.jsd_weight * sum(b.weight for b in blocks if b) / len(blocks),
         }
-        if not math.isnan(tally.jsd_p95):
-            means["distill/jsd_p95"] = tally.jsd_p95
         self.log_dict(means, batch_size=len(blocks))

@@ -57,8 +57,7 @@ class SiblingRecord:
 
     rollout_index: int
     queries: tuple[str, ...]
-    label: Label | None
-    """None where a block tells no outcome."""
+    label: Label | None  # None where a block tells no outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +141,8 @@ class Trajectory:
     """Executed queries, in order."""
     passages: tuple[tuple[Passage, ...], ...] = ()
     """What each executed query returned."""
+    thoughts: tuple[str, ...] = ()
+    """What the policy wrote before each executed query in the same turn, without tags."""
     answer: str | None = None
     refinements: tuple[str, ...] = ()
     """Text inside refine tags, in order; only protocols with a refine tag have any."""
@@ -153,6 +154,9 @@ class Trajectory:
     reward: float | None = None
     advantage: float | None = None
     label: Label | None = None
+    query_credit: tuple[float, ...] | None = None
+    query_advantages: tuple[float, ...] | None = None
+    """What each executed query was worth by itself (`rollout.credit`), and the same standardised; None without."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -189,8 +193,7 @@ class RolloutGroup:
     trajectories: tuple[Trajectory, ...]
 
     def __post_init__(self) -> None:
-        strangers = [t.instance_id for t in self.trajectories if t.instance_id != self.instance_id]
-        assert not strangers, f"group {self.instance_id} was given rollouts of {strangers}"
+        assert {t.instance_id for t in self.trajectories} <= {self.instance_id}, "rollouts of one group"
 
     @property
     def has_signal(self) -> bool:
@@ -281,10 +284,7 @@ class StepBatch:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.__dict__.get(name) is not None and name in self._writers:
-            raise RuntimeError(
-                f"StepBatch.{name} was already written: {self._writers[name][0]} is its one writer. "
-                "Is the same callback configured twice?"
-            )
+            raise RuntimeError(f"StepBatch.{name} was already written: {self._writers[name][0]} is its one writer.")
         if name == "hindsight":
             self.require("groups", by="HindsightConstruction")
         object.__setattr__(self, name, value)

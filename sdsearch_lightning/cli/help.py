@@ -23,7 +23,13 @@ OFFERED = re.compile(r"torch\.optim\.(?!Optimizer$)\w+|sdsearch_lightning\..+")
 """Classes that a key of ours lists."""
 OFFERED_BY_TRAINER = re.compile(r"sdsearch_lightning\.callbacks\.\w+")
 """The same of the trainer's keys: what users add. All else is Lightning's own, or put there by the command."""
-NOT_OFFERED = {"RolloutGrouping", "HindsightConstruction", "JSDWeightScheduler", "CopiedTeacher"}
+NOT_OFFERED = {
+    "RolloutGrouping",
+    "HindsightConstruction",
+    "JSDWeightScheduler",
+    "CreditWeightScheduler",
+    "CopiedTeacher",
+}
 """Those that have a group of their own, and a base class."""
 
 

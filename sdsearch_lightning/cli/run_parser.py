@@ -22,6 +22,7 @@ GROUPS = {
     "rollout": "how the policy searches, and what a rollout is worth",
     "hindsight": "which groups the teacher is shown, and what it reads",
     "jsd": "how much self-distillation counts, step by step",
+    "credit": "how much the credit of single searches counts, step by step",
     "trainer": "Lightning's Trainer",
 }
 """In the order of the help. What is in none of them comes before (options) or after (those of the command)."""

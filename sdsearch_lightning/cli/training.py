@@ -1,8 +1,8 @@
 """The commands with a trainer: LightningCLI with named groups, one seed, a run folder and short errors.
 
-Every key is a keyword argument of some class: `model:` the module, `data:` a data module, `rollout:`, `hindsight:` and
-`jsd:` the callbacks of the method, `run:` RunOptions, `trainer:` Lightning's Trainer. What Lightning must be told for
-this library to work is told here, once.
+Every key is a keyword argument of some class: `model:` the module, `data:` a data module, `rollout:`, `hindsight:`,
+`jsd:` and `credit:` the callbacks of the method, `run:` RunOptions, `trainer:` Lightning's Trainer. What Lightning must
+be told for this library to work is told here, once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from sdsearch_lightning.callbacks import (
+    CreditWeightScheduler,
     GracefulStop,
     HindsightConstruction,
     JSDWeightScheduler,
@@ -51,6 +52,7 @@ from sdsearch_lightning.supervised import SupervisedModule
 from sdsearch_lightning.training.fsdp2 import check_strategy
 from sdsearch_lightning.training.options import ADAMW
 
+METHOD = RolloutGrouping, HindsightConstruction, JSDWeightScheduler, CreditWeightScheduler  # in the order they run in
 TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module deals questions out to ranks itself, resumably
     "num_sanity_val_steps": 0,  # a sanity pass is a full rollout; `fit` validates at step 0 instead
@@ -229,15 +231,14 @@ class RunCLI(LightningCLI):
 
 
 class SearchCLI(RunCLI):
-    """`fit`, `validate`, `test` and `predict` of SDSearchModule, with the three callbacks as named groups."""
+    """`fit`, `validate`, `test` and `predict` of SDSearchModule, with the method's callbacks as named groups."""
 
     module_class = SDSearchModule
     training = "fit"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        groups = {"rollout": RolloutGrouping, "hindsight": HindsightConstruction, "jsd": JSDWeightScheduler}
-        for name, callback in groups.items():  # in the order in which they run
+        for name, callback in zip(("rollout", "hindsight", "jsd", "credit"), METHOD, strict=True):
             parser.add_lightning_class_args(callback, name)
         parser.set_defaults({"model.optimizer": ADAMW})  # of `adamw`, whose options could not be set one by one
         parser.link_arguments("seed_everything", "rollout.seed", int)

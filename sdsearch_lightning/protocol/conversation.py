@@ -80,6 +80,7 @@ class Conversation:
         self._spans: list[Span] = [Span(SpanKind.PROMPT, request.prompt_ids)]
         self._length = len(request.prompt_ids)
         self._queries: list[str] = []
+        self._thoughts: list[str] = []
         self._passages: list[tuple[Passage, ...]] = []
         self._refinements: list[str] = []
         self._answer: str | None = None
@@ -142,6 +143,7 @@ class Conversation:
             stop_reason=self.stop_reason,
             queries=tuple(self._queries),
             passages=tuple(self._passages),
+            thoughts=tuple(self._thoughts),
             answer=self._answer,
             refinements=tuple(self._refinements),
             num_invalid_actions=self._num_invalid,
@@ -175,8 +177,10 @@ class Conversation:
         if len(self._queries) >= self._limits.max_searches:
             self._end_turn(None)
             return self._stop(StopReason.MAX_SEARCHES)
+        thought = " ".join(self._tags.sub(" ", self._turn.text[: action.start]).split())
         self._end_turn(action)
         self._queries.append(content.strip())
+        self._thoughts.append(thought)
         return Search(self._queries[-1])
 
     def _refuse(self) -> Continue | Stop:

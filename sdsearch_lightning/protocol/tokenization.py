@@ -120,7 +120,19 @@ class TokenCodec:
         """Whether a tag or a special token stands in `text`."""
         return self._control.search(text) is not None
 
-    def beginnings(self, tags: Sequence[str]) -> tuple[int, ...]:
+    def steering_ids(self, tags: Sequence[str], documents_tag: str) -> tuple[list[int], list[int]]:
+        """Ids of tokens that steer a rollout: tags of the environment's, where each is one token; then all others.
+
+        Args:
+            tags: of the protocol.
+            documents_tag: the environment's, by its name.
+        """
+        own = [self.encode(f"<{slash}{documents_tag}>") for slash in ("", "/")]
+        environment = {ids[0] for ids in own if len(ids) == 1}
+        others = {*self._beginnings(tags), *self.special_ids, *self.eos_ids} - environment
+        return sorted(environment), sorted(others)
+
+    def _beginnings(self, tags: Sequence[str]) -> tuple[int, ...]:
         """Ids of tokens with which one of `tags` can begin: a whole tag or a piece of it, spaces before it or not."""
         texts = self._backend.decode_batch([[i] for i in range(len(self.tokenizer))], skip_special_tokens=False)
         read = ((i, text.lstrip()) for i, text in enumerate(texts))

@@ -140,11 +140,14 @@ def _details(record: Record) -> str:
 def _rows(record: Record, outcome: str) -> str:
     credit = {entry["span"]: entry for entry in record["credit"] or ()}
     parts = []
+    searches = iter(zip(record.get("query_credit") or (), record.get("query_advantages") or (), strict=True))
     for row in rows(record):
         text = row.text
         if row.kind == "OBSERVATION" and len(text) > OBSERVATION_LENGTH:
             text = text[:OBSERVATION_LENGTH] + " ..."
         shown = _shaded(credit[row.span]) if row.span in credit else escape(text)
+        if row.kind == "QUERY" and (search := next(searches, None)) is not None:
+            shown += f"<small> credit {search[1]:+.2f} (value {search[0]:.2f})</small>"
         kind = f"{row.kind} {outcome}" if row.kind == "ANSWER" else row.kind
         parts.append(f'<dt>{row.label}</dt><dd class="{kind}">{shown}</dd>')
     return "".join(parts)

@@ -74,6 +74,8 @@ def make_record(
         "credit": None
         if credit is None
         else [_credit(entry, trajectory.spans[entry.span], decode, top_tokens) for entry in credit],
+        "query_credit": trajectory.query_credit,
+        "query_advantages": trajectory.query_advantages,
     }
 
 

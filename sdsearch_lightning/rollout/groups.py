@@ -21,11 +21,13 @@ from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout.engine import Engine, run_awake
+from sdsearch_lightning.rollout.policy_reader import PackedReader
 from sdsearch_lightning.rollout.probe import Gap, find_exact
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.sampling import derive_seed
 from sdsearch_lightning.rollout.search_pool import SearchCounts, SearchPool
 from sdsearch_lightning.scoring.advantages import AdvantageScale, group_relative
+from sdsearch_lightning.scoring.query_credit import CreditScale, QueryCredit, assigned, standardised
 from sdsearch_lightning.scoring.rewards import LabelRule, Reward
 from sdsearch_lightning.types import InstanceId, Limits, Question, RolloutGroup, RolloutRequest, Sampling, Trajectory
 
@@ -102,6 +104,9 @@ class GroupSampler:
     """Around every run of the engine: gathers sharded weights, sets the precision."""
     sum_over_ranks: Callable[[Tensor], Tensor] = field(default=_alone)
     """Where several processes run rollouts side by side: they stop together where one cannot go on."""
+    credit: QueryCredit | None = None
+    """What each search was worth; None = GRPO's one number per rollout."""
+    credit_scale: CreditScale = "step"
 
     def requests(
         self,
@@ -147,6 +152,36 @@ class GroupSampler:
         with closing(progress):
             trajectories = self._together(lambda: run_awake(self.engine, self.policy, requests))
         return WindowResult(trajectories, progress, self.searches.take_counts())
+
+    def credited(self, groups: Sequence[RolloutGroup]) -> tuple[RolloutGroup, ...]:
+        """The groups of a step with the credit of each executed query, raw and standardised.
+
+        A rollout that ended in a retrieval error gets none, and has no part in the mean.
+        """
+        credit = self.credit
+        if credit is None:
+            return tuple(groups)
+        judged = [
+            replace(group, trajectories=tuple(t for t in group.trajectories if not t.stop_reason.is_error))
+            for group in groups
+        ]
+
+        def work() -> list[list[tuple[float, ...]]]:
+            credit.read(judged, PackedReader(self.policy, self.codec))
+            return [assigned(credit, group) for group in judged]
+
+        values = self._together(work)
+        flat = [[value for row in rows for value in row] for rows in values]
+        relative = [iter(row) for row in standardised(flat, self.credit_scale, self.sum_over_ranks)]
+        done = {}
+        for group, rows, scaled in zip(judged, values, relative, strict=True):
+            for t, row in zip(group.trajectories, rows, strict=True):
+                advantages = tuple(next(scaled) for _ in row)
+                done[t.instance_id, t.rollout_index] = replace(t, query_credit=row, query_advantages=advantages)
+        return tuple(
+            replace(g, trajectories=tuple(done.get((t.instance_id, t.rollout_index), t) for t in g.trajectories))
+            for g in groups
+        )
 
     def prove_engine(self) -> tuple[Gap, list[str]]:
         """Try that the engine samples from the policy, before it is relied on; see `probe.find_exact`.

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.search_pool import SearchCounts
-from sdsearch_lightning.scoring.rewards import normalize_answer
+from sdsearch_lightning.scoring.rewards import holds_gold
 from sdsearch_lightning.scoring.scores import RolloutScores
 from sdsearch_lightning.types import Label, RolloutGroup, SpanKind, Trajectory
 
@@ -51,9 +51,7 @@ def _num_tokens(trajectory: Trajectory, kind: SpanKind) -> int:
 
 
 def _holds_gold(trajectory: Trajectory, texts: Iterable[str]) -> bool:
-    """Whether any text holds a gold answer, by the words of both."""
-    golds = [f" {normalize_answer(gold)} " for gold in trajectory.question.answers]
-    return any(gold in f" {normalize_answer(text)} " for text in texts for gold in golds if gold.strip())
+    return holds_gold(trajectory.question.answers, texts)
 
 
 def _share(rollouts: Sequence[Trajectory], is_counted: Callable[[Trajectory], bool]) -> float:

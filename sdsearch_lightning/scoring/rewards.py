@@ -61,6 +61,12 @@ def _f1_one(prediction: str, gold: str) -> float:
     return 2 * num_shared / max(len(prediction_tokens) + len(gold_tokens), 1)
 
 
+def holds_gold(answers: Iterable[str], texts: Iterable[str]) -> bool:
+    """Whether any text holds a gold answer, by the words of both."""
+    golds = [f" {normalize_answer(gold)} " for gold in answers]
+    return any(gold in f" {normalize_answer(text)} " for text in texts for gold in golds if gold.strip())
+
+
 def _golds(answers: Iterable[str]) -> Iterable[str]:
     return (answers,) if isinstance(answers, str) else answers  # a bare string would be read letter by letter
 

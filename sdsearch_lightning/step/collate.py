@@ -24,6 +24,7 @@ from torch import Tensor
 from sdsearch_lightning.losses.weights import AggregationMode, StepTotals, query_weights, token_weights
 from sdsearch_lightning.policy.packing import PackedSequences, split_by_size
 from sdsearch_lightning.step.taught_spans import Positions, TaughtSpans, find_taught_spans, num_distilled_tokens
+from sdsearch_lightning.step.token_advantages import CreditPlacement, token_advantages
 from sdsearch_lightning.types import HindsightBlock, InstanceId, RolloutGroup, SpanKind, Trajectory
 
 TeacherPrompt = Callable[[Trajectory, str], Sequence[int]]
@@ -43,7 +44,7 @@ class SearchBatch:
     sampled_logprobs: Tensor
     """[T] log-probs under the sampling policy."""
     advantages: Tensor
-    """[T] advantage of the token's rollout."""
+    """[T] advantage of the token's rollout, and the credit of its search where it is in one."""
     query_row: Tensor
     """[Q] index into the T tokens of each taught query token."""
     query_weight: Tensor
@@ -166,6 +167,7 @@ def collate(
     positions: Positions = "queries",
     dtype: torch.dtype = torch.float32,
     cut_teacher: bool = True,
+    credit: CreditPlacement = CreditPlacement(),  # noqa: B008  (frozen)
 ) -> SearchBatch:
     """One micro-batch of tensors.
 
@@ -176,6 +178,7 @@ def collate(
         dtype: of weights, log-probs and advantages.
         cut_teacher: end each of the teacher's sequences at its last judged token, and leave out those without one;
             else they are as long and as many as the student's, so that both run in equal shapes.
+        credit: how the credit of a search reaches its tokens.
     """
     trajectories = [rollout.trajectory for rollout in rollouts]
     lengths = torch.tensor([len(trajectory.token_ids) for trajectory in trajectories])
@@ -192,7 +195,7 @@ def collate(
         ),
         policy_weight=torch.cat([rollout.policy_weight for rollout in rollouts]).to(dtype),
         sampled_logprobs=torch.tensor([value for t in trajectories for value in t.sampled_logprobs], dtype=dtype),
-        advantages=torch.tensor([t.advantage or 0.0 for t in trajectories], dtype=dtype).repeat_interleave(lengths),
+        advantages=torch.tensor([a for t in trajectories for a in token_advantages(t, credit)], dtype=dtype),
         query_row=torch.tensor(judged, dtype=torch.long),
         query_weight=torch.tensor([w for w, part in zip(weights, rows, strict=True) for _ in part], dtype=dtype),
         span_kind=torch.tensor(

@@ -12,9 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdsearch_lightning.protocol.templates import Protocol
-from sdsearch_lightning.protocol.tokenization import TokenCodec
-
 
 class ControlTokens(NamedTuple):
     """Ids of the tokens that steer a rollout."""
@@ -22,18 +19,15 @@ class ControlTokens(NamedTuple):
     environment: Tensor
     """[E] tags that only the environment writes; empty where each is several tokens."""
     policy: Tensor
-    """[P] tokens that begin a tag, that end a turn, or are special; without those of the environment."""
+    """[P] tokens that begin a tag, that end a turn, or are special, without those of the environment; empty where the
+    policy is meant to write them."""
     is_excluded: bool
     """Whether the divergence leaves all of them out, with both sides renormalised."""
 
-    @classmethod
-    def of(cls, codec: TokenCodec, protocol: Protocol, is_excluded: bool) -> ControlTokens:
-        """Those of a protocol, in the words of a tokenizer."""
-        own = [codec.encode(f"<{slash}{protocol.documents_tag}>") for slash in ("", "/")]
-        environment = {ids[0] for ids in own if len(ids) == 1}
-        steering = {*codec.beginnings(protocol.tags), *codec.special_ids, *codec.eos_ids}
-        policy = sorted(steering - environment)
-        return cls(torch.tensor(sorted(environment), dtype=torch.long), torch.tensor(policy), is_excluded)
+    @property
+    def measured(self) -> list[str]:
+        """Whose probability says something: of those that are there."""
+        return [name for name, ids in (("environment", self.environment), ("policy_tag", self.policy)) if len(ids)]
 
     def masses(self, probs: Tensor) -> tuple[Tensor, Tensor]:
         """[Q] probability of the environment's tokens and of the policy's, from [Q, V]."""

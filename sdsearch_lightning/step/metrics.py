@@ -6,15 +6,15 @@ explained in docs/metrics.md.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sdsearch_lightning.losses.logprobs import entropy
+from sdsearch_lightning.losses.terms import Terms
 from sdsearch_lightning.step.control_tokens import ControlTokens
 from sdsearch_lightning.step.teacher_rows import TeacherRows
 
@@ -48,11 +48,25 @@ class StepTally:
         for name, value in sums.items():
             self.sums[name] += float(value.detach())
 
-    @property
-    def jsd_p95(self) -> float:
-        """95th percentile of the divergence over this rank's tokens; NaN without any."""
-        found = torch.cat(self.jsd) if self.jsd else torch.zeros(0)
-        return float(found.float().quantile(0.95)) if len(found) else math.nan
+    def means(
+        self, num_updates: int, masses: Sequence[str], sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Metric keys and values of the step, over all ranks; the 95th percentile of the divergence is this rank's.
+
+        Args:
+            num_updates: of the step, those that were skipped included.
+            masses: see `step_means`.
+            sum_over_ranks: sums a tensor over processes; called once.
+        """
+        names = ["loss", *Terms._fields, *POLICY_SUMS, *DISTILLATION_SUMS]
+        values = sum_over_ranks(torch.tensor([self.sums[name] for name in names], dtype=torch.float64))
+        means = step_means(dict(zip(names, values.tolist(), strict=True)), num_updates, masses)
+        applied = max(num_updates - self.skipped, 1)
+        means |= {f"train/{name}": self.sums[name] / applied for name in ("grad_norm", "update_ratio")}
+        means["train/skipped_updates"] = float(self.skipped)
+        if found := [part for part in self.jsd if len(part)]:
+            means["distill/jsd_p95"] = float(torch.cat(found).float().quantile(0.95))
+        return means
 
 
 @torch.no_grad()

@@ -26,13 +26,14 @@ from sdsearch_lightning.protocol import Protocol
 from sdsearch_lightning.retrieval import Retriever
 from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.schedules import Schedule
+from sdsearch_lightning.scoring.query_credit import QueryCredit
 from sdsearch_lightning.scoring.rewards import LabelRule, Reward
 from sdsearch_lightning.training.options import ADAMW, adamw
 
 LARGE = ("fit", "validate", "test", "predict", "supervise")
 SMALL = tuple(command for command in COMMANDS if command not in LARGE)
 OWN = {
-    "fit": ["run", "model", "data", "rollout", "hindsight", "jsd"],
+    "fit": ["run", "model", "data", "rollout", "hindsight", "jsd", "credit"],
     "supervise": ["run", "model", "data"],
 }
 FORBIDDEN = ("see there", "see `", "<function", "<class", "lambda", "known subclasses", " at 0x", ":paramref:", ".py")
@@ -146,7 +147,7 @@ def kinds_of(base: type) -> list[type]:
 def test_each_class_of_ours_shows_its_keys(help_of, monkeypatch: pytest.MonkeyPatch) -> None:
     classes = offered_classes(help_of("fit", "--help"))
     bases = (SearchDataModule, Retriever, Reward, LabelRule, Engine, BlockBuilder, Schedule, Divergence, Teacher)
-    known = {kind.__name__: kind for base in (*bases, Protocol, Callback) for kind in kinds_of(base)}
+    known = {kind.__name__: kind for base in (*bases, QueryCredit, Protocol, Callback) for kind in kinds_of(base)}
     monkeypatch.setenv("COLUMNS", "120")
     del classes["model.optimizer"]  # torch's own
     assert len(classes) >= 10 and "SyntheticWorldDataModule" in classes["data"]

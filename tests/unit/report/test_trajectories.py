@@ -19,7 +19,7 @@ from sdsearch_lightning.report.trajectories import (
 from sdsearch_lightning.types import Passage, Trajectory
 
 FIELDS = """schema phase step rank question instance_id rollout_index spans stop_reason queries passages answer reward
-advantage label block credit""".split()
+advantage label block credit query_credit query_advantages""".split()
 
 
 def test_a_record_has_the_fields_of_schema_1() -> None:
