@@ -193,7 +193,8 @@ class RolloutGroup:
     trajectories: tuple[Trajectory, ...]
 
     def __post_init__(self) -> None:
-        assert {t.instance_id for t in self.trajectories} <= {self.instance_id}, "rollouts of one group"
+        strangers = [t.instance_id for t in self.trajectories if t.instance_id != self.instance_id]
+        assert not strangers, f"group {self.instance_id} was given rollouts of {strangers}"
 
     @property
     def has_signal(self) -> bool:
@@ -243,8 +244,7 @@ class HindsightBlock:
 class TokenCredit:
     """What the teacher said of one executed query: one value per token of that QUERY span."""
 
-    span: int
-    """Index into `Trajectory.spans`."""
+    span: int  # index into `Trajectory.spans`
     jsd: tuple[float, ...]
     student_logprob: tuple[float, ...]
     teacher_logprob: tuple[float, ...]
