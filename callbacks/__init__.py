@@ -4,6 +4,7 @@ if __name__ == "callbacks":
     # Imported as a top-level package, every class would exist twice.
     raise ImportError("import this package as sdsearch_lightning.callbacks")
 
+from sdsearch_lightning.callbacks.credit_diagnostics import CreditDiagnostics
 from sdsearch_lightning.callbacks.credit_weight_scheduler import CreditWeightScheduler
 from sdsearch_lightning.callbacks.graceful_stop import GracefulStop
 from sdsearch_lightning.callbacks.hindsight_construction import HindsightConstruction
@@ -14,6 +15,7 @@ from sdsearch_lightning.callbacks.training_health import TrainingHealth
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
 
 __all__ = [
+    "CreditDiagnostics",
     "CreditWeightScheduler",
     "GracefulStop",
     "HindsightConstruction",

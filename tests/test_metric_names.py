@@ -17,7 +17,7 @@ from helpers.metrics_page import METRICS_PAGE, Page, read_page
 from helpers.paths import ROOT
 from sdsearch_lightning.scoring.scores import RolloutScores
 
-PHASES = ("train", "val", "test", "rollout", "search", "distill", "teacher", "health")
+PHASES = ("train", "val", "test", "rollout", "search", "distill", "teacher", "credit", "health")
 KEY = re.compile(rf"({'|'.join(PHASES)})(/(<source>|[a-z][a-z0-9_]*))+")
 
 
