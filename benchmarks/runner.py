@@ -142,6 +142,10 @@ class Runner(Generic[R]):
         settings = " ".join(f"{name}={value}" for name, value in THREADS.items())
         return f"{settings} python -m sdsearch_lightning {shlex.join(self.plan.arguments(run, self.root))}"
 
+    def has_succeeded(self, run: R) -> bool:
+        """Whether `run` has ended well and, a cold start, left its model on this machine."""
+        return self._is_done(run) and self.records[run]["status"] == "ok"
+
     def _work(self, wanted: Callable[[], Iterable[R]]) -> None:
         while not self._is_stopped:
             with self._lock:
