@@ -216,15 +216,19 @@ class Runner(Generic[R]):
             append_records(self.results, [record])
 
     def _refresh(self) -> None:
-        """Reads what all workers wrote; of a run done again, the last line counts."""
+        """Reads what all workers wrote."""
         if not self.results.exists():
             return
         with claimed(self._claim("results"), wait=True):
             cut_torn_line(self.results)
-            lines = self.results.read_text(encoding="utf-8").splitlines()
-        records = map(json.loads, lines)
-        fields = self.run_type.__slots__  # type: ignore[attr-defined]
-        self.records = {self.run_type(*(record[name] for name in fields)): record for record in records}
+            self.records = read_records(self.results, self.run_type)
+
+
+def read_records(path: Path, run_type: type[R]) -> dict[R, Record]:
+    """The record of each run; of a run done again, the last line counts."""
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    fields = run_type.__slots__  # type: ignore[attr-defined]
+    return {run_type(*(record[name] for name in fields)): record for record in records}
 
 
 def last_lines(log: Path) -> list[str]:

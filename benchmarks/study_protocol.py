@@ -142,10 +142,9 @@ class Protocol:
         settings = [(lr, weight) for lr in rates for weight in arm.weights]
         num_settings = len(settings) + self.allowance
         while True:
-            runs = {setting: self._setting_runs(family, arm, setting) for setting in settings}
-            if not all(run in records for group in runs.values() for run in group):
+            if not all(run in records for s in settings for run in self._setting_runs(family, arm, s)):
                 return Tuning(tuple(settings), None)
-            areas = {setting: self._area(group, records) for setting, group in runs.items()}
+            areas = {setting: self.area(family, arm, setting, records) for setting in settings}
             known = {setting: area for setting, area in areas.items() if area is not None}
             if not known:
                 return Tuning(tuple(settings), None)
@@ -159,10 +158,10 @@ class Protocol:
         world = self.world_seeds[0]
         return [Run(family.name, arm.name, world, seed, "tuning", *setting) for seed in self.tuning_seeds]
 
-    def _area(self, runs: Sequence[Run], records: Records) -> float | None:
-        """Mean area under train EM; None where a seed failed, since the others' mean would be of other seeds."""
-        found = [records[run] for run in runs]
-        return mean([fmean(record["train_em"]) if record["status"] == "ok" else None for record in found])
+    def area(self, family: Family, arm: Arm, setting: Setting, records: Records) -> float | None:
+        """Mean area under train EM; None where a seed failed: the others' mean would be of other seeds."""
+        found = [records.get(run) for run in self._setting_runs(family, arm, setting)]
+        return mean([fmean(record["train_em"]) if record and record["status"] == "ok" else None for record in found])
 
     def arguments(self, run: Run, root: str) -> list[str]:
         """The arguments of `python -m sdsearch_lightning` for a run."""
