@@ -51,15 +51,16 @@ class Run(Protocol):
 
 
 R = TypeVar("R", bound=Run)
+R_contra = TypeVar("R_contra", bound=Run, contravariant=True)
 
 
-class Plan(Protocol[R]):
+class Plan(Protocol[R_contra]):
     """What the runs of a study are."""
 
-    def arguments(self, run: R, root: str) -> list[str]:
+    def arguments(self, run: R_contra, root: str) -> list[str]:
         """Those of `python -m sdsearch_lightning`."""
 
-    def measure(self, run: R, folder: Path) -> Record:
+    def measure(self, run: R_contra, folder: Path) -> Record:
         """What its line tells of a run that ended well; raises an SDSearchError where the folder lacks something."""
 
 

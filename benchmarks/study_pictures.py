@@ -16,7 +16,7 @@ STYLE = (
     + "".join(f"--c{index}:{color};" for index, color in enumerate(COLORS))
     + "}"
 )
-LABELS, PLOT, ROW, TOP, GAP = 190, 250, 20, 40, 30
+LABELS, PLOT, ROW, TOP, GAP = 240, 250, 20, 40, 30
 """Pixels of a forest plot: the column of labels, each plot, a row, the head, the space between plots."""
 
 
@@ -33,12 +33,12 @@ def curves_picture(panels: Sequence[tuple[str, Sequence[Curve]]]) -> str:
         place = f'<svg x="{x}" y="20" width="{WIDTH}" height="{HEIGHT}" '
         inner = drawing(title, curves, top=1.0).replace("<svg ", place)
         parts.append(f'<text class="title" x="{x}" y="14">{escape(title)}</text>{inner}')
-    curves = {curve.label: curve for _, own in panels for curve in own}.values()
-    for index, curve in enumerate(curves):
+    known = {curve.label: curve for _, own in panels for curve in own}
+    for index, curve in enumerate(known.values()):
         y = HEIGHT + 36 + index * ROW
         parts.append(f'<rect x="8" y="{y - 9}" width="10" height="10" style="fill:var({curve.color})"/>')
         parts.append(f'<text x="24" y="{y}">{escape(curve.label)}</text>')
-    return _picture(len(panels) * (WIDTH + GAP) - GAP, HEIGHT + 36 + len(curves) * ROW, parts)
+    return _picture(len(panels) * (WIDTH + GAP) - GAP, HEIGHT + 36 + len(known) * ROW, parts)
 
 
 @dataclass(frozen=True, slots=True)

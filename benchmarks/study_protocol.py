@@ -169,8 +169,8 @@ class Protocol:
         seeds = (f"--seed_everything={run.seed}", f"--data.world_seed={run.world_seed}")
         place = (f"--run.root={root}", f"--run.name={run.name}", "--run.overwrite=true")
         if run.is_cold_start:
-            files = (f"{QUICKSTART}_cold_start.yaml", f"{WORLDS}/{run.family}.yaml")
-            return ["supervise", *(f"--config={file}" for file in files), *seeds, *place, *self.cold_start_overrides]
+            start = ["supervise", f"--config={QUICKSTART}_cold_start.yaml", f"--config={WORLDS}/{run.family}.yaml"]
+            return [*start, *seeds, *place, *self.cold_start_overrides]
         (family,) = (family for family in self.families if family.name == run.family)
         (arm,) = (arm for arm in self.arms if arm.name == run.arm)
         worlds = (f"{WORLDS}/{name}.yaml" for name in family.files)
