@@ -80,6 +80,11 @@ clean: ## remove caches and builds; environments and runs/ stay
 study-core: $(STAMP) ## GRPO and SD-Search on paired seeds: a smoke test of the evidence (30 minutes on 2 cores, resumable)
 	$(PYTHON) -m benchmarks.study_core
 
+.PHONY: study
+WORKERS ?= 1
+study: $(STAMP) ## credit for searches against a tuned GRPO, by the protocol of docs/study.md (hours, resumable, WORKERS=1)
+	$(PYTHON) -m benchmarks.study --workers $(WORKERS)
+
 .PHONY: bench
 BENCHES := work_counters rollout train_step loss_head sd_overhead retrieval
 bench: $(STAMP) ## time engine and training step against their peers (25 minutes on 2 cores; ratios only)

@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
+
+from scipy import stats
 
 from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.report.metrics import Point, read_metrics
 
 SAMPLED, GREEDY, QUERY_ENTROPY = "val/sampled_exact_match", "val/exact_match", "train/query_entropy"
+TRAIN, VALID_ACTIONS = "rollout/exact_match", "rollout/valid_action_rate"
 LAST_STEPS = 5
 """`query_entropy` is a mean over this many steps: one training batch is noisy."""
 HALF = 0.5
-
-T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604)
-"""0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom."""
 
 Measures = dict[str, float | None]
 
@@ -82,6 +83,42 @@ def measure(run_folder: Path, last_step: int) -> Measures:
     }
 
 
+def training_curves(run_folder: Path, num_steps: int) -> dict[str, Any]:
+    """What a finished run did in training, a value a step, and how it was evaluated.
+
+    Returns:
+        `train_em`, `valid_action_rate` and `query_entropy` (None at a step without a query) of steps 1 to `num_steps`;
+        `sampled_em` as [step, exact match] pairs; `final_greedy_em`.
+
+    Raises:
+        ConfigError: there is no metrics.csv.
+        DataError: a step is missing, or the run was not evaluated at its end.
+    """
+    metrics = read_metrics(run_folder)
+    sampled, greedy = metrics.get(SAMPLED, []), metrics.get(GREEDY, [])
+    area_under(sampled, num_steps)  # refuses a curve with a gap at either end
+    train_em, valid = (_per_step(metrics.get(key, []), key, num_steps) for key in (TRAIN, VALID_ACTIONS))
+    entropies = {p.step: _rounded(p.value) for p in metrics.get(QUERY_ENTROPY, []) if math.isfinite(p.value)}
+    return {
+        "train_em": train_em,
+        "sampled_em": [[point.step, _rounded(point.value)] for point in sampled],
+        "final_greedy_em": _rounded(greedy[-1].value),
+        "valid_action_rate": valid,
+        "query_entropy": [entropies.get(step) for step in range(1, num_steps + 1)],
+    }
+
+
+def _per_step(curve: Sequence[Point], name: str, num_steps: int) -> list[float]:
+    steps = [point.step for point in curve]
+    if steps != list(range(1, num_steps + 1)):
+        raise DataError(f"expected {name} at each step from 1 to {num_steps}, found it at {steps}.")
+    return [_rounded(point.value) for point in curve]
+
+
+def _rounded(value: float) -> float:
+    return round(value, 6)  # of what was logged in float32
+
+
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean; None where any value is missing, since the mean of the others would be of something else."""
     known = [value for value in values if value is not None]
@@ -95,16 +132,5 @@ def paired_difference(values: Sequence[float | None], controls: Sequence[float |
     if not differences or len(differences) < len(pairs):
         return None
     n = len(differences)
-    half_width = t_quantile(n - 1) * stdev(differences) / math.sqrt(n) if n > 1 else None
+    half_width = float(stats.t.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n) if n > 1 else None
     return Difference(fmean(differences), half_width, n)
-
-
-def t_quantile(degrees: int) -> float:
-    """The 0.975 quantile of Student's t distribution.
-
-    Raises:
-        ValueError: the table does not hold it.
-    """
-    if not 1 <= degrees <= len(T_975):
-        raise ValueError(f"expected 1 to {len(T_975)} degrees of freedom, found {degrees}")
-    return T_975[degrees - 1]

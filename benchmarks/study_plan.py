@@ -1,6 +1,6 @@
 """The plan of `make study-core`: arms, grids, seeds, and the command behind each run.
 
-Invariant: a run is one plain command of the library's command line and one line of results.jsonl, found by its key.
+Invariant: a run is one plain command of the library's command line and one line of results.jsonl.
 Next: study_core.py, which runs the plan, and study_table.py, which tells the result.
 """
 
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.measures import measure
+from benchmarks.runner import Record
 
 QUICKSTART = "configs/quickstart"
 PRESETS = "configs/experiment/study_core"
 CONTROL = "grpo"
 
 Stage = Literal["cold_start", "tuning", "comparison"]
-Record = dict[str, Any]
-"""A line of results.jsonl: the fields of a Run, and what came of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +45,16 @@ class Run:
     weight: float | None = None
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """What results.jsonl is searched by."""
-        return self.stage, self.arm, self.seed, self.lr, self.weight
-
-    @property
     def name(self) -> str:
         """Its folder below the study's."""
-        if self.stage == "cold_start":
+        if self.is_cold_start:
             return "cold_start"
         return f"{self.stage}/{self.arm}-lr{self.lr:g}-weight{self.weight:g}-seed{self.seed}"
+
+    @property
+    def is_cold_start(self) -> bool:
+        """Whether the others start from its model."""
+        return self.stage == "cold_start"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Plan:
         # Overwritten, not resumed: a run that was cut off is done again whole, or its seconds would be of a part.
         seed = f"--seed_everything={run.seed}"
         place = (f"--run.root={root}", f"--run.name={run.name}", "--run.overwrite=true")
-        if run.stage == "cold_start":
+        if run.is_cold_start:
             return ["supervise", f"--config={QUICKSTART}_cold_start.yaml", seed, *place, *self.cold_start_overrides]
         (arm,) = (arm for arm in self.arms if arm.name == run.arm)
         files = (f"{QUICKSTART}.yaml", f"{PRESETS}/common.yaml", f"{PRESETS}/{arm.name}.yaml")
@@ -119,6 +121,14 @@ class Plan:
             f"--{arm.weight_key}={run.weight:g}",
             *self.overrides,
         ]
+
+    def measure(self, run: Run, folder: Path) -> Record:
+        """What the line of a run that ended well tells of it.
+
+        Raises:
+            SDSearchError: it was not evaluated from its start to its end.
+        """
+        return {"measures": {} if run.is_cold_start else measure(folder, self.max_steps)}
 
 
 COLD_START = Run("cold_start", "cold_start", 0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
 
-from benchmarks.measures import HALF, LAST_STEPS, Difference, mean, paired_difference
-from benchmarks.study_plan import Arm, Plan, Record, Run
+from benchmarks.markdown import difference, header, number, row
+from benchmarks.measures import HALF, LAST_STEPS, mean, paired_difference
+from benchmarks.runner import Record
+from benchmarks.study_plan import Arm, Plan, Run
 
 COLUMNS = {
     "sampled_area": ("area, sampled EM", 3),
@@ -21,14 +22,14 @@ COLUMNS = {
 }
 """Measure: heading and digits."""
 
-Records = Mapping[tuple[Any, ...], Record]
+Records = Mapping[Run, Record]
 
 
 def render(records: Records, runs: Sequence[Run], plan: Plan) -> str:
     """The whole text.
 
     Args:
-        records: results by key of their run.
+        records: results by their run.
         runs: the runs that the study came to; those without a record were not done.
         plan: what was to be done.
     """
@@ -72,51 +73,51 @@ def _opening(plan: Plan) -> Iterator[str]:
 
 
 def _arms(records: Records, compared: Sequence[Run], plan: Plan) -> Iterator[str]:
-    yield from _header(["arm", "lr", "weight", "n", *(heading for heading, _ in COLUMNS.values())])
+    yield from header(["arm", "lr", "weight", "n", *(heading for heading, _ in COLUMNS.values())])
     controls = {run.seed: run for run in compared if run.arm == plan.control.name}
     for arm in plan.arms:
         runs = [run for run in compared if run.arm == arm.name and _is_ok(records, run)]
         cells = []
         for name, (_, digits) in COLUMNS.items():
-            values = [value_of(records.get(run.key), name) for run in runs]
-            cell = _number(mean(values), digits)
+            values = [value_of(records.get(run), name) for run in runs]
+            cell = number(mean(values), digits)
             paired = [run for run in runs if _is_ok(records, controls[run.seed])]
             if arm is not plan.control and paired:
                 own, others = (
-                    [value_of(records.get(run.key), name) for run in side]
+                    [value_of(records.get(run), name) for run in side]
                     for side in (paired, [controls[run.seed] for run in paired])
                 )
-                if (difference := paired_difference(own, others)) is not None:
-                    cell += f" ({_difference(difference, digits)})"
+                if (found := paired_difference(own, others)) is not None:
+                    cell += f" ({difference(found, digits)})"
             cells.append(cell)
         rate, weight = (f"{runs[0].lr:g}", f"{runs[0].weight:g}") if runs else ("–", "–")
-        yield _row([arm.title, rate, weight, str(len(runs)), *cells])
+        yield row([arm.title, rate, weight, str(len(runs)), *cells])
 
 
 def _pairs(records: Records, compared: Sequence[Run], plan: Plan) -> Iterator[str]:
     yield f"\nEvery pair, arm minus {plan.control.title} of the same seed:\n"
-    yield from _header(["arm", "seed", *(heading for heading, _ in COLUMNS.values())])
+    yield from header(["arm", "seed", *(heading for heading, _ in COLUMNS.values())])
     controls = {run.seed: run for run in compared if run.arm == plan.control.name}
     for arm in plan.arms[1:]:
         for run in (run for run in compared if run.arm == arm.name):
             cells = []
             for name, (_, digits) in COLUMNS.items():
-                sides = [[value_of(records.get(side.key), name)] for side in (run, controls[run.seed])]
-                cells.append(_difference(paired_difference(*sides), digits))
-            yield _row([arm.title, str(run.seed), *cells])
+                sides = [[value_of(records.get(side), name)] for side in (run, controls[run.seed])]
+                cells.append(difference(paired_difference(*sides), digits))
+            yield row([arm.title, str(run.seed), *cells])
 
 
 def _runs(records: Records, compared: Sequence[Run], plan: Plan) -> Iterator[str]:
     yield "\nEvery run of the comparison:\n"
-    yield from _header(["arm", "seed", "sampled EM at step 0", *(heading for heading, _ in COLUMNS.values())])
+    yield from header(["arm", "seed", "sampled EM at step 0", *(heading for heading, _ in COLUMNS.values())])
     for arm in plan.arms:
         for run in (run for run in compared if run.arm == arm.name):
-            record = records.get(run.key)
-            cells = [_number(value_of(record, name), digits) for name, (_, digits) in COLUMNS.items()]
-            yield _row([arm.title, str(run.seed), _number(value_of(record, "sampled_start"), 3), *cells])
+            record = records.get(run)
+            cells = [number(value_of(record, name), digits) for name, (_, digits) in COLUMNS.items()]
+            yield row([arm.title, str(run.seed), number(value_of(record, "sampled_start"), 3), *cells])
     starts: dict[int, set[float | None]] = {}
     for run in compared:
-        starts.setdefault(run.seed, set()).add(value_of(records.get(run.key), "sampled_start"))
+        starts.setdefault(run.seed, set()).add(value_of(records.get(run), "sampled_start"))
     differing = [str(seed) for seed, values in starts.items() if len(values - {None}) > 1]
     if differing:
         yield f"\n**Not paired:** the arms start from different sampled EM at seed {', '.join(differing)}."
@@ -128,15 +129,15 @@ def _tuning(records: Records, runs: Sequence[Run], plan: Plan) -> Iterator[str]:
         f"\nTuning, area under sampled EM on seeds {', '.join(map(str, seeds))}, the learning rate on "
         f"{plan.control.title} alone. Chosen: the largest mean.\n"
     )
-    yield from _header(["arm", "lr", "weight", *(f"seed {seed}" for seed in seeds), "mean", ""])
+    yield from header(["arm", "lr", "weight", *(f"seed {seed}" for seed in seeds), "mean", ""])
     tuning = [run for run in runs if run.stage == "tuning"]
     chosen = {(run.arm, run.lr, run.weight) for run in runs if run.stage == "comparison"}
     for name, lr, weight in dict.fromkeys((run.arm, run.lr, run.weight) for run in tuning):
         arm = next(arm for arm in plan.arms if arm.name == name)
-        values = [value_of(records.get(Run("tuning", name, s, lr, weight).key), "sampled_area") for s in seeds]
+        values = [value_of(records.get(Run("tuning", name, s, lr, weight)), "sampled_area") for s in seeds]
         verdict = _verdict(arm, lr, weight, plan) if (name, lr, weight) in chosen else ""
-        cells = [_number(value, 3) for value in (*values, mean(values))]
-        yield _row([arm.title, f"{lr:g}", f"{weight:g}", *cells, verdict])
+        cells = [number(value, 3) for value in (*values, mean(values))]
+        yield row([arm.title, f"{lr:g}", f"{weight:g}", *cells, verdict])
 
 
 def _verdict(arm: Arm, lr: float | None, weight: float | None, plan: Plan) -> str:
@@ -146,8 +147,8 @@ def _verdict(arm: Arm, lr: float | None, weight: float | None, plan: Plan) -> st
 
 
 def _failures(records: Records, runs: Sequence[Run]) -> Iterator[str]:
-    failed = [records[run.key] for run in runs if run.key in records and not _is_ok(records, run)]
-    missing = [run.name for run in runs if run.key not in records]
+    failed = [records[run] for run in runs if run in records and not _is_ok(records, run)]
+    missing = [run.name for run in runs if run not in records]
     yield f"\nFailed runs: {len(failed) or 'none'}. Runs not done: {', '.join(missing) or 'none'}."
     for record in failed:
         yield f"\n`{record['command']}` ended with exit code {record['exit_code']}:\n"
@@ -155,7 +156,7 @@ def _failures(records: Records, runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _origin(records: Records, runs: Sequence[Run]) -> Iterator[str]:
-    done = [records[run.key] for run in runs if run.key in records]
+    done = [records[run] for run in runs if run in records]
     dates = sorted(record["date"] for record in done)
     cpu, wall = (sum(record[name] for record in done) / 60 for name in ("cpu_seconds", "wall_seconds"))
     yield (
@@ -163,7 +164,7 @@ def _origin(records: Records, runs: Sequence[Run]) -> Iterator[str]:
         f"{wall:.1f} minutes of single runs added up."
     )
     for title, texts in (
-        ("Code", [record["code"] for record in done]),
+        ("Code", [record["commit"] for record in done]),
         ("Versions", [", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in done]),
     ):
         different = list(dict.fromkeys(texts))
@@ -176,24 +177,4 @@ def _origin(records: Records, runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _is_ok(records: Records, run: Run) -> bool:
-    return run.key in records and records[run.key]["status"] == "ok"
-
-
-def _header(names: Sequence[str]) -> Iterator[str]:
-    yield _row(names)
-    yield _row(["---"] * len(names))
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _difference(difference: Difference | None, digits: int) -> str:
-    if difference is None:
-        return "–"
-    spread = "" if difference.half_width is None else f" ± {difference.half_width:.{digits}f}"
-    return f"{difference.mean:+.{digits}f}{spread}"
+    return run in records and records[run]["status"] == "ok"

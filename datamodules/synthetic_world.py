@@ -22,7 +22,7 @@ from sdsearch_lightning.datamodules.questions import SearchDataModule
 from sdsearch_lightning.datamodules.synthetic_world_demonstrations import WorldDemonstrations
 from sdsearch_lightning.datamodules.synthetic_world_encoder import Vectors, save_encoder, word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import (
-    MAX_HOPS,
+    MISSING,
     World,
     WorldShape,
     generate_world,
@@ -43,13 +43,17 @@ class SyntheticWorldDataModule(SearchDataModule):
         num_relations: relations, each with one question word.
         terms_per_relation: index terms per relation, of which a world's documents use one.
         facts_per_entity: facts, and so documents, per entity; at most `num_relations`.
-        hop_mix: weights of questions with 1, 2, 3 hops.
+        hop_mix: weights of questions with 1, 2, ... hops; any number of them that the held-out entities can serve.
         num_train_questions: different questions for reinforcement learning.
         num_val_questions: different held-out questions of `validate`, and as many others of `test` and `predict`.
         num_demonstrations: written rollouts of the cold start; they are made when read, so any number is free.
         num_demonstration_worlds: worlds they come from, none of them the evaluated one.
         block_share: share of demonstrations whose prompt holds a hindsight block.
         demonstration_top_k: passages per search in demonstrations; set it as the rollouts' own.
+        demonstration_hop_mix: `hop_mix` of the demonstrations; null: as the questions'.
+        missing_share: how often a demonstration whose search did not find what its thought needed says so and asks
+            again for the same hop; above 0 the vocabulary has one word more.
+        demonstration_max_searches: searches of a demonstration with those that ask again; set it as the rollouts' own.
         cache_dir: where corpus, encoder and index are written; default `$XDG_CACHE_HOME/sdsearch_lightning`.
         batch_size: questions (or demonstrations) per process and step.
         eval_batch_size: questions per process and evaluation batch.
@@ -72,6 +76,9 @@ class SyntheticWorldDataModule(SearchDataModule):
         num_demonstration_worlds: int = 40,
         block_share: float = 0.7,
         demonstration_top_k: int = 2,
+        demonstration_hop_mix: tuple[float, ...] | None = None,
+        missing_share: float = 0.0,
+        demonstration_max_searches: int = 4,
         cache_dir: str | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 128,
@@ -85,17 +92,26 @@ class SyntheticWorldDataModule(SearchDataModule):
             ("num_demonstrations", num_demonstrations),
             ("num_demonstration_worlds", num_demonstration_worlds),
             ("demonstration_top_k", demonstration_top_k),
+            ("demonstration_max_searches", demonstration_max_searches),
         ):
             if value < 1:
                 raise ConfigError(f"data.{name}: expected at least 1, found {value}.")
-        if not 0 <= block_share <= 1:
-            raise ConfigError(f"data.block_share: expected a share between 0 and 1, found {block_share}.")
+        for name, share in (("block_share", block_share), ("missing_share", missing_share)):
+            if not 0 <= share <= 1:
+                raise ConfigError(f"data.{name}: expected a share between 0 and 1, found {share}.")
         self.world_seed = seed if world_seed is None else world_seed
         self._shape = WorldShape(num_entities, num_relations, terms_per_relation, facts_per_entity)
-        self._hop_mix = _checked_hop_mix(hop_mix)
+        held_out = len(self._shape.groups()[1])
+        self._hop_mix = _checked_hop_mix("hop_mix", hop_mix, held_out)
+        self._demonstration_hop_mix = (
+            self._hop_mix
+            if demonstration_hop_mix is None
+            else _checked_hop_mix("demonstration_hop_mix", demonstration_hop_mix, num_entities)
+        )
         self._num_questions = {"train": num_train_questions, "val": num_val_questions}
         self._num_demonstrations, self._num_demonstration_worlds = num_demonstrations, num_demonstration_worlds
-        self._block_share, self._demonstration_top_k = block_share, demonstration_top_k
+        self._block_share, self._missing_share = block_share, missing_share
+        self._demonstration_top_k, self._max_searches = demonstration_top_k, demonstration_max_searches
         folder = Path(cache_dir).expanduser() if cache_dir else _default_cache()
         self.world_folder = folder / f"world-{self._fingerprint()}"
         """Holds the corpus, the encoder and the index once `prepare_data` has run."""
@@ -130,9 +146,11 @@ class SyntheticWorldDataModule(SearchDataModule):
             frozenset(fact.triple for fact in self.world.facts),
             length=self._num_demonstrations,
             num_worlds=self._num_demonstration_worlds,
-            hop_mix=self._hop_mix,
+            hop_mix=self._demonstration_hop_mix,
             block_share=self._block_share,
             top_k=self._demonstration_top_k,
+            missing_share=self._missing_share,
+            max_searches=self._max_searches,
             seed=self.world_seed,
         )
 
@@ -143,7 +161,7 @@ class SyntheticWorldDataModule(SearchDataModule):
 
     def vocabulary(self) -> tuple[str, ...]:
         """Words of a word-level tokenizer for the world and its protocol texts; the tags come from the protocol."""
-        return self._shape.vocabulary
+        return (*self._shape.vocabulary, MISSING) if self._missing_share else self._shape.vocabulary
 
     @property
     def _vectors(self) -> Vectors:
@@ -173,10 +191,16 @@ def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdsearch_lightning"
 
 
-def _checked_hop_mix(hop_mix: Sequence[float]) -> tuple[float, ...]:
-    if not 1 <= len(hop_mix) <= MAX_HOPS or min(hop_mix) < 0 or sum(hop_mix) <= 0:
+def _checked_hop_mix(name: str, hop_mix: Sequence[float], num_entities: int) -> tuple[float, ...]:
+    if not hop_mix or min(hop_mix) < 0 or sum(hop_mix) <= 0:
         raise ConfigError(
-            f"data.hop_mix: expected 1 to {MAX_HOPS} weights, none negative and not all 0, found {tuple(hop_mix)}. "
-            "They weigh questions with 1, 2, ... hops."
+            f"data.{name}: expected weights of questions with 1, 2, ... hops, none negative and not all 0, found "
+            f"{tuple(hop_mix)}."
+        )
+    longest = max(hops for hops, weight in enumerate(hop_mix, start=1) if weight)
+    if longest >= num_entities:  # a path of n hops visits n + 1 entities
+        raise ConfigError(
+            f"data.{name}: expected at most {num_entities - 1} hops, since {num_entities} entities serve no more, "
+            f"found {longest}. Give fewer weights, or raise data.num_entities."
         )
     return tuple(hop_mix)

@@ -15,6 +15,7 @@ from typing import overload
 
 from sdsearch_lightning.datamodules.synthetic_world_encoder import Vectors, WorldSearch
 from sdsearch_lightning.datamodules.synthetic_world_generation import (
+    MISSING,
     Fact,
     World,
     WorldShape,
@@ -36,12 +37,14 @@ ChooseQuery = Callable[[int, str, str, str | None], str]
 
 @dataclass(frozen=True, slots=True)
 class ScriptedRollout:
-    """One scripted run: one search per hop, whatever it finds."""
+    """One scripted run: a search per hop, whatever it finds, and some that ask again."""
 
     turns: Turns
     queries: tuple[str, ...]
+    hops: tuple[int, ...]
+    """Per query: the hop it was for."""
     found: tuple[bool, ...]
-    """Per hop: the passages held the fact of the path."""
+    """Per query: the passages held the fact of the path."""
     answer: str
 
 
@@ -55,6 +58,8 @@ class WorldDemonstrations(Sequence[Demonstration]):
         hop_mix: weights of 1, 2, ... hops.
         block_share: share of demonstrations with a hindsight block.
         top_k: passages per search.
+        missing_share: how often a search that did not find what its thought needed is followed by one for the same hop.
+        max_searches: searches of a rollout, as far as those that ask again go: every hop has one.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class WorldDemonstrations(Sequence[Demonstration]):
         block_share: float,
         top_k: int,
         seed: int,
+        missing_share: float = 0.0,
+        max_searches: int = 4,
     ) -> None:
         self.worlds = tuple(
             generate_world(shape, [shape.entities], random.Random(f"{seed}/cold-start-world/{index}"), excluded)
@@ -77,6 +84,7 @@ class WorldDemonstrations(Sequence[Demonstration]):
         self._searches: list[WorldSearch | None] = [None] * num_worlds
         self._shape, self._vectors, self._length, self._seed, self._top_k = shape, vectors, length, seed, top_k
         self._hop_mix, self._block_share = tuple(hop_mix), block_share
+        self._missing_share, self._max_searches = missing_share, max_searches
 
     def __len__(self) -> int:
         return self._length
@@ -99,7 +107,8 @@ class WorldDemonstrations(Sequence[Demonstration]):
         (num_hops,) = rng.choices(range(1, len(self._hop_mix) + 1), self._hop_mix)
         path = world.sample_path(rng, self._shape.entities, num_hops)
         question = question_of(path, f"demonstration-{index}")
-        script = Script(self._shape, world, self._search(world_index), path, rng, self._top_k)
+        search, shares = self._search(world_index), (self._missing_share, self._max_searches)
+        script = Script(self._shape, world, search, path, rng, self._top_k, *shares)
         if rng.random() >= self._block_share:
             return Demonstration(question, script.run(script.guess).turns)
         siblings = script.run_siblings()
@@ -125,30 +134,53 @@ class Script:
     """Scripted rollouts of one question: the queries differ, the reading of passages never does."""
 
     def __init__(
-        self, shape: WorldShape, world: World, search: WorldSearch, path: Sequence[Fact], rng: random.Random, top_k: int
+        self,
+        shape: WorldShape,
+        world: World,
+        search: WorldSearch,
+        path: Sequence[Fact],
+        rng: random.Random,
+        top_k: int,
+        missing_share: float = 0.0,
+        max_searches: int = 4,
     ) -> None:
         self._shape, self._world, self._search = shape, world, search
         self._path, self._rng, self._top_k = path, rng, top_k
+        self._missing_share, self._max_searches = missing_share, max_searches
 
     def run(self, choose: ChooseQuery) -> ScriptedRollout:
-        """Search once per hop with what `choose` asks, go on from what was read, answer with the last entity."""
+        """Search for each hop with what `choose` asks, go on from what was read, answer with the last entity."""
         turns: list[tuple[SpanKind, str]] = []
         queries: list[str] = []
-        found = []
-        entity = self._path[0].subject
-        for hop, step in enumerate(self._path):
+        hops: list[int] = []
+        found: list[bool] = []
+        entity, word, hop = self._path[0].subject, "need", 0
+        while hop < len(self._path):
+            step = self._path[hop]
             query = choose(hop, entity, step.relation, queries[-1] if queries else None)
             facts = [self._world.facts[index] for index in self._search.search(query, self._top_k)]
             turns += [
-                (SpanKind.REASONING, f"need {step.relation} of {entity}"),
+                (SpanKind.REASONING, f"{word} {step.relation} of {entity}"),
                 (SpanKind.QUERY, query),
                 (SpanKind.OBSERVATION, "\n".join(fact.document for fact in facts)),
             ]
             queries.append(query)
+            hops.append(hop)
             found.append(step in facts)
-            entity = _read(facts, entity, step.relation)
+            answer = _read(facts, entity, step.relation)
+            if answer is None and self._asks_again(len(queries) + len(self._path) - hop):
+                word = MISSING
+                continue
+            # Where the passages do not say it, the script goes on from what the first one says.
+            entity, word, hop = answer or facts[0].object, "need", hop + 1
         turns += [(SpanKind.REASONING, "found"), (SpanKind.ANSWER, entity)]
-        return ScriptedRollout(tuple(turns), tuple(queries), tuple(found), entity)
+        return ScriptedRollout(tuple(turns), tuple(queries), tuple(hops), tuple(found), entity)
+
+    def _asks_again(self, num_searches: int) -> bool:
+        """Drawn at random where `num_searches`, one more for this hop and one for each after it, are allowed."""
+        # Nothing is drawn at a share of 0: the other draws stay as they are.
+        allowed = self._missing_share > 0 and num_searches <= self._max_searches
+        return allowed and self._rng.random() < self._missing_share
 
     def guess(self, hop: int, entity: str, relation: str, previous: str | None) -> str:
         """The plain mixture: mostly a full query with a random term of the relation, and four kinds of mistakes."""
@@ -181,7 +213,12 @@ class Script:
         correct = [sibling for sibling in siblings if sibling.answer == self._path[-1].object]
 
         def choose(hop: int, entity: str, relation: str, previous: str | None) -> str:
-            good = [sibling.queries[hop] for sibling in correct if sibling.found[hop]]
+            good = [
+                query
+                for sibling in correct
+                for query, query_hop, found in zip(sibling.queries, sibling.hops, sibling.found, strict=True)
+                if query_hop == hop and found
+            ]
             if good and self._rng.random() < COPY_PROBABILITY:
                 return self._rng.choice(good)
             return self.guess(hop, entity, relation, previous)
@@ -189,7 +226,7 @@ class Script:
         return choose
 
 
-def _read(facts: Sequence[Fact], entity: str, relation: str) -> str:
-    """The object the passages give for (entity, relation); where they do not, the first passage's object."""
+def _read(facts: Sequence[Fact], entity: str, relation: str) -> str | None:
+    """The object the passages give for (entity, relation); None where they do not."""
     answers = (fact.object for fact in facts if (fact.subject, fact.relation) == (entity, relation))
-    return next(answers, facts[0].object)
+    return next(answers, None)

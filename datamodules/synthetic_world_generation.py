@@ -15,8 +15,9 @@ from string import ascii_lowercase
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.types import Label, Question
 
-MAX_HOPS = 3
-_MIN_ENTITIES = 30  # with fewer, a held-out group may hold no path of MAX_HOPS hops at all
+MISSING = "missing"
+"""Begins the thought after a search that did not find what was needed; a word of worlds that show such searches."""
+_MIN_ENTITIES = 30  # with fewer, a held-out group may hold no path of three hops at all
 _MAX_TRIES = 1000
 _FUNCTION_WORDS = ("question", "the", "?", "need", "of", "found", "is", ".")
 _PROTOCOL_WORDS = ("siblings", *Label, ";", "none", "invalid", "action")  # of configs/protocol/synthetic_world.yaml

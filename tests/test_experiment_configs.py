@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from helpers.paths import ROOT
 from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
-from sdsearch_lightning.datamodules import SearchDataModule
+from sdsearch_lightning.datamodules import SearchDataModule, SyntheticWorldDataModule
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.runs.folder import RunOptions
 
@@ -101,6 +101,24 @@ def test_a_peer_comes_with_its_own_reward() -> None:
         model = by_name[name].model
         assert model.protocol == name and model.old_logprobs == "trainer" and by_name[name].jsd.weight == 0
         assert set(vars(model.entropy_coef).values()) == {0.001}
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse", "long"])
+def test_the_data_module_of_a_world_can_be_made(name: str, tmp_path: Path) -> None:
+    world = CONFIGS / f"experiment/world/{name}.yaml"
+    files = (world, world.with_name("long_rollout.yaml")) if name == "long" else (world,)
+    before, after = parsed(), parsed(*files)
+    found = set(changes(before.as_dict(), after.as_dict())) - {"config", "data"}
+    assert found == ({"rollout.top_k", "rollout.max_searches"} if name == "long" else set())
+    options = after.data.init_args
+    assert options.demonstration_top_k == after.rollout.top_k
+    assert options.demonstration_max_searches == after.rollout.max_searches
+    assert options.batch_size == before.data.init_args.batch_size, "what the quick start says stays"
+    data = SyntheticWorldDataModule(**options.as_dict() | {"cache_dir": str(tmp_path), "num_train_questions": 64})
+    hops = {question.source for question in data.questions("train")}
+    assert hops == {f"{n}-hop" for n in {"dense": (1, 2, 3), "sparse": (3,), "long": (2, 3, 4, 5)}[name]}
+    if name == "dense":
+        assert options == before.data.init_args
 
 
 def test_no_two_files_say_the_same() -> None:

@@ -45,17 +45,9 @@ def chart(title: str, unit: str, curves: Sequence[Curve], *, last_step: int = 0,
         last_step: the horizontal axis reaches at least this far, so that charts side by side share it.
         top: end of the vertical axis; None fits the data.
     """
-    drawn = [(curve, _thinned(_finite(curve.points))) for curve in curves]
-    drawn = [(curve, points) for curve, points in drawn if points]
+    drawn = _drawn(curves)
     if not drawn:
         return ""
-    everything = [point for _, points in drawn for point in points]
-    last_step = max(last_step, 1, *(point.step for point in everything))
-    x_ticks = [tick for tick in _ticks(0, last_step, smallest=1.0) if tick <= last_step]
-    values = [point.value for point in everything]
-    y_ticks = _ticks(min(values), top or max(values))
-    scale = _Scale(last_step, y_ticks[0], y_ticks[-1])
-    lines = "".join(_line(curve, points, scale) for curve, points in drawn)
     legend = "".join(
         f'<span><i style="background:var({curve.color})"></i>{escape(curve.label)} '
         f"<b>{_short(points[-1].value)}</b></span>"
@@ -63,9 +55,23 @@ def chart(title: str, unit: str, curves: Sequence[Curve], *, last_step: int = 0,
     )
     return (
         f"<figure><figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>"
-        f'<div class="legend">{legend}</div>'
+        f'<div class="legend">{legend}</div>{drawing(title, curves, last_step=last_step, top=top)}</figure>'
+    )
+
+
+def drawing(title: str, curves: Sequence[Curve], *, last_step: int = 0, top: float | None = None) -> str:
+    """The SVG element of a chart, without caption and legend; arguments as of `chart`, some point finite."""
+    drawn = _drawn(curves)
+    everything = [point for _, points in drawn for point in points]
+    last_step = max(last_step, 1, *(point.step for point in everything))
+    x_ticks = [tick for tick in _ticks(0, last_step, smallest=1.0) if tick <= last_step]
+    values = [point.value for point in everything]
+    y_ticks = _ticks(min(values), top or max(values))
+    scale = _Scale(last_step, y_ticks[0], y_ticks[-1])
+    lines = "".join(_line(curve, points, scale) for curve, points in drawn)
+    return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"{_axes(x_ticks, y_ticks, scale)}{lines}</svg></figure>"
+        f"{_axes(x_ticks, y_ticks, scale)}{lines}</svg>"
     )
 
 
@@ -82,6 +88,11 @@ class _Scale:
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.bottom) / (self.top - self.bottom)
+
+
+def _drawn(curves: Sequence[Curve]) -> list[tuple[Curve, list[Point]]]:
+    thinned = [(curve, _thinned(_finite(curve.points))) for curve in curves]
+    return [(curve, points) for curve, points in thinned if points]
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

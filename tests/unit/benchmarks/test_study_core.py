@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from benchmarks import study_core
-from benchmarks.study_core import Outcome, Processes, Study, StudyError, main
+from benchmarks.processes import Outcome, Processes
+from benchmarks.runner import StudyError
+from benchmarks.study_core import Study, main
 from benchmarks.study_plan import FULL, SMOKE, Run
 from benchmarks.study_table import render
 
@@ -201,12 +203,12 @@ def test_runs_of_other_commands_are_not_mixed_in(
     out = capsys.readouterr().out
     assert "by another command" in out and "--rollout.group_size=8" in out and "--root" in out
     records = lines(tmp_path)
-    records[-1]["code"] = "other"
+    records[-1]["commit"] = "other"
     study = Study(FULL, str(tmp_path), Fake())
     runs = [Run(*(record[name] for name in Run.__slots__)) for record in records]
-    table = render(dict(zip((run.key for run in runs), records, strict=True)), runs, FULL)
+    table = render(dict(zip(runs, records, strict=True)), runs, FULL)
     assert "Code **(several: do not compare)**" in table
-    assert study.records.keys() == {run.key for run in runs}
+    assert study.runner.records.keys() == set(runs)
 
 
 def test_arms_that_do_not_start_alike_are_told(tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_arms_that_do_not_start_alike_are_told(tmp_path: Path) -> None:
     compared = [run for run in records if run.stage == "comparison"]
     for run_ in compared:
         records[run_]["measures"]["sampled_start"] = 0.09 if run_.seed != 3 or run_.arm != "sd_all" else 0.1
-    table = render({run.key: record for run, record in records.items()}, compared, FULL)
+    table = render(records, compared, FULL)
     assert "**Not paired:** the arms start from different sampled EM at seed 3." in table
 
 

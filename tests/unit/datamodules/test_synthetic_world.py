@@ -13,7 +13,7 @@ import yaml
 from helpers.paths import ROOT
 from sdsearch_lightning.datamodules import SearchDataModule, SyntheticWorldDataModule
 from sdsearch_lightning.datamodules.synthetic_world_encoder import WorldSearch, word_vectors
-from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
+from sdsearch_lightning.datamodules.synthetic_world_generation import MISSING, WorldShape
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy.loading import word_level_tokenizer
 from sdsearch_lightning.protocol.block_templates import BlockTemplates
@@ -176,11 +176,42 @@ def test_the_default_is_the_quick_start_world(tmp_path: Path) -> None:
     assert len(data.questions("val")) == 128 and len(data.demonstrations()) >= 10_000
 
 
+def test_questions_have_as_many_hops_as_their_weights_say(tmp_path: Path) -> None:
+    data = make(tmp_path, hop_mix=(0, 0, 0, 0, 1), num_val_questions=20)
+    for split in ("train", "val", "test"):
+        assert all(len(set(visited(data, question))) == 6 for question in data.questions(split))
+    assert {demonstration.question.source for demonstration in data.demonstrations()[:50]} == {"5-hop"}
+    make(tmp_path, hop_mix=(0,) * 28 + (1, 0, 0))  # the longest that 30 held-out entities can hold
+
+
+def test_demonstrations_may_have_a_hop_mix_of_their_own(tmp_path: Path) -> None:
+    default = make(tmp_path)
+    sparse = make(tmp_path, hop_mix=(0, 0, 1), demonstration_hop_mix=(0.2, 0.5, 0.3))
+    assert {question.source for question in sparse.questions("train")} == {"3-hop"}
+    assert sparse.demonstrations()[:50] == default.demonstrations()[:50], "the two can share a cold start"
+    assert sparse.demonstrations()[:50] != make(tmp_path, hop_mix=(0, 0, 1)).demonstrations()[:50]
+    assert sparse.world_folder == default.world_folder
+
+
+def test_demonstrations_that_ask_again_add_one_word(tmp_path: Path) -> None:
+    default, again = make(tmp_path), make(tmp_path, missing_share=0.5)
+    assert again.vocabulary() == (*default.vocabulary(), MISSING) and MISSING not in default.vocabulary()
+    words = {word for shown in again.demonstrations() for _, text in shown.turns for word in text.split()}
+    assert MISSING in words and words <= set(again.vocabulary())
+    assert max(len(shown.turns) for shown in again.demonstrations()) == 3 * 4 + 2
+    longer = make(tmp_path, missing_share=0.5, demonstration_max_searches=6).demonstrations()
+    assert max(len(shown.turns) for shown in longer) == 3 * 6 + 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hop_mix": ()}, r"data\.hop_mix: expected 1 to 3 weights, .*, found \(\)"),
-        ({"hop_mix": (0.5, -0.5, 1.0)}, r"data\.hop_mix: expected 1 to 3 weights, none negative"),
+        ({"hop_mix": ()}, r"data\.hop_mix: expected weights .*, found \(\)"),
+        ({"hop_mix": (0.5, -0.5, 1.0)}, r"data\.hop_mix: expected weights .*, none negative"),
+        ({"hop_mix": (0,) * 29 + (1,)}, r"data\.hop_mix: expected at most 29 hops, since 30 entities .*, found 30"),
+        ({"demonstration_hop_mix": (0, 0)}, r"data\.demonstration_hop_mix: expected weights .* not all 0"),
+        ({"missing_share": 1.1}, r"data\.missing_share: expected a share between 0 and 1, found 1\.1"),
+        ({"demonstration_max_searches": 0}, r"data\.demonstration_max_searches: expected at least 1, found 0"),
         ({"block_share": -0.1}, r"data\.block_share: expected a share between 0 and 1, found -0\.1"),
         ({"num_demonstration_worlds": 0}, r"data\.num_demonstration_worlds: expected at least 1, found 0"),
         ({"facts_per_entity": 9}, r"data\.facts_per_entity: expected 1 to num_relations \(8\), found 9"),

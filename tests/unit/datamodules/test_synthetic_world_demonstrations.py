@@ -9,7 +9,12 @@ import sys
 
 import pytest
 
-from sdsearch_lightning.datamodules.synthetic_world_demonstrations import Script, WorldDemonstrations, label_of
+from sdsearch_lightning.datamodules.synthetic_world_demonstrations import (
+    ChooseQuery,
+    Script,
+    WorldDemonstrations,
+    label_of,
+)
 from sdsearch_lightning.datamodules.synthetic_world_encoder import WorldSearch, word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape, generate_world, question_of
 from sdsearch_lightning.types import Demonstration, Label, Question, SpanKind
@@ -99,6 +104,47 @@ def make_script(rng: random.Random) -> tuple[Script, Question]:
 
 def ask_right(hop: int, entity: str, relation: str, previous: str | None) -> str:
     return f"{entity} {EVALUATED.terms[relation]}"
+
+
+def lost_then_right(num_lost: int) -> ChooseQuery:
+    """Asks for a document of nobody's `num_lost` times, then as `ask_right`."""
+    asked: list[int] = []
+
+    def choose(hop: int, entity: str, relation: str, previous: str | None) -> str:
+        asked.append(hop)
+        return "nonsense" if len(asked) <= num_lost else ask_right(hop, entity, relation, previous)
+
+    return choose
+
+
+def test_a_search_that_did_not_find_its_hop_is_asked_again() -> None:
+    rng = random.Random(0)
+    path = EVALUATED.sample_path(rng, SHAPE.entities, 2)
+    script = Script(SHAPE, EVALUATED, SEARCH, path, rng, top_k=2, missing_share=1.0, max_searches=4)
+    rollout = script.run(lost_then_right(2))
+    start, relations = path[0].subject, [fact.relation for fact in path]
+    thoughts = [text for kind, text in rollout.turns if kind is SpanKind.REASONING]
+    wording = [f"need {relations[0]} of {start}", *[f"missing {relations[0]} of {start}"] * 2]
+    assert thoughts == [*wording, f"need {relations[1]} of {path[0].object}", "found"]
+    assert rollout.hops == (0, 0, 0, 1) and rollout.found == (False, False, True, True)
+    assert rollout.queries[:2] == ("nonsense", "nonsense") and rollout.answer == path[1].object
+
+
+def test_asking_again_leaves_a_search_for_every_hop_and_is_not_done_at_a_share_of_0() -> None:
+    rng = random.Random(0)
+    path = EVALUATED.sample_path(rng, SHAPE.entities, 3)
+    for share, max_searches, hops in ((1.0, 5, (0, 0, 0, 1, 2)), (1.0, 2, (0, 1, 2)), (0.0, 9, (0, 1, 2))):
+        script = Script(SHAPE, EVALUATED, SEARCH, path, rng, 2, share, max_searches)
+        assert script.run(lambda hop, entity, relation, previous: "nonsense").hops == hops
+
+
+def test_the_reader_copies_the_query_that_found_the_hop() -> None:
+    rng = random.Random(0)
+    path = EVALUATED.sample_path(rng, SHAPE.entities, 2)
+    script = Script(SHAPE, EVALUATED, SEARCH, path, rng, top_k=2, missing_share=1.0, max_searches=4)
+    sibling = script.run(lost_then_right(1))
+    read = [script.run(script.reader([sibling])).queries for _ in range(40)]
+    assert read.count(sibling.queries[1:]) > 30
 
 
 def test_a_rollout_is_labelled_by_its_own_answer() -> None:
