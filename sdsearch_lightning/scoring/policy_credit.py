@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -109,30 +110,43 @@ class InformationGain(PolicyCredit):
 class SelfJudgement(PolicyCredit):
     """Whether the policy itself says, after reading, that the search found something: no gold answer is needed.
 
-        log p(found | rollout, passages, prefix) - log p(missing | the same)
+        log sum p(found | rollout, passages, prefix) - log sum p(missing | the same)
 
-    Log-probs are means per token. It tells something only of a policy that has learnt to say both: the cold start of
-    the embedded world teaches it (`data.missing_share`).
+    The sums are over the texts of a verdict; each probability is its tokens' geometric mean. It tells something only of
+    a policy that has learnt to say both: the cold start of the embedded world teaches it (`data.missing_share`).
 
     Args:
-        prefix: what the policy writes before its verdict.
-        found: the verdict of a search that helped.
-        missing: the verdict of one that did not.
+        found: how the policy begins where the search helped.
+        missing: how it begins where it did not.
+        prefix: what stands before either.
     """
 
-    def __init__(self, prefix: str = "<think>", found: str = " need", missing: str = " missing") -> None:
+    def __init__(
+        self,
+        found: Sequence[str] = (" need", " found"),
+        missing: Sequence[str] = (" missing",),
+        prefix: str = "<think>",
+    ) -> None:
         super().__init__()
-        if found == missing:
-            raise ConfigError(f"rollout.credit SelfJudgement: expected two different verdicts, found {found!r} twice.")
-        self.prefix, self.verdicts = prefix, (found, missing)
+        self.found, self.missing, self.prefix = tuple(found), tuple(missing), prefix
+        if not self.found or not self.missing or {*self.found} & {*self.missing}:
+            raise ConfigError(
+                "rollout.credit SelfJudgement: expected different texts for `found` and `missing`, found "
+                f"{self.found} and {self.missing}."
+            )
 
     def ask(self, groups: Sequence[RolloutGroup]) -> Iterator[tuple[tuple[InstanceId, int, int], list[Continuation]]]:
-        """Both verdicts after the passages."""
+        """All texts of both verdicts after the passages."""
         for key, _, search in keyed(groups):
             read = search.before, search.observation, self.prefix
-            yield key, [Continuation(*read, verdict) for verdict in self.verdicts]
+            yield key, [Continuation(*read, verdict) for verdict in (*self.found, *self.missing)]
 
     def value(self, logprobs: Sequence[float]) -> float:
         """Nats: positive where the policy says that something was found."""
-        found, missing = logprobs
-        return found - missing
+        split = len(self.found)
+        return _log_sum(logprobs[:split]) - _log_sum(logprobs[split:])
+
+
+def _log_sum(logprobs: Sequence[float]) -> float:
+    largest = max(logprobs)
+    return largest + math.log(math.fsum(math.exp(x - largest) for x in logprobs))

@@ -32,6 +32,8 @@ from helpers.training import make_module  # noqa: E402
 from helpers.training_rollouts import DIRECT, TRAINING_PROTOCOL, TRAINING_TOKENIZER  # noqa: E402
 from sdsearch_lightning import SDSearchModule  # noqa: E402
 from sdsearch_lightning.callbacks import (  # noqa: E402
+    CreditDiagnostics,
+    CreditWeightScheduler,
     HindsightConstruction,
     JSDWeightScheduler,
     RolloutGrouping,
@@ -41,6 +43,7 @@ from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO  # noqa: E402
 from sdsearch_lightning.policy import loading  # noqa: E402
 from sdsearch_lightning.policy.lora import LoRA  # noqa: E402
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher  # noqa: E402
+from sdsearch_lightning.scoring.policy_credit import SelfJudgement  # noqa: E402
 from sdsearch_lightning.scoring.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.training.options import Compute  # noqa: E402
 
@@ -62,6 +65,7 @@ VARIANTS: dict[str, dict] = {
         "compute": Compute(gradient_checkpointing=True),
     },
     "lora": {"lora": LoRA(r=4), "teacher": EMATeacher(0.3), "num_updates": 3},
+    "credit": {"query_credit": SelfJudgement((" the", " Rome"), (" none",), "<think>"), "num_updates": 3},
     "going_on": {"lora": LoRA(adapter="adapter"), "compute": Compute(gradient_checkpointing=True)},
     "batch_start": {
         "teacher": BatchStartTeacher(),
@@ -97,7 +101,7 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     torch.set_num_threads(1)
     options = dict(VARIANTS[variant])
     tied = options.pop("tie_word_embeddings", False)
-    diagnostics = options.pop("diagnostics", False)
+    diagnostics, credit = options.pop("diagnostics", False), options.pop("query_credit", None)
     folder = Path(output).with_suffix(".model")
     if "LOCAL_RANK" not in os.environ:
         tiny_model(tie_word_embeddings=tied).save_pretrained(folder)
@@ -117,9 +121,14 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     )
     record = Record()
     grouping = RolloutGrouping(
-        group_size=3, top_k=2, max_tokens=160, reward=ExactMatchReward(), engine=silent_at_odd_positions()
+        group_size=3,
+        top_k=2,
+        max_tokens=160,
+        reward=ExactMatchReward(),
+        credit=credit,
+        engine=silent_at_odd_positions(),
     )
-    method = HindsightConstruction(), JSDWeightScheduler(0.3, 0)
+    method = HindsightConstruction(), JSDWeightScheduler(0.3, 0), CreditWeightScheduler(0.7), CreditDiagnostics()
     devices = 1 if strategy == "one" else 2
     distributed = {"strategy": strategy, "devices": 2} if devices == 2 else {}
     if strategy != "fsdp2":
@@ -131,6 +140,9 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     trainer = fit(module, *callbacks, data=data, max_steps=2, ckpt_path=checkpoint, **distributed)
     searches = sum(len(t.queries) for batch in record.batches for g in batch.groups for t in g.trajectories)
     assert trainer.global_rank == 0 or searches == 0, "rank 1 has no query token"
+    rollouts = [t for batch in record.batches for g in batch.groups for t in g.trajectories]
+    advantages = {a for t in rollouts for a in t.query_advantages or ()}
+    assert len(advantages) != 1 and bool(advantages) == (credit is not None and searches > 0), "queries differ"
     weights = module.whole_weights()
     if trainer.is_global_zero:
         steps = [[metrics[key] for key in KEYS] for metrics in record.metrics]

@@ -185,11 +185,14 @@ def test_random_passages_are_those_of_other_questions() -> None:
 
 
 def test_self_judgement_compares_two_verdicts() -> None:
-    groups, credit = groups_that_read(), SelfJudgement(found=" found", missing=" missing")
-    reader = Script(lambda text: 0.5 if text.text == " found" else -0.01 * len(text.shared))
+    groups, credit = groups_that_read(), SelfJudgement()
+    said = {" need": math.log(0.2), " found": math.log(0.1)}
+    reader = Script(lambda text: said.get(text.text, -0.01 * len(text.shared)))
     credit.read(groups, reader)
-    assert [text.text for text in reader.asked] == [" found", " missing"] * 4
-    assert credit.assign(groups[0])[0] == pytest.approx([0.5 + 0.01 * len(t.shared) for t in reader.asked[:4:2]])
+    assert [text.text for text in reader.asked] == [" need", " found", " missing"] * 4
+    expected = [math.log(0.3) + 0.01 * len(t.shared) for t in reader.asked[:6:3]]
+    assert credit.assign(groups[0])[0] == pytest.approx(expected, abs=1e-12)
+    assert credit.assign(groups[0])[0] != pytest.approx([x + 1e-9 for x in expected], abs=1e-12)
 
 
 # A user's own, and what is refused
@@ -228,5 +231,6 @@ def test_what_is_no_credit_is_refused(values: Any, message: str) -> None:
 def test_impossible_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="expected at least 1, found 0"):
         InformationGain(0)
-    with pytest.raises(ConfigError, match="two different verdicts"):
-        SelfJudgement(found=" a", missing=" a")
+    for found, missing in (((" a", " b"), (" b",)), ((), (" b",))):
+        with pytest.raises(ConfigError, match="expected different texts for `found` and `missing`"):
+            SelfJudgement(found, missing)
