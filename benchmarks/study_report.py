@@ -56,7 +56,13 @@ def measured_runs(family: Family, records: Records) -> Measured:
 
 
 def _report(family: Family, records: Records) -> Records:
-    return {run: record for run, record in records.items() if run.family == family.name and run.phase == "report"}
+    """Report runs of a family; where tuning was done again and chose otherwise, those of its choice alone."""
+    chosen = {arm.name: FULL.tuning(family, arm, records).chosen for arm in FULL.arms}
+    return {
+        run: record
+        for run, record in records.items()
+        if run.family == family.name and run.phase == "report" and chosen.get(run.arm) in (None, (run.lr, run.weight))
+    }
 
 
 def _arms(measured: Measured) -> list[Arm]:
