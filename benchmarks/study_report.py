@@ -224,9 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: expected report runs that ended well in {options.results}, found none. Run make study first.")
         return 1
     page = options.docs / "results_study.md"
-    text = (
-        page.read_text(encoding="utf-8") if page.is_file() else "# Results of the study\n\nThe protocol: study.md.\n\n"
-    )
+    text = page.read_text(encoding="utf-8") if page.is_file() else HEAD
     write_text(page, text.split(MARK)[0] + MARK + "\n" + render(records))
     (options.docs / "pictures").mkdir(exist_ok=True)
     for name, picture in pictures(records).items():
