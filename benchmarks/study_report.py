@@ -56,7 +56,13 @@ def measured_runs(family: Family, records: Records) -> Measured:
 
 
 def _report(family: Family, records: Records) -> Records:
-    return {run: record for run, record in records.items() if run.family == family.name and run.phase == "report"}
+    """Report runs of a family; where tuning was done again and chose otherwise, those of its choice alone."""
+    chosen = {arm.name: FULL.tuning(family, arm, records).chosen for arm in FULL.arms}
+    return {
+        run: record
+        for run, record in records.items()
+        if run.family == family.name and run.phase == "report" and chosen.get(run.arm) in (None, (run.lr, run.weight))
+    }
 
 
 def _arms(measured: Measured) -> list[Arm]:
@@ -218,9 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: expected report runs that ended well in {options.results}, found none. Run make study first.")
         return 1
     page = options.docs / "results_study.md"
-    text = (
-        page.read_text(encoding="utf-8") if page.is_file() else "# Results of the study\n\nThe protocol: study.md.\n\n"
-    )
+    text = page.read_text(encoding="utf-8") if page.is_file() else HEAD
     write_text(page, text.split(MARK)[0] + MARK + "\n" + render(records))
     (options.docs / "pictures").mkdir(exist_ok=True)
     for name, picture in pictures(records).items():

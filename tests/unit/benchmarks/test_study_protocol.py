@@ -18,8 +18,6 @@ from benchmarks.study_protocol import FULL, SMOKE, Protocol, Run, beyond
 from helpers.paths import ROOT
 from sdsearch_lightning.cli import commands
 
-EVIDENCE = {"evidence_credit", "evidence_reward"}  # their keys come with rollout.credit
-KNOWN = [arm for arm in FULL.arms if arm.name not in EVIDENCE]
 PART = replace(FULL, families=FULL.families[:1], arms=FULL.arms[:2])
 
 
@@ -120,7 +118,7 @@ def test_the_command_line_takes_each_arm_and_arms_differ_in_what_they_say_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configs = {}
-    for arm in KNOWN:
+    for arm in FULL.arms:
         run = Run("sparse", arm.name, 2, 101, "report", 0.0014, arm.weights[-1])
         config = configs[arm.name] = parsed(FULL.arguments(run, "r"), monkeypatch, capsys)
         data = config["data"]["init_args"]
@@ -132,9 +130,15 @@ def test_the_command_line_takes_each_arm_and_arms_differ_in_what_they_say_only(
         is_taught = arm.name.startswith("sd")
         assert config["jsd"]["weight"] == (arm.weights[-1] if is_taught else 0)
         assert config["model"]["entropy_coef"]["query"] == (-0.1 if arm.name == "entropy_penalty" else 0)
+        has_credit = arm.name == "evidence_credit"
+        assert ("LexicalEvidence" in str(config["rollout"]["credit"])) == has_credit
+        assert config["credit"]["weight"] == (arm.weights[-1] if has_credit else 1)
+        has_share = arm.name == "evidence_reward"
+        assert config["rollout"]["reward"].get("init_args", {}).get("share") == (arm.weights[-1] if has_share else None)
         assert config["hindsight"]["groups"] == ("all" if arm.name == "sd_all" else "mixed")
         assert ("ShuffledLabels" in str(config["hindsight"]["block"])) == (arm.name == "sd_shuffled")
     for config in configs.values():
+        del config["credit"], config["rollout"]["credit"], config["rollout"]["reward"]
         del config["run"], config["jsd"]["weight"], config["model"]["entropy_coef"], config["hindsight"]
     dapo = configs.pop("dapo")
     assert all(config == configs["grpo"] for config in configs.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -91,6 +91,20 @@ def test_a_failed_run_takes_its_pair_with_it_and_is_told() -> None:
     page = render(made_up(GAIN, failed=bad))
     assert section(page, "Minus GRPO:")["SD-Search"][0] == "11"
     assert "Failed runs: 1." in page and f"`python {bad.name}` ended with:\n\n```\nit broke\n```" in page
+
+
+def test_runs_of_a_setting_that_is_not_chosen_any_more_are_left_out() -> None:
+    records = made_up(GAIN)
+    before = measured_runs(SPARSE, records)
+    for run, record in list(records.items()):
+        if run.arm == "grpo":
+            records[replace(run, lr=2e-3)] = record | {"train_em": [0.9] * 30}
+    assert len(measured_runs(SPARSE, records)) == 48, "without tuning nothing tells which they are"
+    for rate in FULL.rates:
+        for seed in FULL.tuning_seeds:
+            area = 0.5 if rate == 1e-3 else 0.4
+            records[Run("sparse", "grpo", 0, seed, "tuning", rate, 0.0)] = {"status": "ok", "train_em": [area]}
+    assert measured_runs(SPARSE, records) == before
 
 
 def test_pictures_are_svg_with_a_mark_for_each_arm() -> None:
