@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
+from sdsearch_lightning.losses.teacher_use import Distillation, TeacherUse
 from sdsearch_lightning.losses.terms import Terms, total_loss
 from sdsearch_lightning.losses.weights import AggregationMode, EntropyCoefs, token_weights
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
@@ -40,17 +41,12 @@ from sdsearch_lightning.step.collate import (
     with_idle_teacher,
 )
 from sdsearch_lightning.step.credit import Credits, credit_rollouts, credit_table
-from sdsearch_lightning.step.metrics import (
-    DISTILLATION_SUMS,
-    POLICY_SUMS,
-    StepTally,
-    step_means,
-)
+from sdsearch_lightning.step.metrics import DISTILLATION_SUMS, POLICY_SUMS, StepTally, step_means
 from sdsearch_lightning.step.old_logprobs import OldLogprobs, read_logprobs, with_old_logprobs
 from sdsearch_lightning.step.policy_terms import PolicyTerms
 from sdsearch_lightning.step.student import StepSums as StepSums, Student
 from sdsearch_lightning.step.taught_spans import Positions
-from sdsearch_lightning.step.teacher_rows import TeacherRows, join, summarize_teacher
+from sdsearch_lightning.step.teacher_rows import TeacherRows, join, summarize_teacher, with_contrast
 from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
 from sdsearch_lightning.training.options import OptimizerSpec, adamw
 from sdsearch_lightning.training.policy_module import PolicyModule
@@ -70,6 +66,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         optimizer: of all parameters: a class of torch.optim without the parameters.
         divergence: distance of student and teacher at query tokens: the self-distillation loss.
         teacher: whose weights the teacher has: the policy's own at that moment (LiveTeacher, the paper), or a copy's.
+        teacher_use: what its verdict on a taught token is used for: the divergence alone (Distillation, the paper), the
+            size of the token's advantage (RLSD, CAST, RLCSD), or a gate on the divergence (SDAR).
         positions: tokens where student and teacher are compared: queries (the paper), or policy, all that it wrote.
         policy_coef: weight of the policy-gradient loss; 0 distils only.
         entropy_coef: weight of the entropy at each kind of token; a bonus above 0, a penalty below.
@@ -100,6 +98,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         optimizer: OptimizerCallable = adamw,
         divergence: Divergence = JensenShannon(),  # noqa: B008  (stateless)
         teacher: Teacher = LiveTeacher(),  # noqa: B008  (attached anew by each run)
+        teacher_use: TeacherUse = Distillation(),  # noqa: B008  (stateless)
         positions: Positions = "queries",
         policy_coef: float = 1.0,
         entropy_coef: EntropyCoefs = EntropyCoefs(),  # noqa: B008  (frozen)
@@ -120,7 +119,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         # An impossible aggregation is refused here, not in the first step.
         token_weights(torch.zeros(1, 1, dtype=torch.bool), aggregation, aggregation_norm)
         self.divergence, self.teacher = Divergence.adopt(divergence), Teacher.adopt(teacher)
-        self.positions = positions
+        self.teacher_use, self.positions = TeacherUse.adopt(teacher_use), positions
         self.policy_terms = PolicyTerms(clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature)
         self.aggregation, self.aggregation_norm, self.num_updates = aggregation, aggregation_norm, num_updates
         self._needs_old_logprobs = num_updates > 1 and (old_logprobs == "trainer" or tis_cap is not None)
@@ -253,16 +252,16 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         Args:
             batch: with its teacher's side.
         """
-        assert batch.teacher is not None and batch.teacher_query_row is not None, "the batch has no teacher's side"
-        tokens = batch.teacher.token_ids[batch.teacher_query_row]
+        assert batch.teacher is not None, "the batch has no teacher's side"
+        tokens = batch.teacher.token_ids[batch.teacher_rows]
         top_k = self.divergence.teacher_top_k
 
         def read(chunk: Chunk) -> tuple[Tensor, TeacherRows]:
             rows = summarize_teacher(chunk.logits, chunk.hidden, tokens[chunk.rows], top_k, self.environment_ids)
             return chunk.logits.new_zeros(0), rows
 
-        outcome: Outcome = self.teacher.policy(self.policy)(batch.teacher, [Reading(batch.teacher_query_row, read)])
-        return join(outcome.kept[0])
+        outcome: Outcome = self.teacher.policy(self.policy)(batch.teacher, [Reading(batch.teacher_rows, read)])
+        return with_contrast(join(outcome.kept[0]), len(batch.query_row))
 
     def student_step(self, batch: SearchBatch, teacher: TeacherRows | None = None) -> StepSums:
         """All terms of one micro-batch from one forward pass.
@@ -276,7 +275,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """
         source = self.teacher.policy(self.policy)
         project = None if source is self.policy else source.project
-        student = Student(batch, self.policy_terms, self.divergence, teacher, self.environment_ids, project)
+        uses = self.policy_terms, self.divergence, self.teacher_use
+        student = Student(batch, *uses, teacher, self.environment_ids, project)
         return student.step(self.policy, self.jsd_weight, self.reference)
 
     def _log_step(self, tally: StepTally, blocks: Sequence[HindsightBlock | None], learning_rate: float) -> None:

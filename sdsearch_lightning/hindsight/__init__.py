@@ -23,6 +23,7 @@ from sdsearch_lightning.hindsight.ablations import (
     UnmaskedRollouts,
 )
 from sdsearch_lightning.hindsight.base import BlockBuilder, GroupBlocks, judged, sibling_records
+from sdsearch_lightning.hindsight.contrast import ContrastedSiblings
 from sdsearch_lightning.hindsight.queries_and_labels import QueriesAndLabels
 from sdsearch_lightning.hindsight.writer import BlockBudget, BlockWriter
 
@@ -30,6 +31,7 @@ __all__ = [
     "BlockBudget",
     "BlockBuilder",
     "BlockWriter",
+    "ContrastedSiblings",
     "CorrectOnly",
     "CurrentDocuments",
     "GoldAnswer",

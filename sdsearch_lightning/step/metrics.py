@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.losses.logprobs import entropy
-from sdsearch_lightning.step.teacher_rows import TeacherRows
+from sdsearch_lightning.step.teacher_rows import TeacherRows, Verdict
 
 POLICY_SUMS = ("policy_tokens", "entropy", "clipped", "logprob_gap", "searched_tokens", "query_entropy")
 DISTILLATION_SUMS = (
@@ -27,6 +27,9 @@ DISTILLATION_SUMS = (
     "teacher_entropy",
     "environment_mass_student",
     "environment_mass_teacher",
+    "abs_log_ratio",
+    "changed_advantages",
+    "gate",
 )
 
 
@@ -87,7 +90,12 @@ def policy_sums(
 
 @torch.no_grad()
 def distillation_sums(
-    jsd: Tensor, student_logprobs: Tensor, chosen: Tensor, teacher: TeacherRows, environment_ids: Tensor
+    jsd: Tensor,
+    student_logprobs: Tensor,
+    chosen: Tensor,
+    teacher: TeacherRows,
+    environment_ids: Tensor,
+    verdict: Verdict,
 ) -> dict[str, Tensor]:
     """Sums over the Q taught query tokens of a micro-batch.
 
@@ -97,6 +105,7 @@ def distillation_sums(
         chosen: [Q] of the sampled tokens.
         teacher: its rows.
         environment_ids: [E] tokens that only the environment writes.
+        verdict: on the tokens.
     """
     return {
         "query_tokens": torch.tensor(len(jsd)),
@@ -107,6 +116,9 @@ def distillation_sums(
         "teacher_entropy": teacher.entropy.sum(),
         "environment_mass_student": student_logprobs[:, environment_ids].exp().sum(),
         "environment_mass_teacher": teacher.environment_mass.sum(),
+        "abs_log_ratio": verdict.log_ratio.abs().sum(),
+        "changed_advantages": verdict.is_changed.sum(),
+        "gate": verdict.gate.sum(),
     }
 
 
@@ -138,6 +150,9 @@ def step_means(totals: Mapping[str, float], num_updates: int, sees_tags: bool = 
             "distill/teacher_logprob": totals["teacher_logprob"] / queries,
             "distill/student_entropy": totals["student_entropy"] / queries,
             "distill/teacher_entropy": totals["teacher_entropy"] / queries,
+            "distill/abs_log_ratio": totals["abs_log_ratio"] / queries,
+            "distill/changed_advantages": totals["changed_advantages"] / queries,
+            "distill/gate": totals["gate"] / queries,
             "distill/entropy_gap": (totals["student_entropy"] - totals["teacher_entropy"]) / queries,
         }
     if queries and sees_tags:
