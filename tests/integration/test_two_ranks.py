@@ -33,8 +33,14 @@ def assert_equal(mine: dict[str, list], theirs: dict[str, list]) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("variant", "strategies"),
-    [("plain", ("ddp", "fsdp2")), ("batch_start", ("fsdp2",)), ("going_on", ("ddp", "fsdp2"))],
-    ids=["plain", "batch_start", "going_on"],
+    [
+        ("plain", ("ddp", "fsdp2")),
+        ("rlsd", ("ddp", "fsdp2")),
+        ("contrast", ("fsdp2",)),
+        ("batch_start", ("fsdp2",)),
+        ("going_on", ("ddp", "fsdp2")),
+    ],
+    ids=["plain", "rlsd", "contrast", "batch_start", "going_on"],
 )
 def test_two_processes_equal_one_with_a_rank_that_never_searches(
     variant: str, strategies: tuple[str, ...], tmp_path: Path

@@ -38,13 +38,18 @@ from sdsearch_lightning.callbacks import (  # noqa: E402
     TeacherDiagnostics,
 )
 from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO  # noqa: E402
+from sdsearch_lightning.hindsight import ContrastedSiblings  # noqa: E402
+from sdsearch_lightning.losses import RLCSD, RLSD  # noqa: E402
 from sdsearch_lightning.policy import loading  # noqa: E402
 from sdsearch_lightning.policy.lora import LoRA  # noqa: E402
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher  # noqa: E402
 from sdsearch_lightning.scoring.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.training.options import Compute  # noqa: E402
 
-KEYS = ("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd", "distill/teacher_rows")
+KEYS = (
+    *("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd"),
+    *("distill/abs_log_ratio", "distill/changed_advantages", "distill/teacher_rows"),
+)
 
 
 def silent_at_odd_positions() -> ScriptedEngine:
@@ -63,6 +68,8 @@ VARIANTS: dict[str, dict] = {
     },
     "lora": {"lora": LoRA(r=4), "teacher": EMATeacher(0.3), "num_updates": 3},
     "going_on": {"lora": LoRA(adapter="adapter"), "compute": Compute(gradient_checkpointing=True)},
+    "rlsd": {"teacher_use": RLSD(), "num_updates": 3},
+    "contrast": {"teacher_use": RLCSD(), "block": ContrastedSiblings(), "num_updates": 3},
     "batch_start": {
         "teacher": BatchStartTeacher(),
         "num_updates": 3,
@@ -97,7 +104,7 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     torch.set_num_threads(1)
     options = dict(VARIANTS[variant])
     tied = options.pop("tie_word_embeddings", False)
-    diagnostics = options.pop("diagnostics", False)
+    diagnostics, block = options.pop("diagnostics", False), options.pop("block", None)
     folder = Path(output).with_suffix(".model")
     if "LOCAL_RANK" not in os.environ:
         tiny_model(tie_word_embeddings=tied).save_pretrained(folder)
@@ -119,7 +126,7 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     grouping = RolloutGrouping(
         group_size=3, top_k=2, max_tokens=160, reward=ExactMatchReward(), engine=silent_at_odd_positions()
     )
-    method = HindsightConstruction(), JSDWeightScheduler(0.3, 0)
+    method = HindsightConstruction(block=block), JSDWeightScheduler(0.3, 0)
     devices = 1 if strategy == "one" else 2
     distributed = {"strategy": strategy, "devices": 2} if devices == 2 else {}
     if strategy != "fsdp2":
