@@ -104,6 +104,6 @@ def test_a_peer_comes_with_its_own_reward() -> None:
 
 
 def test_no_two_files_say_the_same() -> None:
-    assert (len(ABLATIONS), len(PRESETS)) == (30, 10)
+    assert (len(ABLATIONS), len(PRESETS)) == (30, 14)
     options = [parsed(path).as_dict() for path in (*ABLATIONS, *PRESETS)]
     assert len({str([row[group] for group in ("model", *GROUPS)]) for row in options}) == len(options)
