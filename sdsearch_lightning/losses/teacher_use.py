@@ -164,9 +164,9 @@ class RLCSD(TeacherUse):
     a bonus apart).
 
     Args:
-        scale: the largest bonus, at least 0; the paper's lambda of .5.
+        scale: the largest bonus, at least 0; .5 is the paper's.
         temperature: the contrast at which the bonus is .76 of it, above 0. Published settings differ: .02 and 1.3.
-        threshold: smaller bonuses are left out, at least 0; the paper's delta of .02.
+        threshold: smaller bonuses are left out, at least 0; .02 is the paper's.
     """
 
     def __init__(self, scale: float = 0.5, temperature: float = 1.3, threshold: float = 0.02) -> None:
