@@ -61,7 +61,7 @@ class Verdict(NamedTuple):
     gate: Tensor
     """[C] weight of the divergence, beside the token's own."""
     is_changed: Tensor
-    """[C] bool, whether the advantage is another than the rollout's."""
+    """[C] bool, whether the advantage is another than the batch's."""
 
 
 def judge_tokens(
