@@ -26,6 +26,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon  # noqa: E402
+from sdsearch_lightning.losses.teacher_use import Distillation  # noqa: E402
 from sdsearch_lightning.losses.terms import total_loss  # noqa: E402
 from sdsearch_lightning.losses.weights import EntropyCoefs  # noqa: E402
 from sdsearch_lightning.policy.head import Chunk, Head, Outcome, Reading, read_rows  # noqa: E402
@@ -77,6 +78,7 @@ class Inputs:
             advantages=normal(TOKENS),
             query_row=rows[: QUERY_ROWS * 2 : 2],
             query_weight=torch.full((QUERY_ROWS,), 1 / QUERY_ROWS),
+            query_label=torch.zeros(QUERY_ROWS),
             span_kind=torch.zeros(TOKENS, dtype=torch.long),
             on_policy=True,
         )
@@ -197,9 +199,8 @@ def our_step(inputs: Inputs, divergence: Divergence = EXACT, is_fused: bool = Tr
         rows = [inputs.student[reading.targets - 1] for reading in readings]
         return read_rows(inputs.head, rows, readings, mixture if is_fused else None)
 
-    student = Student(
-        inputs.batch, POLICY_TERMS, divergence, teacher_rows(inputs, divergence), inputs.batch.query_row[:0]
-    )
+    teacher = teacher_rows(inputs, divergence)
+    student = Student(inputs.batch, POLICY_TERMS, divergence, Distillation(), teacher, inputs.batch.query_row[:0])
     sums = student.step(policy, jsd_weight=1.0)  # type: ignore[arg-type]  # called, no more
     return total_loss(sums.terms, POLICY_TERMS.coefficients(1.0))
 

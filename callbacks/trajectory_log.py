@@ -160,9 +160,9 @@ def _has_rollouts(batch: Any) -> bool:
 
 
 def _block_text(block: HindsightBlock | None, trajectory: Trajectory) -> str | None:
-    """What a rollout's teacher read, its views one after the other; None where it had no teacher."""
-    texts = [view.text for view in block.views_of(trajectory.rollout_index)] if block is not None else []
-    return "".join(texts) if texts else None
+    """What a rollout's teacher read, its views one after the other, contrasts too; None where it had no teacher."""
+    views = block.views_of(trajectory.rollout_index) if block is not None else ()
+    return "".join(text for view in views for text in (view.text, view.contrast) if text) if views else None
 
 
 def _is_whole(trainer: Trainer) -> bool:

@@ -10,7 +10,6 @@ Next: losses/terms.py, the arithmetic.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
+from sdsearch_lightning.losses.teacher_use import Distillation, TeacherUse
 from sdsearch_lightning.losses.terms import total_loss
 from sdsearch_lightning.losses.weights import AggregationMode, EntropyCoefs, token_weights
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
@@ -46,7 +46,7 @@ from sdsearch_lightning.step.old_logprobs import OldLogprobs, read_logprobs, wit
 from sdsearch_lightning.step.policy_terms import PolicyTerms
 from sdsearch_lightning.step.student import StepSums as StepSums, Student
 from sdsearch_lightning.step.taught_spans import Positions
-from sdsearch_lightning.step.teacher_rows import TeacherRows, join, summarize_teacher
+from sdsearch_lightning.step.teacher_rows import TeacherRows, join, summarize_teacher, with_contrast
 from sdsearch_lightning.step.token_advantages import CreditPlacement
 from sdsearch_lightning.training.evaluation_steps import EvaluationSteps
 from sdsearch_lightning.training.options import OptimizerSpec, adamw
@@ -67,6 +67,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         optimizer: of all parameters: a class of torch.optim without the parameters.
         divergence: distance of student and teacher at query tokens: the self-distillation loss.
         teacher: whose weights the teacher has: the policy's own at that moment (LiveTeacher, the paper), or a copy's.
+        teacher_use: what its verdict on a taught token is used for: the divergence alone (Distillation, the paper), the
+            size of the token's advantage (RLSD, CAST, RLCSD), or a gate on the divergence (SDAR).
         positions: tokens where student and teacher are compared: queries (the paper), or policy, all that it wrote.
         exclude_tags: leave tokens that begin a tag, end a turn or are special out of the divergence at queries, where
             none may be written, and renormalise both sides. false: the paper's letter, with which runs collapsed.
@@ -100,6 +102,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         optimizer: OptimizerCallable = adamw,
         divergence: Divergence = JensenShannon(),  # noqa: B008  (stateless)
         teacher: Teacher = LiveTeacher(),  # noqa: B008  (attached anew by each run)
+        teacher_use: TeacherUse = Distillation(),  # noqa: B008  (stateless)
         positions: Positions = "queries",
         exclude_tags: bool = True,
         policy_coef: float = 1.0,
@@ -121,7 +124,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         # An impossible aggregation is refused here, not in the first step.
         token_weights(torch.zeros(1, 1, dtype=torch.bool), aggregation, aggregation_norm)
         self.divergence, self.teacher = Divergence.adopt(divergence), Teacher.adopt(teacher)
-        self.positions, self.exclude_tags = positions, exclude_tags
+        self.teacher_use, self.positions, self.exclude_tags = TeacherUse.adopt(teacher_use), positions, exclude_tags
         self.policy_terms = PolicyTerms(clip_low, clip_high, policy_coef, kl_coef, entropy_coef, tis_cap, temperature)
         self.aggregation, self.aggregation_norm, self.num_updates = aggregation, aggregation_norm, num_updates
         self._needs_old_logprobs = num_updates > 1 and (old_logprobs == "trainer" or tis_cap is not None)
@@ -181,12 +184,8 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             micro_batches = self.micro_batches(groups[share], blocks[share], update == 0, known)
             self.backward_all(micro_batches, lambda micro: self._loss(micro, tally, credits))
             done = self.apply_gradients(last=update == self.num_updates - 1)
-            if math.isfinite(done.norm):
-                tally.sums["grad_norm"] += done.norm
-                tally.sums["update_ratio"] += done.ratio
+            if tally.count(done.norm, done.ratio):
                 self.teacher.after_update(self.policy)
-            else:
-                tally.skipped += 1
         for copy in (self.reference, self.teacher_policy):
             if isinstance(copy, Policy):
                 copy.reshard()
@@ -264,16 +263,16 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         Args:
             batch: with its teacher's side.
         """
-        assert batch.teacher is not None and batch.teacher_query_row is not None, "the batch has no teacher's side"
-        tokens = batch.teacher.token_ids[batch.teacher_query_row]
+        assert batch.teacher is not None, "the batch has no teacher's side"
+        tokens = batch.teacher.token_ids[batch.teacher_rows]
         top_k, controls = self.divergence.teacher_top_k, self.controls
 
         def read(chunk: Chunk) -> tuple[Tensor, TeacherRows]:
             rows = summarize_teacher(chunk.logits, chunk.hidden, tokens[chunk.rows], top_k, controls)
             return chunk.logits.new_zeros(0), rows
 
-        outcome: Outcome = self.teacher.policy(self.policy)(batch.teacher, [Reading(batch.teacher_query_row, read)])
-        return join(outcome.kept[0])
+        outcome: Outcome = self.teacher.policy(self.policy)(batch.teacher, [Reading(batch.teacher_rows, read)])
+        return with_contrast(join(outcome.kept[0]), len(batch.query_row))
 
     def student_step(self, batch: SearchBatch, teacher: TeacherRows | None = None) -> StepSums:
         """All terms of one micro-batch from one forward pass.
@@ -287,7 +286,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
         """
         source = self.teacher.policy(self.policy)
         project = None if source is self.policy else source.project
-        student = Student(batch, self.policy_terms, self.divergence, teacher, self.controls, project)
+        student = Student(batch, self.policy_terms, self.divergence, self.teacher_use, teacher, self.controls, project)
         return student.step(self.policy, self.jsd_weight, self.reference)
 
     def _log_step(self, tally: StepTally, blocks: Sequence[HindsightBlock | None], learning_rate: float) -> None:

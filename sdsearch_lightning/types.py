@@ -2,7 +2,7 @@
 
 Everything is frozen but `StepBatch`, whose slots are each written once by one writer. `None` means "not assigned yet",
 never zero. Masks are bool and True means counted; a mask is born with its token and never derived from text or pad ids.
-Letters: B questions, G rollouts per question, N = B * G, T tokens, V vocabulary, Q query tokens, K passages.
+Letters in shapes are those of CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -212,9 +212,9 @@ class TeacherView:
     """The block text that one rollout's teacher reads, at one of its queries or at all of them."""
 
     rollout_index: int
-    query_index: int | None
-    """Counts the rollout's QUERY spans from 0; None = all of them."""
+    query_index: int | None  # counts the rollout's QUERY spans from 0; None = all of them
     text: str
+    contrast: str | None = None  # a second text: the verdict on a token is log T after `text` minus that after this one
 
 
 @dataclass(frozen=True, slots=True)

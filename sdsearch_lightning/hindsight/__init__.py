@@ -23,13 +23,16 @@ from sdsearch_lightning.hindsight.ablations import (
     UnmaskedRollouts,
 )
 from sdsearch_lightning.hindsight.base import BlockBuilder, GroupBlocks, judged, sibling_records
+from sdsearch_lightning.hindsight.contrast import ContrastedSiblings
 from sdsearch_lightning.hindsight.queries_and_labels import QueriesAndLabels
+from sdsearch_lightning.hindsight.query_labels import QueryLabels
 from sdsearch_lightning.hindsight.writer import BlockBudget, BlockWriter
 
 __all__ = [
     "BlockBudget",
     "BlockBuilder",
     "BlockWriter",
+    "ContrastedSiblings",
     "CorrectOnly",
     "CurrentDocuments",
     "GoldAnswer",
@@ -39,6 +42,7 @@ __all__ = [
     "OwnRollout",
     "Placebo",
     "QueriesAndLabels",
+    "QueryLabels",
     "ShuffledLabels",
     "SuccessfulSibling",
     "UnmaskedRollouts",

@@ -17,6 +17,7 @@ _FIELDS = {
     "entry": ("number", "label"),
     "unlabelled_entry": ("number",),
     "query": ("number", "query", "label"),
+    "judged_query": ("number", "query", "label"),
     "no_query": ("number", "label"),
     "rollout": ("number", "label", "rollout"),
     "documents": ("documents",),
@@ -41,6 +42,8 @@ class BlockTemplates:
     """Opens an entry that tells no outcome; field number."""
     query: str = "search {number}: {query}\n"
     """One query of an entry; fields number, query, label (empty in an entry that tells no outcome)."""
+    judged_query: str = "search {number} | {label}: {query}\n"
+    """One query that has an outcome of its own, below an entry that tells none; fields number, query, label."""
     no_query: str = "(no search)\n"
     """Stands for the queries of a sibling that never searched; fields as entry."""
     rollouts_header: str = "\nSeveral attempts at this question and their outcomes:\n"
@@ -70,6 +73,24 @@ class BlockTemplates:
                 self.query.format(number=n, query=codec.neutralize(query), label=label)
                 for n, query in enumerate(entry.queries, start=1)
             ] or [self.no_query.format(number=number, label=label)]
+        return "".join(lines)
+
+    def write_judged_queries(
+        self, codec: TokenCodec, entries: Sequence[tuple[SiblingRecord, Sequence[Label | None]]]
+    ) -> str:
+        """Siblings' queries, each with its own outcome; "" without entries.
+
+        Args:
+            codec: tells control strings.
+            entries: each sibling, and an outcome for each of its queries.
+        """
+        lines = [self.header] if entries else []
+        for number, (entry, labels) in enumerate(entries, start=1):
+            lines.append(self.unlabelled_entry.format(number=number))
+            lines += [
+                self.judged_query.format(number=n, query=codec.neutralize(query), label=str(label or ""))
+                for n, (query, label) in enumerate(zip(entry.queries, labels, strict=True), start=1)
+            ] or [self.no_query.format(number=number, label="")]
         return "".join(lines)
 
     def write_rollouts(self, codec: TokenCodec, rollouts: Sequence[tuple[str, Label | None]]) -> str:

@@ -25,12 +25,14 @@ from sdsearch_lightning.losses.weights import AggregationMode, StepTotals, query
 from sdsearch_lightning.policy.packing import PackedSequences, split_by_size
 from sdsearch_lightning.step.taught_spans import Positions, TaughtSpans, find_taught_spans, num_distilled_tokens
 from sdsearch_lightning.step.token_advantages import CreditPlacement, token_advantages
-from sdsearch_lightning.types import HindsightBlock, InstanceId, RolloutGroup, SpanKind, Trajectory
+from sdsearch_lightning.types import HindsightBlock, InstanceId, Label, RolloutGroup, SpanKind, Trajectory
 
 TeacherPrompt = Callable[[Trajectory, str], Sequence[int]]
 """Token ids of the prompt with a block text."""
 SPAN_KINDS = tuple(SpanKind)
 """Codes of `SearchBatch.span_kind`."""
+OUTCOMES = {Label.CORRECT: 1.0, Label.INCORRECT: -1.0, None: 0.0}
+"""Codes of `SearchBatch.query_label`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class SearchBatch:
     """[Q] index into the T tokens of each taught query token."""
     query_weight: Tensor
     """[Q] weight of each of them in the JSD loss."""
+    query_label: Tensor
+    """[Q] outcome of each of their rollouts: 1 CORRECT, -1 INCORRECT, 0 unknown."""
     span_kind: Tensor
     """[T] index into SPAN_KINDS."""
     taught: tuple[TaughtSpans, ...] = ()
@@ -57,6 +61,8 @@ class SearchBatch:
     """The rollouts with queries behind a hindsight block; None where nothing is taught."""
     teacher_query_row: Tensor | None = None
     """[Q] index into the teacher's tokens, paired with `query_row`."""
+    contrast_row: Tensor | None = None
+    """[Q] index of the same tokens behind each view's `contrast` text; None where views have none."""
     on_policy: bool = False
     """Whether the policy is still the one that sampled: the ratio is then 1 by construction."""
     old_logprobs: Tensor | None = None
@@ -66,6 +72,12 @@ class SearchBatch:
     def token_ids(self) -> Tensor:
         """[T] the student's tokens."""
         return self.sequences.token_ids
+
+    @property
+    def teacher_rows(self) -> Tensor:
+        """[Q] tokens that the teacher is asked about, or [2 Q], those behind the contrast last."""
+        assert self.teacher_query_row is not None, "the batch has no teacher's side"
+        return torch.cat([rows for rows in (self.teacher_query_row, self.contrast_row) if rows is not None])
 
     @property
     def position_ids(self) -> Tensor:
@@ -187,6 +199,7 @@ def collate(
     offsets = [0, *lengths.cumsum(0).tolist()]
     rows = [[offsets[part.rollout] + i for i in _judged_tokens(trajectories, part)] for part in taught]
     weights = [rollouts[part.rollout].query_weight for part in taught]
+    outcomes = [OUTCOMES[trajectories[part.rollout].label] for part in taught]
     judged = [row for part in rows for row in part]
     assert len(set(judged)) == len(judged), "a block's views overlap: a token would be taught twice"
     batch = SearchBatch(
@@ -198,6 +211,7 @@ def collate(
         advantages=torch.tensor([a for t in trajectories for a in token_advantages(t, credit)], dtype=dtype),
         query_row=torch.tensor(judged, dtype=torch.long),
         query_weight=torch.tensor([w for w, part in zip(weights, rows, strict=True) for _ in part], dtype=dtype),
+        query_label=torch.tensor([y for y, part in zip(outcomes, rows, strict=True) for _ in part], dtype=dtype),
         span_kind=torch.tensor(
             [SPAN_KINDS.index(span.kind) for t in trajectories for span in t.spans for _ in span.token_ids]
         ),
@@ -229,18 +243,21 @@ def _with_teacher(
     teacher_prompt: TeacherPrompt,
     cut: bool,
 ) -> SearchBatch:
-    """Add the teacher's side: the prompt with the block, then the very same tokens."""
+    """Add the teacher's side: the prompt with the block, then the very same tokens; with a contrast, all once more."""
     sequences: list[tuple[int, ...]] = []
     teacher_rows: list[int] = []
     prompts: dict[tuple[InstanceId, str], tuple[int, ...]] = {}
     prompt_lengths: list[int] = []
     base = 0
-    for part, judged in zip(batch.taught, rows, strict=True):
+    lessons = [(part, part.block_text, judged) for part, judged in zip(batch.taught, rows, strict=True)]
+    contrasts = [(part, text, judged) for part, _, judged in lessons if (text := part.contrast_text) is not None]
+    assert len(contrasts) in (0, len(lessons)), "either all views of a step have a contrast, or none has"
+    for part, text, judged in lessons + contrasts:
         if cut and not judged:
             continue
         trajectory, start = trajectories[part.rollout], offsets[part.rollout]
-        key = trajectory.instance_id, part.block_text
-        prompt = prompts.get(key) or prompts.setdefault(key, tuple(teacher_prompt(trajectory, part.block_text)))
+        key = trajectory.instance_id, text
+        prompt = prompts.get(key) or prompts.setdefault(key, tuple(teacher_prompt(trajectory, text)))
         end = max(judged) + 1 - start if cut else None
         shift = base - start + len(prompt) - trajectory.prompt_length
         teacher_rows += [row + shift for row in judged]
@@ -248,20 +265,21 @@ def _with_teacher(
         prompt_lengths.append(len(prompt))
         base += len(sequences[-1])
     teacher = PackedSequences.pack(sequences, prompt_lengths=prompt_lengths)
-    teacher_query_row = torch.tensor(teacher_rows, dtype=torch.long)
-    assert torch.equal(teacher.token_ids[teacher_query_row], batch.token_ids[batch.query_row]), (
+    paired = torch.tensor(teacher_rows, dtype=torch.long).split(len(batch.query_row))
+    assert all(torch.equal(teacher.token_ids[rows], batch.token_ids[batch.query_row]) for rows in paired), (
         "student and teacher must hold the same tokens at paired positions"
     )
-    return replace(batch, teacher=teacher, teacher_query_row=teacher_query_row)
+    contrast_row = paired[1] if contrasts else None
+    return replace(batch, teacher=teacher, teacher_query_row=paired[0], contrast_row=contrast_row)
 
 
 def filler(dtype: torch.dtype = torch.float32) -> SearchBatch:
     """A micro-batch that weighs nothing: it keeps the number of passes equal on all ranks."""
-    nothing = torch.zeros(2, dtype=dtype)
+    nothing, unsaid = torch.zeros(2, dtype=dtype), torch.zeros(0, dtype=dtype)
     none = torch.zeros(0, dtype=torch.long)
     kinds = torch.zeros(2, dtype=torch.long)
     packed = PackedSequences.pack([[0, 0]])
-    return SearchBatch(packed, nothing, nothing, nothing, none, torch.zeros(0, dtype=dtype), kinds)
+    return SearchBatch(packed, nothing, nothing, nothing, none, unsaid, unsaid, kinds)
 
 
 def with_idle_teacher(batch: SearchBatch) -> SearchBatch:

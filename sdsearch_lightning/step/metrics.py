@@ -6,6 +6,7 @@ explained in docs/metrics.md.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor
 from sdsearch_lightning.losses.logprobs import entropy
 from sdsearch_lightning.losses.terms import Terms
 from sdsearch_lightning.step.control_tokens import ControlTokens
-from sdsearch_lightning.step.teacher_rows import TeacherRows
+from sdsearch_lightning.step.teacher_rows import TeacherRows, Verdict
 
 POLICY_SUMS = ("policy_tokens", "entropy", "clipped", "logprob_gap", "searched_tokens", "query_entropy")
 DISTILLATION_SUMS = (
@@ -30,6 +31,9 @@ DISTILLATION_SUMS = (
     "environment_mass_teacher",
     "policy_tag_mass_student",
     "policy_tag_mass_teacher",
+    "abs_log_ratio",
+    "changed_advantages",
+    "gate",
 )
 
 
@@ -47,6 +51,15 @@ class StepTally:
         """Count the sums of one micro-batch in."""
         for name, value in sums.items():
             self.sums[name] += float(value.detach())
+
+    def count(self, norm: float, ratio: float) -> bool:
+        """Count an update in, by its gradient's norm and the ratio to the weights; whether it was applied."""
+        if not math.isfinite(norm):
+            self.skipped += 1
+            return False
+        self.sums["grad_norm"] += norm
+        self.sums["update_ratio"] += ratio
+        return True
 
     def means(
         self, num_updates: int, masses: Sequence[str], sum_over_ranks: Callable[[Tensor], Tensor]
@@ -104,7 +117,12 @@ def policy_sums(
 
 @torch.no_grad()
 def distillation_sums(
-    jsd: Tensor, student_logprobs: Tensor, chosen: Tensor, teacher: TeacherRows, controls: ControlTokens
+    jsd: Tensor,
+    student_logprobs: Tensor,
+    chosen: Tensor,
+    teacher: TeacherRows,
+    controls: ControlTokens,
+    verdict: Verdict,
 ) -> dict[str, Tensor]:
     """Sums over the Q taught query tokens of a micro-batch.
 
@@ -114,6 +132,7 @@ def distillation_sums(
         chosen: [Q] of the sampled tokens.
         teacher: its rows.
         controls: tokens that steer a rollout.
+        verdict: on the tokens.
     """
     environment_mass, policy_tag_mass = controls.masses(student_logprobs.exp())
     return {
@@ -127,6 +146,9 @@ def distillation_sums(
         "environment_mass_teacher": teacher.environment_mass.sum(),
         "policy_tag_mass_student": policy_tag_mass.sum(),
         "policy_tag_mass_teacher": teacher.policy_tag_mass.sum(),
+        "abs_log_ratio": verdict.log_ratio.abs().sum(),
+        "changed_advantages": verdict.is_changed.sum(),
+        "gate": verdict.gate.sum(),
     }
 
 
@@ -161,6 +183,9 @@ def step_means(
             "distill/teacher_logprob": totals["teacher_logprob"] / queries,
             "distill/student_entropy": totals["student_entropy"] / queries,
             "distill/teacher_entropy": totals["teacher_entropy"] / queries,
+            "distill/abs_log_ratio": totals["abs_log_ratio"] / queries,
+            "distill/changed_advantages": totals["changed_advantages"] / queries,
+            "distill/gate": totals["gate"] / queries,
             "distill/entropy_gap": (totals["student_entropy"] - totals["teacher_entropy"]) / queries,
         }
         for name in (f"{of}_mass_{side}" for of in masses for side in ("student", "teacher")):

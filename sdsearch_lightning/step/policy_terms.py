@@ -44,7 +44,12 @@ class PolicyTerms:
         return Terms(self.policy_coef, self.kl_coef, float(not self.entropy_coef.is_zero), jsd_weight)
 
     def read(
-        self, logits: Tensor, reference: Tensor | None, batch: SearchBatch, rows: Tensor
+        self,
+        logits: Tensor,
+        reference: Tensor | None,
+        batch: SearchBatch,
+        rows: Tensor,
+        advantages: Tensor | None = None,
     ) -> tuple[Terms[Tensor], dict[str, Tensor]]:
         """The terms of some of a micro-batch's tokens, and the sums of their metrics; those of its parts add up.
 
@@ -60,6 +65,7 @@ class PolicyTerms:
             reference: [R] log-probs of the tokens under the reference, at the temperature; None without one.
             batch: the micro-batch.
             rows: [R] indices of the policy's tokens into it.
+            advantages: [R] what stands for the batch's, see `losses.TeacherUse`; None = the batch's own.
 
         Returns:
             Weighted sums; the JSD's is 0.
@@ -70,7 +76,8 @@ class PolicyTerms:
         old = current.detach() if batch.on_policy else engine
         if not batch.on_policy and batch.old_logprobs is not None:
             old = batch.old_logprobs[rows]
-        values = clipped_surrogate(current, old, batch.advantages[rows], self.clip_low, self.clip_high)
+        advantages = batch.advantages[rows] if advantages is None else advantages
+        values = clipped_surrogate(current, old, advantages, self.clip_low, self.clip_high)
         if self.tis_cap is not None:
             values = values * (old - engine).exp().clamp(max=self.tis_cap)
         nothing = current.new_zeros(())

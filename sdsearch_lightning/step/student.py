@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdsearch_lightning.losses.divergences import Divergence
 from sdsearch_lightning.losses.logprobs import at_tokens, log_softmax, wide_dtype
+from sdsearch_lightning.losses.teacher_use import TeacherUse
 from sdsearch_lightning.losses.terms import Terms, stack_terms, unstack_terms
 from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.lora import Reference
@@ -26,7 +27,7 @@ from sdsearch_lightning.step.control_tokens import ControlTokens
 from sdsearch_lightning.step.credit import CreditRows
 from sdsearch_lightning.step.metrics import distillation_sums
 from sdsearch_lightning.step.policy_terms import PolicyTerms
-from sdsearch_lightning.step.teacher_rows import TeacherRows, divergence_to_teacher, join
+from sdsearch_lightning.step.teacher_rows import TeacherRows, Verdict, divergence_to_teacher, join, judge_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Student:
         batch: with `query_row` aligned to `teacher`.
         policy_terms: of the policy's tokens.
         divergence: from the teacher at query tokens.
+        teacher_use: what the teacher's verdict on a token is used for.
         teacher: its rows; None leaves the JSD out.
         controls: tokens that steer a rollout.
         project: [R, H] -> [R, V], the output layer of a teacher that is a copy; None for the policy itself, whose rows
@@ -94,12 +96,13 @@ class Student:
         batch: SearchBatch,
         policy_terms: PolicyTerms,
         divergence: Divergence,
+        teacher_use: TeacherUse,
         teacher: TeacherRows | None,
         controls: ControlTokens,
         project: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._batch, self._policy_terms, self._divergence = batch, policy_terms, divergence
-        self._controls, self._project = controls, project
+        self._teacher_use, self._controls, self._project = teacher_use, controls, project
         queries = batch.query_row if teacher is not None else batch.query_row[:0]
         is_other = batch.policy_weight != 0
         is_other[queries] = False
@@ -141,28 +144,35 @@ class Student:
         """[K] terms of a chunk: the policy's own, and the JSD where a teacher has read it."""
         targets = part.targets[chunk.rows]
         reference = None if part.reference is None else part.reference[chunk.rows]
-        terms, metrics = self._policy_terms.read(chunk.logits, reference, self._batch, targets)
         if part.teacher is None:
+            terms, metrics = self._policy_terms.read(chunk.logits, reference, self._batch, targets)
             return stack_terms(terms), (metrics, None)
-        jsd, more, credit = self._judge(chunk, part.teacher.at(chunk.rows), self._batch.token_ids[targets])
-        terms = terms._replace(jsd_loss=(jsd * self._batch.query_weight[chunk.rows]).sum())
+        teacher = part.teacher.at(chunk.rows)
+        logprobs, student, verdict = self._hear(chunk, teacher, targets)
+        terms, metrics = self._policy_terms.read(chunk.logits, reference, self._batch, targets, verdict.advantages)
+        jsd = self._diverge(chunk, teacher)
+        found = jsd.detach()
+        terms = terms._replace(jsd_loss=(jsd * verdict.gate * self._batch.query_weight[chunk.rows]).sum())
+        more = distillation_sums(found, logprobs, student, teacher, self._controls, verdict)
+        credit = CreditRows(found, student, teacher.logprob, teacher.top_ids, teacher.top_probs)
         return stack_terms(terms), (metrics | more, credit)
 
-    def _judge(
-        self, chunk: Chunk, teacher: TeacherRows, tokens: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], CreditRows]:
-        """[C] divergence from the teacher, with gradient; sums of its metrics; the verdict for the report."""
+    @torch.no_grad()
+    def _hear(self, chunk: Chunk, teacher: TeacherRows, targets: Tensor) -> tuple[Tensor, Tensor, Verdict]:
+        """[C, V] log-probs of the student, [C] those of the sampled tokens, and the teacher's verdict on them."""
+        logprobs = log_softmax(chunk.logits)
+        student = at_tokens(logprobs, self._batch.token_ids[targets])
+        advantages, labels = self._batch.advantages[targets], self._batch.query_label[chunk.rows]
+        return logprobs, student, judge_tokens(self._teacher_use, student, teacher, advantages, labels)
+
+    def _diverge(self, chunk: Chunk, teacher: TeacherRows) -> Tensor:
+        """[C] divergence from the teacher, with gradient."""
         paired = chunk.paired
         if self._project is not None and teacher.hidden is not None:
             with torch.no_grad():
                 paired = self._project(teacher.hidden)
         logits = chunk.logits.to(wide_dtype(chunk.logits.dtype))
-        jsd = divergence_to_teacher(self._divergence, logits, teacher, paired, self._controls)
-        with torch.no_grad():
-            logprobs, found = log_softmax(logits), jsd.detach()
-            student = at_tokens(logprobs, tokens)
-            sums = distillation_sums(found, logprobs, student, teacher, self._controls)
-        return jsd, sums, CreditRows(found, student, teacher.logprob, teacher.top_ids, teacher.top_probs)
+        return divergence_to_teacher(self._divergence, logits, teacher, paired, self._controls)
 
 
 def _sums(outcome: Outcome) -> StepSums:

@@ -26,6 +26,8 @@ class TaughtSpans:
     block_text: str
     spans: tuple[int, ...]
     """Indices into `Trajectory.spans`: the tokens at which student and teacher are compared."""
+    contrast_text: str | None = None
+    """What the teacher reads the same sequence with once more, see `TeacherView.contrast`."""
 
 
 def distilled_spans(trajectory: Trajectory, positions: Positions) -> tuple[int, ...]:
@@ -55,5 +57,5 @@ def find_taught_spans(
         spans = distilled_spans(trajectory, positions)
         for view in block.views_of(trajectory.rollout_index) if block is not None else ():
             judged = spans if view.query_index is None else spans[view.query_index : view.query_index + 1]
-            lessons.append(TaughtSpans(number, view.text, judged))
+            lessons.append(TaughtSpans(number, view.text, judged, view.contrast))
     return tuple(lessons)

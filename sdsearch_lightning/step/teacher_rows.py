@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from sdsearch_lightning.losses.divergences import Divergence
 from sdsearch_lightning.losses.logprobs import at_tokens, entropy, log_softmax
+from sdsearch_lightning.losses.teacher_use import TeacherUse
 from sdsearch_lightning.step.control_tokens import ControlTokens
 
 Rows = TypeVar("Rows", bound=Any)
@@ -45,10 +46,42 @@ class TeacherRows:
     """[Q, NUM_TOP]."""
     top_probs: Tensor
     """[Q, NUM_TOP]."""
+    contrast: Tensor | None = None
+    """[Q] log-prob of the sampled token behind the view's second text; None where views have none."""
 
     def at(self, rows: slice) -> TeacherRows:
         """The teacher at some of the rows."""
         return select(self, rows)
+
+
+class Verdict(NamedTuple):
+    """The teacher on C sampled tokens, and what its use makes of them; without gradient, see `losses.TeacherUse`."""
+
+    log_ratio: Tensor
+    """[C] nats."""
+    advantages: Tensor
+    """[C] for the clipped surrogate."""
+    gate: Tensor
+    """[C] weight of the divergence, beside the token's own."""
+    is_changed: Tensor
+    """[C] bool, whether the advantage is another than the batch's."""
+
+
+def judge_tokens(
+    use: TeacherUse, student_logprob: Tensor, teacher: TeacherRows, advantages: Tensor, labels: Tensor
+) -> Verdict:
+    """What the teacher says of C sampled tokens, and what `use` makes of it.
+
+    Args:
+        use: of the verdict.
+        student_logprob: [C] of the tokens, at temperature 1.
+        teacher: its rows.
+        advantages: [C].
+        labels: [C] see `SearchBatch.query_label`.
+    """
+    log_ratio = teacher.logprob - (student_logprob if teacher.contrast is None else teacher.contrast)
+    shaped, gate = use.weigh(log_ratio, advantages, labels)
+    return Verdict(log_ratio, shaped, gate, shaped != advantages)
 
 
 def summarize_teacher(
@@ -80,6 +113,13 @@ def summarize_teacher(
         top_ids=top.indices,
         top_probs=top.values,
     )
+
+
+def with_contrast(rows: TeacherRows, num_rows: int) -> TeacherRows:
+    """The first `num_rows` rows; where there are as many again, they are the contrast, and stay as its log-probs."""
+    if len(rows.logprob) == num_rows:
+        return rows
+    return replace(select(rows, slice(num_rows)), contrast=rows.logprob[num_rows:])
 
 
 def divergence_to_teacher(

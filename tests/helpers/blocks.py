@@ -10,6 +10,7 @@ from helpers.passages import PROTOCOL, QUESTION
 from helpers.trajectories import make_trajectory
 from sdsearch_lightning.hindsight import (
     BlockBuilder,
+    ContrastedSiblings,
     CorrectOnly,
     CurrentDocuments,
     GoldAnswer,
@@ -39,6 +40,7 @@ BUILDERS: tuple[type[BlockBuilder], ...] = (
     Placebo,
     SuccessfulSibling,
     GoldAnswer,
+    ContrastedSiblings,
 )
 
 
@@ -87,7 +89,11 @@ def first_block(codec: TokenCodec, builder: BlockBuilder, *groups: RolloutGroup)
 
 def teacher_texts(block: HindsightBlock, group: RolloutGroup = MIXED_SIBLINGS) -> dict[int, list[str]]:
     """What the teachers of each rollout read."""
-    return {t.rollout_index: [view.text for view in block.views_of(t.rollout_index)] for t in group.trajectories}
+    views = {t.rollout_index: block.views_of(t.rollout_index) for t in group.trajectories}
+    return {
+        index: [text for view in some for text in (view.text, view.contrast) if text is not None]
+        for index, some in views.items()
+    }
 
 
 def numbered(labels: Sequence[Label], position: int = 0, codec: TokenCodec | None = None) -> RolloutGroup:

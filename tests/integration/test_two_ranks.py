@@ -36,10 +36,12 @@ def assert_equal(mine: dict[str, list], theirs: dict[str, list]) -> None:
     [
         ("plain", ("ddp", "fsdp2")),
         ("credit", ("ddp", "fsdp2")),
+        ("rlsd", ("ddp", "fsdp2")),
+        ("contrast", ("fsdp2",)),
         ("batch_start", ("fsdp2",)),
         ("going_on", ("ddp", "fsdp2")),
     ],
-    ids=["plain", "credit", "batch_start", "going_on"],
+    ids=["plain", "credit", "rlsd", "contrast", "batch_start", "going_on"],
 )
 def test_two_processes_equal_one_with_a_rank_that_never_searches(
     variant: str, strategies: tuple[str, ...], tmp_path: Path

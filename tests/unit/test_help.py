@@ -20,6 +20,7 @@ from sdsearch_lightning.cli.names import COMMANDS
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.hindsight import BlockBuilder
 from sdsearch_lightning.losses.divergences import Divergence
+from sdsearch_lightning.losses.teacher_use import TeacherUse
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.policy.teachers import Teacher
 from sdsearch_lightning.protocol import Protocol
@@ -147,7 +148,8 @@ def kinds_of(base: type) -> list[type]:
 def test_each_class_of_ours_shows_its_keys(help_of, monkeypatch: pytest.MonkeyPatch) -> None:
     classes = offered_classes(help_of("fit", "--help"))
     bases = (SearchDataModule, Retriever, Reward, LabelRule, Engine, BlockBuilder, Schedule, Divergence, Teacher)
-    known = {kind.__name__: kind for base in (*bases, QueryCredit, Protocol, Callback) for kind in kinds_of(base)}
+    more = (QueryCredit, TeacherUse, Protocol, Callback)
+    known = {kind.__name__: kind for base in (*bases, *more) for kind in kinds_of(base)}
     monkeypatch.setenv("COLUMNS", "120")
     del classes["model.optimizer"]  # torch's own
     assert len(classes) >= 10 and "SyntheticWorldDataModule" in classes["data"]

@@ -11,6 +11,7 @@ from sdsearch_lightning.callbacks import RolloutGrouping
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.hindsight import BlockBuilder, QueriesAndLabels
 from sdsearch_lightning.losses.divergences import Divergence, JensenShannon
+from sdsearch_lightning.losses.teacher_use import RLSD, TeacherUse
 from sdsearch_lightning.protocol.templates import Protocol, SearchR1Protocol
 from sdsearch_lightning.retrieval import DenseRetriever, Retriever
 from sdsearch_lightning.rollout import Engine, GenerateEngine
@@ -25,6 +26,7 @@ BASES = [
     (LabelRule, ["label"], F1LabelRule),
     (BlockBuilder, ["build"], QueriesAndLabels),
     (Divergence, ["divergence"], JensenShannon),
+    (TeacherUse, ["weigh"], RLSD),
     (Schedule, ["factor"], Constant),
 ]
 

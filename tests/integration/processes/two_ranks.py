@@ -40,6 +40,8 @@ from sdsearch_lightning.callbacks import (  # noqa: E402
     TeacherDiagnostics,
 )
 from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO  # noqa: E402
+from sdsearch_lightning.hindsight import ContrastedSiblings  # noqa: E402
+from sdsearch_lightning.losses import RLCSD, RLSD  # noqa: E402
 from sdsearch_lightning.policy import loading  # noqa: E402
 from sdsearch_lightning.policy.lora import LoRA  # noqa: E402
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher  # noqa: E402
@@ -47,7 +49,10 @@ from sdsearch_lightning.scoring.policy_credit import SelfJudgement  # noqa: E402
 from sdsearch_lightning.scoring.rewards import ExactMatchReward  # noqa: E402
 from sdsearch_lightning.training.options import Compute  # noqa: E402
 
-KEYS = ("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd", "distill/teacher_rows")
+KEYS = (
+    *("train/loss", "train/policy_loss", "train/kl", "distill/loss", "distill/jsd"),
+    *("distill/abs_log_ratio", "distill/changed_advantages", "distill/teacher_rows"),
+)
 
 
 def silent_at_odd_positions() -> ScriptedEngine:
@@ -67,6 +72,8 @@ VARIANTS: dict[str, dict] = {
     "lora": {"lora": LoRA(r=4), "teacher": EMATeacher(0.3), "num_updates": 3},
     "credit": {"query_credit": SelfJudgement((" the", " Rome"), (" none",), "<think>"), "num_updates": 3},
     "going_on": {"lora": LoRA(adapter="adapter"), "compute": Compute(gradient_checkpointing=True)},
+    "rlsd": {"teacher_use": RLSD(), "num_updates": 3},
+    "contrast": {"teacher_use": RLCSD(), "block": ContrastedSiblings(), "num_updates": 3},
     "batch_start": {
         "teacher": BatchStartTeacher(),
         "num_updates": 3,
@@ -101,7 +108,8 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
     torch.set_num_threads(1)
     options = dict(VARIANTS[variant])
     tied = options.pop("tie_word_embeddings", False)
-    diagnostics, credit = options.pop("diagnostics", False), options.pop("query_credit", None)
+    diagnostics, block = options.pop("diagnostics", False), options.pop("block", None)
+    credit = options.pop("query_credit", None)
     folder = Path(output).with_suffix(".model")
     if "LOCAL_RANK" not in os.environ:
         tiny_model(tie_word_embeddings=tied).save_pretrained(folder)
@@ -128,7 +136,8 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
         credit=credit,
         engine=silent_at_odd_positions(),
     )
-    method = HindsightConstruction(), JSDWeightScheduler(0.3, 0), CreditWeightScheduler(0.7), CreditDiagnostics()
+    blocks = HindsightConstruction(block=block)
+    method = blocks, JSDWeightScheduler(0.3, 0), CreditWeightScheduler(0.7), CreditDiagnostics()
     devices = 1 if strategy == "one" else 2
     distributed = {"strategy": strategy, "devices": 2} if devices == 2 else {}
     if strategy != "fsdp2":

@@ -21,6 +21,7 @@ from helpers.blocks import (
 from helpers.passages import QUESTION
 from sdsearch_lightning.hindsight import (
     BlockBuilder,
+    ContrastedSiblings,
     CorrectOnly,
     CurrentDocuments,
     GoldAnswer,
@@ -74,6 +75,7 @@ ALLOWED = {
     Placebo: "query label",
     SuccessfulSibling: "query document gold",
     GoldAnswer: "",
+    ContrastedSiblings: "query label",
 }
 
 

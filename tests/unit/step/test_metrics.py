@@ -19,7 +19,7 @@ from sdsearch_lightning.step.metrics import (
     policy_sums,
     step_means,
 )
-from sdsearch_lightning.step.teacher_rows import TeacherRows, summarize_teacher
+from sdsearch_lightning.step.teacher_rows import TeacherRows, Verdict, summarize_teacher
 
 R, V = 7, 5
 CONTROLS = ControlTokens(torch.tensor([1, 3]), torch.tensor([2]), is_excluded=True)
@@ -32,6 +32,12 @@ def logprobs(rows: int, seed: int = 0) -> Tensor:
 
 def teacher_rows(rows: Tensor) -> TeacherRows:
     return summarize_teacher(rows, rows, torch.zeros(len(rows), dtype=torch.long), None, CONTROLS)
+
+
+def verdict(*log_ratios: float) -> Verdict:
+    """Every other advantage changed, and a gate of 0.25."""
+    rows = torch.tensor(log_ratios, dtype=torch.float64)
+    return Verdict(rows, rows, torch.full_like(rows, 0.25), torch.arange(len(rows)) % 2 == 0)
 
 
 def entropy_by_hand(row: list[float]) -> float:
@@ -60,11 +66,12 @@ def test_policy_sums_by_hand() -> None:
 def test_distillation_sums_by_hand() -> None:
     student, teacher = logprobs(3, 1), logprobs(3, 2)
     jsd = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    sums = distillation_sums(jsd, student, student[:, 4], teacher_rows(teacher), CONTROLS)
+    sums = distillation_sums(jsd, student, student[:, 4], teacher_rows(teacher), CONTROLS, verdict(0.5, -2.0, 0.25))
     assert sums["student_logprob"].item() == pytest.approx(student[:, 4].sum().item())
     assert sums["teacher_logprob"].item() == pytest.approx(teacher[:, 0].sum().item())
     assert sums["query_tokens"].item() == 3
     assert sums["jsd"].item() == pytest.approx(0.6)
+    assert (sums["abs_log_ratio"].item(), sums["changed_advantages"].item(), sums["gate"].item()) == (2.75, 2, 0.75)
     for name, rows in (("student", student), ("teacher", teacher)):
         assert sums[f"{name}_entropy"].item() == pytest.approx(math.fsum(map(entropy_by_hand, rows.tolist())))
         mass = math.fsum(math.exp(row[1]) + math.exp(row[3]) for row in rows.tolist())
@@ -76,7 +83,7 @@ def test_distillation_sums_by_hand() -> None:
 def test_sums_carry_no_graph() -> None:
     rows = logprobs(3).requires_grad_()
     sums = policy_sums(rows, rows[:, 0], rows[:, 0], rows[:, 0], torch.ones(3, dtype=torch.bool), 0.2, 0.2)
-    sums |= distillation_sums(rows[:, 0], rows, rows[:, 1], teacher_rows(rows), CONTROLS)
+    sums |= distillation_sums(rows[:, 0], rows, rows[:, 1], teacher_rows(rows), CONTROLS, verdict(1.0, 1.0, 1.0))
     assert not any(value.requires_grad for value in sums.values())
 
 
@@ -125,6 +132,9 @@ def test_step_means_by_hand() -> None:
             environment_mass_teacher=0.2,
             policy_tag_mass_student=0.8,
             policy_tag_mass_teacher=1.6,
+            abs_log_ratio=5.0,
+            changed_advantages=3.0,
+            gate=1.0,
         ),
         num_updates=2,
     )
@@ -150,6 +160,9 @@ def test_step_means_by_hand() -> None:
             "distill/environment_mass_teacher": 0.05,
             "distill/policy_tag_mass_student": 0.2,
             "distill/policy_tag_mass_teacher": 0.4,
+            "distill/abs_log_ratio": 1.25,
+            "distill/changed_advantages": 0.75,
+            "distill/gate": 0.25,
             "distill/teacher_rows": 4.0,
         }
     )
