@@ -113,6 +113,7 @@ class Runner(Generic[R]):
         self.records: dict[R, Record] = {}
         for name in ("logs", "claims"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.results.parent.mkdir(parents=True, exist_ok=True)
         self._commit, self._lock = code_version(), threading.Condition()
         self._is_stopped = False
         self._refresh()
