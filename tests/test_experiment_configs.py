@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from helpers.paths import ROOT
-from sdsearch_lightning.callbacks import HindsightConstruction, JSDWeightScheduler, RolloutGrouping
+from sdsearch_lightning.cli.training import METHOD
 from sdsearch_lightning.datamodules import SearchDataModule, SyntheticWorldDataModule
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.runs.folder import RunOptions
@@ -21,7 +21,7 @@ from sdsearch_lightning.runs.folder import RunOptions
 CONFIGS = ROOT / "configs"
 ABLATIONS = sorted((CONFIGS / "experiment/ablation").glob("*.yaml"))
 PRESETS = sorted((CONFIGS / "experiment/preset").glob("*.yaml"))
-GROUPS = {"rollout": RolloutGrouping, "hindsight": HindsightConstruction, "jsd": JSDWeightScheduler}
+GROUPS = dict(zip(("rollout", "hindsight", "jsd", "credit"), METHOD, strict=True))
 CHANGES = {
     "block": "hindsight.block",
     "groups": "hindsight.groups",
@@ -122,6 +122,6 @@ def test_the_data_module_of_a_world_can_be_made(name: str, tmp_path: Path) -> No
 
 
 def test_no_two_files_say_the_same() -> None:
-    assert (len(ABLATIONS), len(PRESETS)) == (30, 14)
+    assert (len(ABLATIONS), len(PRESETS)) == (30, 15)
     options = [parsed(path).as_dict() for path in (*ABLATIONS, *PRESETS)]
     assert len({str([row[group] for group in ("model", *GROUPS)]) for row in options}) == len(options)
