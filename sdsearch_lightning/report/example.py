@@ -72,7 +72,7 @@ def choose_example(path: Path, *, with_taught: bool = True) -> Example:
 
     The question is the first one, in order of evaluation, that greedy decoding answers wrongly at the first validation
     and rightly, with two searches or more, at the last; failing that with any number of searches; failing that the
-    first one that both hold. A taught group has a block and token credit; groups with both outcomes come first.
+    first one that both hold. A taught group has the teacher's verdict, or credit per query; mixed ones come first.
     """
     if not path.is_file():
         return Example()
@@ -82,7 +82,9 @@ def choose_example(path: Path, *, with_taught: bool = True) -> Example:
         instance = tuple(record["instance_id"])
         if record["phase"] == "val":
             greedy[record["step"]][instance] = (is_correct(record), len(record["queries"]))
-        elif with_taught and record["phase"] == "train" and record["credit"] is not None:
+        elif (
+            with_taught and record["phase"] == "train" and (record["credit"] is not None or record.get("query_credit"))
+        ):
             outcomes[record["step"], instance] |= {record["label"]} - {None}
     first, last = min(greedy, default=0), max(greedy, default=0)
     question, choice = _question(greedy[first], greedy[last])

@@ -192,15 +192,24 @@ def _taught(example: Example) -> str:
     groups = "".join(_group(group) for group in example.taught if group)
     if not groups:
         return ""
-    key = "".join(
-        f'<mark style="background:{_tint(hue, 0.25)}">{text}</mark> '
-        for hue, text in (("--agree", "the teacher wants it more"), ("--differ", "the teacher wants it less"))
-    )
-    return (
-        "<h2>What the teacher said</h2><p>An early and a late training group. The teacher is the policy itself after "
-        "the hindsight block. The background of a query token is stronger where student and teacher differ more (JSD); "
-        f'hover over it for numbers.</p><p class="key">{key}</p>{groups}'
-    )
+    records = [record for group in example.taught for record in group]
+    told = "<h2>Which query earned what</h2><p>An early and a late training group.</p>"
+    if any(record["credit"] for record in records):
+        key = "".join(
+            f'<mark style="background:{_tint(hue, 0.25)}">{text}</mark> '
+            for hue, text in (("--agree", "the teacher wants it more"), ("--differ", "the teacher wants it less"))
+        )
+        told += (
+            "<p>The teacher is the policy itself after the hindsight block. The background of a query token is "
+            "stronger where student and teacher differ more (JSD); hover over it for numbers.</p>"
+            f'<p class="key">{key}</p>'
+        )
+    if any(record.get("query_credit") for record in records):
+        told += (
+            "<p>Behind a query stands its own credit: how far what it found is above the step's mean, in standard "
+            "deviations, and in brackets the value that `rollout.credit` gave it.</p>"
+        )
+    return told + groups
 
 
 def _group(group: tuple[Record, ...]) -> str:

@@ -33,6 +33,7 @@ svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); }
 dl { display: grid; grid-template-columns: 62px minmax(0, 1fr); gap: 3px 10px; margin: 0; }
 dt { color: var(--soft); font-size: 12.5px; line-height: 22px; } dd { margin: 0; overflow-wrap: anywhere; }
 .REASONING { color: var(--soft); } .QUERY { font-weight: 600; } .ANSWER { font-weight: 600; }
+.QUERY small { font-weight: 400; color: var(--soft); }
 .OBSERVATION { color: var(--soft); border-left: 2px solid var(--rule); padding-left: 8px; font-size: 13.5px; }
 .right { color: var(--right) !important; } .wrong { color: var(--wrong) !important; }
 pre { padding: 12px 14px; font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }

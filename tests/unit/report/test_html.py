@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -82,12 +83,26 @@ def test_query_tokens_are_shaded_by_jsd_and_by_the_teachers_wish(tmp_path: Path)
     assert "teacher 0, JSD" in marks[2][1]
 
 
+def test_credit_of_a_query_stands_behind_it_with_and_without_a_teacher(tmp_path: Path) -> None:
+    path = write_run(tmp_path) / "trajectories.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        number = len(record["queries"])
+        record |= {"credit": None, "query_credit": [0.25] * number, "query_advantages": [-1.5] * number}
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    print_report(tmp_path)
+    html = report(tmp_path)
+    assert "</small>" in html and "<small> credit -1.50 (value 0.25)</small>" in html
+    told = html[html.index("Which query earned what") :]
+    assert "in standard" in told and "hindsight block" not in told.split("<h3>")[0]
+
+
 def test_missing_columns_and_files_leave_sections_out(tmp_path: Path) -> None:
     write_metrics(tmp_path, [{"step": 0, "train/loss": 1.0}])
     print_report(tmp_path)
     html = report(tmp_path)
     assert "svg" not in balanced(html).seen
-    assert "holds none of the curves" in html and "What the teacher said" not in html
+    assert "holds none of the curves" in html and "Which query earned what" not in html
 
 
 def svg(figure: str) -> ElementTree.Element:
