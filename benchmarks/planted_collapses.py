@@ -5,6 +5,9 @@
     lr_x100       the quick start; from step 15 on with a hundred times its learning rate
     closing_tag   the closing tag of a search inside the JSD positions, where it must not be, at JSD weight 4, after a
                   cold start that was allowed to write documents itself (without both the loop does not start here)
+    tags          a teacher that gives the policy's tags ten times the odds that it gives them inside queries, at JSD
+                  weight 1 on questions of three hops
+    tags_left_out the same with the default, which leaves tags out of the divergence: nothing should happen
 
 Each runs with TrainingHealth set to stop, and once more with it only warning: what would have come. A row says when a
 rule first spoke, sampled exact match then and at its best before, what it fell to, and whether the best checkpoint
@@ -14,31 +17,44 @@ survived. Exact match is that of a step's training rollouts, which its own updat
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from sdsearch_lightning import module
 from sdsearch_lightning.__main__ import main
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.schedules import Schedule
 from sdsearch_lightning.step import taught_spans
+from sdsearch_lightning.step.control_tokens import ControlTokens
 from sdsearch_lightning.types import SpanKind, Trajectory
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EM = "rollout/exact_match"
 WARMUP, JUMP, TIMES = 4, 15, 100
+ODDS = 10.0
+SURE_OF_TAGS = (
+    *("--data.hop_mix", "[0,0,1]", "--model.optimizer.init_args.lr", "0.001"),
+    *("--jsd.weight", "1.0", "--jsd.warmup_steps", "2", "--trainer.max_steps", "30"),
+)
 SCENARIOS = {
     "lr_x100": ("--model.lr_schedule", "benchmarks.planted_collapses.Jump"),
     "closing_tag": (
         *("--jsd.weight", "4.0", "--jsd.warmup_steps", "2", "--hindsight.groups", "all"),
         *("--model.optimizer.init_args.lr", "0.001"),
         *("--trainer.max_steps", "60", "--model.lr_schedule.init_args.hold_until", "60"),
-        *("--model.lr_schedule.init_args.total_steps", "60"),
+        *("--model.lr_schedule.init_args.total_steps", "60", "--model.exclude_tags", "false"),
     ),
+    "tags": (*SURE_OF_TAGS, "--model.exclude_tags", "false"),
+    "tags_left_out": SURE_OF_TAGS,
 }
-COLD_STARTS = {"lr_x100": (), "closing_tag": ("--model.loss_weights.observation", "0.3")}
+COLD_STARTS = {"closing_tag": ("--model.loss_weights.observation", "0.3")}
 QUIET = ("--trainer.enable_progress_bar", "false")
 
 
@@ -81,6 +97,22 @@ def closing_tag_inside() -> Iterator[None]:
         taught_spans.distilled_spans = original
 
 
+@contextmanager
+def teacher_sure_of_tags() -> Iterator[None]:
+    """The teacher's logits of the policy's tags inside queries, `ODDS` times as likely."""
+    original = module.summarize_teacher
+
+    def planted(logits: Tensor, hidden: Tensor, tokens: Tensor, top_k: int | None, controls: ControlTokens) -> Any:
+        more = torch.full_like(logits[:, controls.policy], math.log(ODDS))
+        return original(logits.index_add(-1, controls.policy, more), hidden, tokens, top_k, controls)
+
+    module.summarize_teacher = planted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module.summarize_teacher = original
+
+
 def run(scenario: str, seed: int, action: str, model: str, root: Path) -> Outcome:
     """One fit, and what its metrics say."""
     name = f"{scenario}_{seed}_{action}"
@@ -90,7 +122,7 @@ def run(scenario: str, seed: int, action: str, model: str, root: Path) -> Outcom
         *("--seed_everything", str(seed), "--trainer.callbacks+=TrainingHealth", "--trainer.callbacks.action", action),
         *SCENARIOS[scenario],
     )
-    with closing_tag_inside() if scenario == "closing_tag" else nullcontext():
+    with PLANTS.get(scenario, nullcontext)():
         code = main(arguments)
     if code != 0:
         raise SystemExit(f"{name} ended with exit code {code}")
@@ -106,6 +138,13 @@ def run(scenario: str, seed: int, action: str, model: str, root: Path) -> Outcom
     )
 
 
+PLANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "closing_tag": closing_tag_inside,
+    "tags": teacher_sure_of_tags,
+    "tags_left_out": teacher_sure_of_tags,
+}
+
+
 def verdict(stopped: Outcome, warned: Outcome) -> str:
     """Whether there was a collapse, and whether it was caught in time."""
     if warned.last >= warned.best_before / 2:
@@ -117,7 +156,19 @@ def verdict(stopped: Outcome, warned: Outcome) -> str:
 def cold_start(scenario: str, root: Path) -> str:
     """The model that a scenario starts from."""
     config, name = str(CONFIGS / "quickstart_cold_start.yaml"), f"cold_start_{scenario}"
-    main(("supervise", "--config", config, "--run.root", str(root), "--run.name", name, *QUIET, *COLD_STARTS[scenario]))
+    main(
+        (
+            "supervise",
+            "--config",
+            config,
+            "--run.root",
+            str(root),
+            "--run.name",
+            name,
+            *QUIET,
+            *COLD_STARTS.get(scenario, ()),
+        )
+    )
     return str(root / name / "model")
 
 
@@ -136,10 +187,10 @@ if __name__ == "__main__":
         start = cold_start(scenario, options.root)
         for seed in options.seeds:
             rows.append((scenario, seed, *(run(scenario, seed, a, start, options.root) for a in ("stop", "warn"))))
-    print(f"{'scenario':12} seed  alarm  best EM before  EM at alarm  EM without a stop  best.ckpt  verdict")
+    print(f"{'scenario':13} seed  alarm  best EM before  EM at alarm  EM without a stop  best.ckpt  verdict")
     for scenario, seed, stopped, warned in rows:
         print(
-            f"{scenario:12} {seed:4}  {stopped.alarm!s:>5}  {stopped.best_before:14.3f}  {stopped.at_alarm:11.3f}  "
+            f"{scenario:13} {seed:4}  {stopped.alarm!s:>5}  {stopped.best_before:14.3f}  {stopped.at_alarm:11.3f}  "
             f"{warned.last:17.3f}  {'kept' if stopped.kept else '-':9}  {verdict(stopped, warned)}"
         )
     sys.exit(any(verdict(stopped, warned) == "MISSED" for *_, stopped, warned in rows))
