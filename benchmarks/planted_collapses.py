@@ -154,21 +154,10 @@ def verdict(stopped: Outcome, warned: Outcome) -> str:
 
 
 def cold_start(scenario: str, root: Path) -> str:
-    """The model that a scenario starts from."""
-    config, name = str(CONFIGS / "quickstart_cold_start.yaml"), f"cold_start_{scenario}"
-    main(
-        (
-            "supervise",
-            "--config",
-            config,
-            "--run.root",
-            str(root),
-            "--run.name",
-            name,
-            *QUIET,
-            *COLD_STARTS.get(scenario, ()),
-        )
-    )
+    """The model that a scenario starts from; a finished one is not made again."""
+    options = COLD_STARTS.get(scenario, ())
+    config, name = str(CONFIGS / "quickstart_cold_start.yaml"), "cold_start" + (f"_{scenario}" if options else "")
+    main(("supervise", "--config", config, "--run.root", str(root), "--run.name", name, *QUIET, *options))
     return str(root / name / "model")
 
 
