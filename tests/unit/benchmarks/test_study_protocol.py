@@ -128,19 +128,27 @@ def test_the_command_line_takes_each_arm_and_arms_differ_in_what_they_say_only(
         assert config["trainer"]["max_steps"] == 30 and config["trainer"]["val_check_interval"] == 5
         assert config["rollout"]["group_size"] == 5
         is_taught = arm.name.startswith("sd")
-        assert config["jsd"]["weight"] == (arm.weights[-1] if is_taught else 0)
+        assert config["jsd"]["weight"] == (arm.weights[-1] if is_taught else arm.name == "rlsd")
         assert config["model"]["entropy_coef"]["query"] == (-0.1 if arm.name == "entropy_penalty" else 0)
-        has_credit = arm.name == "evidence_credit"
-        assert ("LexicalEvidence" in str(config["rollout"]["credit"])) == has_credit
+        has_credit = arm.name in ("evidence_credit", "information_gain")
+        assert ("LexicalEvidence" in str(config["rollout"]["credit"])) == (arm.name == "evidence_credit")
+        assert ("InformationGain" in str(config["rollout"]["credit"])) == (arm.name == "information_gain")
         assert config["credit"]["weight"] == (arm.weights[-1] if has_credit else 1)
         has_share = arm.name == "evidence_reward"
         assert config["rollout"]["reward"].get("init_args", {}).get("share") == (arm.weights[-1] if has_share else None)
         assert config["hindsight"]["groups"] == ("all" if arm.name == "sd_all" else "mixed")
         assert ("ShuffledLabels" in str(config["hindsight"]["block"])) == (arm.name == "sd_shuffled")
     for config in configs.values():
-        del config["credit"], config["rollout"]["credit"], config["rollout"]["reward"]
+        del (
+            config["credit"],
+            config["rollout"]["credit"],
+            config["rollout"]["credit_scale"],
+            config["rollout"]["reward"],
+        )
         del config["run"], config["jsd"]["weight"], config["model"]["entropy_coef"], config["hindsight"]
-    dapo = configs.pop("dapo")
+    dapo, rlsd, sdar = (configs.pop(name) for name in ("dapo", "rlsd", "sdar"))
+    assert rlsd["model"]["teacher_use"]["init_args"]["mix"] == 1.0
+    assert "SDAR" in str(sdar["model"]["teacher_use"]) and "ReverseKL" in str(sdar["model"]["divergence"])
     assert all(config == configs["grpo"] for config in configs.values())
     assert dapo["rollout"]["refill_attempts"] == 3 and dapo["model"]["clip_high"] == 0.28
 
