@@ -138,8 +138,8 @@ class SelfJudgement(PolicyCredit):
     def ask(self, groups: Sequence[RolloutGroup]) -> Iterator[tuple[tuple[InstanceId, int, int], list[Continuation]]]:
         """All texts of both verdicts after the passages."""
         for key, _, search in keyed(groups):
-            read = search.before, search.observation, self.prefix
-            yield key, [Continuation(*read, verdict) for verdict in (*self.found, *self.missing)]
+            read = search.before + search.observation
+            yield key, [Continuation(read, (), self.prefix, verdict) for verdict in (*self.found, *self.missing)]
 
     def value(self, logprobs: Sequence[float]) -> float:
         """Nats: positive where the policy says that something was found."""

@@ -58,7 +58,11 @@ class QueryCredit(Pluggable):
 
     @abstractmethod
     def assign(self, group: RolloutGroup) -> Sequence[Sequence[float]]:
-        """One list per rollout of the group, with a finite number per executed query (`Trajectory.queries`)."""
+        """One list per rollout of the group, with a finite number per executed query (`Trajectory.queries`).
+
+        Args:
+            group: scored, without rollouts that ended in a retrieval error.
+        """
 
     def read(self, groups: Sequence[RolloutGroup], reader: PolicyReader) -> None:
         """Called once per step with all its groups on this rank, before `assign` is called for each of them.
