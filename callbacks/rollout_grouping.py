@@ -19,12 +19,13 @@ from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.retrieval import check_retriever
 from sdsearch_lightning.rollout import Engine, SearchPool, SlotEngine
-from sdsearch_lightning.rollout.groups import GroupSampler, Scoring, WindowResult
+from sdsearch_lightning.rollout.groups import GroupSampler, WindowResult
 from sdsearch_lightning.rollout.metrics import rollout_metrics, window_metrics, window_totals
 from sdsearch_lightning.scoring import policy_credit  # noqa: F401  (short names in YAML)
 from sdsearch_lightning.scoring.advantages import AdvantageScale
 from sdsearch_lightning.scoring.query_credit import CreditScale, QueryCredit
 from sdsearch_lightning.scoring.rewards import AutoRefineReward, F1LabelRule, LabelRule, Reward
+from sdsearch_lightning.scoring.scoring import Scoring
 from sdsearch_lightning.training.fsdp2 import gathered
 from sdsearch_lightning.types import Limits, RolloutRequest, Sampling, StepBatch, Trajectory
 
@@ -215,6 +216,7 @@ class RolloutGrouping(pl.Callback):
     def _run(self, trainer: pl.Trainer, sampler: GroupSampler, requests: Sequence[RolloutRequest]) -> WindowResult:
         """Run requests; tell of prompts that leave no room, and of searches that failed."""
         if requests and not self._is_told:
+            self.scoring.probe(requests[0].question)
             self._tell_beginning(sampler, requests[0])
         self._warn_of_long_prompts(requests)
         window = sampler.run(requests, trainer.is_global_zero and trainer.progress_bar_callback is not None)

@@ -199,7 +199,7 @@ class RolloutGroup:
     @property
     def has_signal(self) -> bool:
         """Whether rewards differ, so that group-relative advantages are not all zero."""
-        return len({t.reward for t in self.trajectories if not t.stop_reason.is_error}) > 1
+        return len({t.reward for t in self.trajectories if not t.stop_reason.is_error and t.reward is not None}) > 1
 
     @property
     def is_mixed(self) -> bool:

@@ -45,7 +45,7 @@ _ALLOWED = frozenset(
         ("collections", "OrderedDict"),
     }
 )
-"""All that `.metadata` may name. Never a whole module: in protocol 4 a name may have dots, and reach what it imports."""
+"""All that `.metadata` may name. Never a whole module: a name may have dots, and reach what it imports."""
 
 
 class _Unpickler(pickle.Unpickler):

@@ -26,45 +26,11 @@ from sdsearch_lightning.rollout.probe import Gap, find_exact
 from sdsearch_lightning.rollout.progress import RolloutProgress
 from sdsearch_lightning.rollout.sampling import derive_seed
 from sdsearch_lightning.rollout.search_pool import SearchCounts, SearchPool
-from sdsearch_lightning.scoring.advantages import AdvantageScale, group_relative
 from sdsearch_lightning.scoring.query_credit import CreditScale, QueryCredit, assigned, standardised
-from sdsearch_lightning.scoring.rewards import LabelRule, Reward
+from sdsearch_lightning.scoring.scoring import Scoring
 from sdsearch_lightning.types import InstanceId, Limits, Question, RolloutGroup, RolloutRequest, Sampling, Trajectory
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How rollouts are scored: reward, label for the hindsight block, and what an advantage is divided by."""
-
-    reward: Reward
-    label: LabelRule
-    advantage_scale: AdvantageScale = "std"
-
-    def group(self, rollouts: Sequence[Trajectory]) -> RolloutGroup:
-        """The rollouts of one question with rewards, labels and group-relative advantages.
-
-        A rollout that ended in a retrieval error has no label and no part in the baseline: its advantage is 0.
-        """
-        rewards = [float(self.reward.score(rollout)) for rollout in rollouts]
-        judged = [i for i, rollout in enumerate(rollouts) if not rollout.stop_reason.is_error]
-        values = torch.tensor([[rewards[i] for i in judged]], dtype=torch.float64)
-        advantages = dict(zip(judged, group_relative(values, self.advantage_scale)[0].tolist(), strict=True))
-        scored = [
-            replace(
-                rollout,
-                reward=rewards[i],
-                advantage=advantages.get(i, 0.0),
-                label=self.label.label(rollout) if i in advantages else None,
-            )
-            for i, rollout in enumerate(rollouts)
-        ]
-        return RolloutGroup(rollouts[0].question, rollouts[0].instance_id, tuple(scored))
-
-    def groups(self, trajectories: Sequence[Trajectory], size: int) -> tuple[RolloutGroup, ...]:
-        """Groups of `size` rollouts, in the order in which they were asked for."""
-        return tuple(self.group(trajectories[at : at + size]) for at in range(0, len(trajectories), size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         for name in ("reasoning", "query", "refine", "answer", "observation")
     }
     return metrics | {
-        "rollout/reward": fmean(t.reward or 0.0 for t in rollouts),
+        "rollout/reward": fmean([t.reward for t in rollouts if t.reward is not None] or [0.0]),
         "rollout/tokens": fmean(len(t.token_ids) for t in rollouts),
         "rollout/policy_tokens": fmean(sum(t.policy_mask) for t in rollouts),
         "rollout/signal_groups": fmean(group.has_signal for group in groups),

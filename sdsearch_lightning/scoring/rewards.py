@@ -77,8 +77,8 @@ class Reward(Pluggable):
     required = ("score",)
 
     @abstractmethod
-    def score(self, trajectory: Trajectory) -> float:
-        """Reward of one rollout; it becomes `Trajectory.reward`."""
+    def score(self, trajectory: Trajectory) -> float | None:
+        """Reward of one rollout, a finite number; None for no verdict: it then has no part in its group's baseline."""
 
 
 class ExactMatchReward(Reward):

@@ -26,8 +26,9 @@ from sdsearch_lightning.losses.divergences import LogitMSE
 from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.policy.teachers import BatchStartTeacher, EMATeacher, FrozenTeacher, LiveTeacher
 from sdsearch_lightning.report import read_trajectories
-from sdsearch_lightning.rollout.groups import GroupSampler, Scoring
+from sdsearch_lightning.rollout.groups import GroupSampler
 from sdsearch_lightning.scoring.rewards import ExactMatchReward, F1LabelRule, Reward
+from sdsearch_lightning.scoring.scoring import Scoring
 
 SCORING = Scoring(ExactMatchReward(), F1LabelRule())
 

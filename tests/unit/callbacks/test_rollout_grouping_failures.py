@@ -153,3 +153,16 @@ def test_the_worker_stops_with_the_run(word_codec: TokenCodec) -> None:
     with pytest.raises(RuntimeError, match="after shutdown"):
         pool.submit(["late"])
     assert isinstance(run.callback.engine, Engine)
+
+
+def test_a_reward_that_cannot_be_used_is_told_before_the_first_rollout(word_codec: TokenCodec) -> None:
+    class Blank:
+        def score(self, trajectory: Any) -> float:
+            return float("nan")
+
+    def turns(request: Any) -> list[str]:
+        raise AssertionError("no rollout was meant to run")
+
+    run = grouping_run(word_codec, turns, ToyRetriever(), reward=Blank())
+    with pytest.raises(ConfigError, match="rollout.reward Blank.score: expected a finite number"):
+        run.train([PARIS])

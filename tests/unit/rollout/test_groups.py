@@ -17,12 +17,13 @@ from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import Engine, GenerateEngine, SearchPool, SlotEngine, policy_reader
-from sdsearch_lightning.rollout.groups import GroupSampler, Scoring
+from sdsearch_lightning.rollout.groups import GroupSampler
 from sdsearch_lightning.rollout.policy_reader import PackedReader
 from sdsearch_lightning.rollout.probe import EXACT
 from sdsearch_lightning.scoring.advantages import group_relative
 from sdsearch_lightning.scoring.query_credit import Continuation, QueryCredit
 from sdsearch_lightning.scoring.rewards import ExactMatchReward, F1LabelRule
+from sdsearch_lightning.scoring.scoring import Scoring
 from sdsearch_lightning.types import RolloutGroup, RolloutRequest, StopReason, Trajectory
 
 IDS = [(0, i) for i in range(len(TALK_QUESTIONS))]
