@@ -6,14 +6,16 @@ Next: step/collate.py.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import lightning.pytorch as pl
 
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.hindsight import BlockBudget, BlockBuilder, QueriesAndLabels, sibling_records
 from sdsearch_lightning.losses.weights import GroupsRule, group_weight
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.types import StepBatch
+from sdsearch_lightning.scoring.scoring import made_up_rollouts
+from sdsearch_lightning.types import Label, Question, RolloutGroup, StepBatch
 
 
 class HindsightConstruction(pl.Callback):
@@ -49,6 +51,21 @@ class HindsightConstruction(pl.Callback):
                 f"hindsight.block {type(self.block).__name__} writes one text per query, but model.positions is "
                 f"{pl_module.positions!r}: there is nothing to read at other tokens. Set model.positions to queries."
             )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: SDSearchModule) -> None:  # type: ignore[override]
+        """Try the block on a made-up group, before time is spent on rollouts."""
+        right, wrong = made_up_rollouts(Question("made-up", "where is it", ("there",)))
+        rollouts = replace(right, label=Label.CORRECT, reward=1.0), replace(wrong, label=Label.INCORRECT, reward=0.0)
+        group, name = RolloutGroup(right.question, right.instance_id, rollouts), type(self.block).__name__
+        try:
+            blocks = self.block.build([group], self.groups, pl_module.protocol, pl_module.codec)
+        except SDSearchError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"hindsight.block {name}.build fails: {type(error).__name__}: {error}.") from error
+        strangers = [type(block).__name__ for block in blocks if block is not None and not hasattr(block, "views_of")]
+        if strangers:
+            raise ConfigError(f"hindsight.block {name}.build: expected HindsightBlock or None, found {strangers[0]}.")
 
     def on_train_batch_start(
         self,

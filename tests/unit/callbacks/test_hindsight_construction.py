@@ -283,3 +283,21 @@ def test_a_fit_logs_them(scripts: tuple[str, ...], expected: tuple[int, ...]) ->
     for logged in record.metrics:
         names = ("groups_without_queries", "groups_over_budget", "dropped_entries")
         assert tuple(logged[f"distill/{name}"] for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda *_, **__: 1 / 0, "hindsight.block Mine.build fails: ZeroDivisionError: division by zero."),
+        (lambda groups, *_, **__: ["a text"] * len(groups), "expected HindsightBlock or None, found str"),
+    ],
+)
+def test_a_block_that_cannot_be_used_is_told_before_the_first_rollout(build: Any, message: str) -> None:
+    class Mine:
+        def build(self, groups: Any, *rest: Any, **options: Any) -> Any:
+            return build(groups, *rest, **options)
+
+    callback = HindsightConstruction(block=Mine())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        callback.on_fit_start(TRAINER, MODULE)
+    HindsightConstruction().on_fit_start(TRAINER, MODULE)
