@@ -21,6 +21,7 @@ from sdsearch_lightning.datamodules.readers import check_columns, read_demonstra
 from sdsearch_lightning.datamodules.sources import Files, check_weights, find_files
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.retrieval import Retriever
+from sdsearch_lightning.scoring.rewards import normalize_answer
 from sdsearch_lightning.types import Demonstration, Question, StepBatch
 
 
@@ -134,6 +135,8 @@ class SearchDataModule(pl.LightningDataModule):
         if not self._rows(split):
             option = {"demonstrations": "demonstration", "predict": "test"}.get(split, split) + "_files"
             raise ConfigError(f"data.{option}: expected at least one file for this command, found none.")
+        if split != "demonstrations":
+            self._warn_of_vanishing_golds(split)
         if stage == "fit" and self._rows("val") and self.files["val"] and split == "train":
             self._warn_of_overlap()
 
@@ -185,6 +188,15 @@ class SearchDataModule(pl.LightningDataModule):
         else:
             self._read[split] = self.demonstrations() if split == "demonstrations" else self.questions(split)
         return self._read[split]
+
+    def _warn_of_vanishing_golds(self, split: str) -> None:
+        lost = [q for q in self._rows(split) if q.answers and not any(map(normalize_answer, q.answers))]
+        if lost:
+            rank_zero_warn(
+                f"{len(lost)} of {len(self._rows(split))} {split} questions have gold answers of which normalising "
+                f"leaves nothing, such as {lost[0].answers[0]!r} of question {lost[0].id!r}: only an answer that "
+                "vanishes too scores there. Leave them out, or reward them with a class of your own."
+            )
 
     def _warn_of_overlap(self) -> None:
         if shared := overlap(self._rows("train"), self._rows("val")):

@@ -6,6 +6,7 @@ verl or SkyRL wrote, where text and answers may lie deeper. `columns` names the 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -142,15 +143,35 @@ def _answers_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) 
         name = next((name for name in _ANSWERS if _look(values, name)), None)
         name = name or next((name for name in _ANSWERS if name in values), "answers")
         gold = _look(values, name)
-    found = _look(gold, "target") if isinstance(gold, dict) else gold
-    texts = found if isinstance(found, list) else [found]
-    answers = tuple(text for text in texts if isinstance(text, str) and text.strip())
-    if not answers or not all(isinstance(text, str) for text in texts):
+    found = _unwrapped(gold)
+    texts = [_as_text(value) for value in (found if isinstance(found, list) else [found])]
+    if any(text is None for text in texts) and found is not None:
+        raise DataError(f"{where}: expected texts or numbers under '{name}', found {gold!r}. List each by itself.")
+    answers = tuple(text for text in texts if text and text.strip())
+    if not answers:
         raise DataError(
             f"{where}: expected a non-empty list under '{name}', found {gold!r}. "
             "Every question needs at least one gold answer."
         )
     return answers
+
+
+def _unwrapped(gold: Any) -> Any:
+    """What stands under `target`, as in Search-R1's files; text that is a JSON list or such an object is read first."""
+    if isinstance(gold, str) and gold.lstrip()[:1] in ("[", "{"):
+        try:
+            read = json.loads(gold)
+        except ValueError:
+            return gold  # a text that merely begins so
+        gold = read if isinstance(read, list) or (isinstance(read, dict) and "target" in read) else gold
+    return _look(gold, "target") if isinstance(gold, dict) else gold
+
+
+def _as_text(value: object) -> str | None:
+    """An answer as text; None where it is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
 
 
 def _look(values: Any, path: str) -> Any:

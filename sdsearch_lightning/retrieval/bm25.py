@@ -19,6 +19,7 @@ per word while it lasts; 0.13 ms per passage. A killed build starts anew.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -37,7 +38,10 @@ from sdsearch_lightning.retrieval.indexed import IndexedRetriever
 from sdsearch_lightning.types import Passage
 
 _FORMAT = 1  # of the folder; another number makes other fingerprints
-_WORD = r"(?u)\b\w+\b"  # bm25s drops words of one character by default: "Malcolm X", "Apollo 8"
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Thai and Lao, Burmese, Khmer, kana, Chinese characters: scripts that put no spaces between words."""
+WORD = rf"(?u)[{_UNSPACED}]|[^\W{_UNSPACED}]+"
+"""A run of letters and digits; in scripts without spaces a character. One character is a word: "Malcolm X"."""
 _TOKENS = "tokens.bin"
 _CHUNK = 10_000
 """Passages that are tokenised at a time."""
@@ -52,13 +56,14 @@ class BM25Retriever(IndexedRetriever):
     """Searches the passages of a corpus file for the words of the query.
 
     Only passages that share a word with the query are found, so there may be fewer than k, or none. Words are
-    lower-cased runs of letters and digits; nothing is stemmed.
+    lower-cased runs of letters and digits, and single characters in scripts without spaces; nothing is stemmed.
 
     Args:
         corpus: .jsonl, .jsonl.gz or .parquet with rows {id, contents} or {id, title, text}.
         index_path: folder that keeps indexes, of any retriever; null: `<corpus>.index` beside the corpus.
         k1: how slowly repeated words saturate, at least 0.
         b: how much long passages are held back, in [0, 1]. The defaults of k1 and b are those of Pyserini.
+        word: regular expression of a word; null: runs of letters and digits, and characters of scripts without spaces.
         stopwords: words to leave out: a language that bm25s knows ("en": Lucene's 33 English ones), a list, or null.
     """
 
@@ -69,11 +74,16 @@ class BM25Retriever(IndexedRetriever):
         k1: float = 0.9,
         b: float = 0.4,
         stopwords: str | list[str] | None = "en",
+        word: str | None = None,
     ) -> None:
         if k1 < 0 or not 0 <= b <= 1:
             raise ConfigError(f"k1 and b: expected k1 >= 0 and b in [0, 1], found k1={k1} and b={b}.")
         super().__init__(corpus, index_path)
-        self.k1, self.b, self.stopwords = k1, b, stopwords
+        self.k1, self.b, self.stopwords, self.word = k1, b, stopwords, word or WORD
+        try:
+            re.compile(self.word)
+        except re.error as error:
+            raise ConfigError(f"word: expected a regular expression, found {word!r}: {error}.") from error
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """The best passages for each query, equal scores in the order of the corpus; builds the index if need be.
@@ -100,7 +110,7 @@ class BM25Retriever(IndexedRetriever):
     @cached_property
     def _folder(self) -> IndexFolder:
         identity = {"format": _FORMAT, "corpus": self._source.digest, "retriever": "bm25"}
-        parameters = {"k1": float(self.k1), "b": float(self.b), "stopwords": self.stopwords, "word": _WORD}
+        parameters = {"k1": float(self.k1), "b": float(self.b), "stopwords": self.stopwords, "word": self.word}
         return IndexFolder(self.index_path, identity | parameters)
 
     def _write(self, folder: Path) -> dict[str, Any]:
@@ -133,7 +143,7 @@ class BM25Retriever(IndexedRetriever):
     def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
         options: dict[str, Any] = {"return_ids": False, "show_progress": False, "stopwords": self.stopwords}
         try:
-            return _bm25s().tokenize(list(texts), token_pattern=_WORD, **options)
+            return _bm25s().tokenize(list(texts), token_pattern=self.word, **options)
         except ValueError as error:
             raise ConfigError(
                 f"stopwords: expected a language that bm25s knows (en, de, fr, ...), a list of words or null, found "

@@ -3,7 +3,8 @@
 Invariant: scoring reads `Trajectory.answer` (and `.refinements`), which the rollout cut from the policy's own tokens.
 No prompt, passage or raw text is parsed here, so an `<answer>` in an example or a passage can never be scored.
 The string rules are SQuAD's as Search-R1 and AutoRefine use them, so that scores compare: ASCII punctuation is deleted
-(not spaced), accents are kept, and a gold answer that normalises to "" matches an empty answer.
+(not spaced), accents are kept. One difference: an answer that is empty never scores, not even where a gold answer, as
+"A" or "!", normalises to nothing.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str | None, answers: Iterable[str]) -> float:
-    """1.0 if the normalised prediction equals any normalised gold answer, else 0.0; None (no answer) scores 0.0."""
-    if prediction is None:
+    """1.0 if the normalised prediction equals any normalised gold answer, else 0.0; no answer and "" score 0.0."""
+    if prediction is None or not prediction.strip():
         return 0.0
     return float(normalize_answer(prediction) in map(normalize_answer, _golds(answers)))
 
 
 def substring_match(prediction: str | None, answers: Iterable[str]) -> float:
     """1.0 if any normalised gold answer is part of the normalised prediction, else 0.0 ("cover EM")."""
-    if prediction is None:
+    if prediction is None or not prediction.strip():
         return 0.0
     normalized = normalize_answer(prediction)
     return float(any(normalize_answer(gold) in normalized for gold in _golds(answers)))

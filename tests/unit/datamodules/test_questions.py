@@ -128,7 +128,7 @@ def test_a_holdout_that_cannot_be_is_refused(files):
 def test_validation_that_repeats_training_questions_is_told(files, tmp_path):
     again = tmp_path / "again.jsonl"
     texts = ["NQ  3", "something else", "nq 4?"]
-    again.write_text("".join(json.dumps({"question": text, "answers": ["a"]}) + "\n" for text in texts))
+    again.write_text("".join(json.dumps({"question": text, "answers": ["there"]}) + "\n" for text in texts))
     data = SearchDataModule(train_files=files["nq"], val_files=str(again))
     with pytest.warns(UserWarning, match=r"^2 of 3 validation questions are training questions too, such as 'NQ  3'"):
         data.setup("fit")
@@ -291,3 +291,14 @@ def test_a_snippet_that_cannot_be_used_would_be_noticed():
     for wrong in ({"train_file": "a.jsonl"}, {"train_files": {"a.jsonl": "x"}}, {"columns": ["q"]}):
         with pytest.raises(ArgumentError):
             parse({"data": wrong})
+
+
+def test_golds_that_vanish_are_counted(tmp_path):
+    path = tmp_path / "letters.jsonl"
+    golds = (["A"], ["+"], ["The The", "them"], ["B"])
+    path.write_text("".join(json.dumps({"question": "which?", "golden_answers": gold}) + "\n" for gold in golds))
+    data = SearchDataModule(train_files=[str(path)], retriever=OnePassage(), batch_size=2)
+    with pytest.warns(
+        UserWarning, match="2 of 4 train questions have gold answers of which normalising leaves nothing"
+    ):
+        data.setup("fit")

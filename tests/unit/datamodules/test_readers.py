@@ -44,7 +44,7 @@ def test_limit_stops_reading(tmp_path):
         read_questions(path, limit=3)
 
 
-@pytest.mark.parametrize("gold", [[], "", " ", None, [""], [1998], {"target": []}, {"other": ["A"]}])
+@pytest.mark.parametrize("gold", [[], "", " ", None, [""], {"target": []}, {"other": ["A"]}])
 @pytest.mark.parametrize("key", ["answers", "golden_answers"])
 def test_a_row_without_answers_is_named(tmp_path, key, gold):
     path = write(tmp_path / "nq.jsonl", GOOD, {"question": "who ?", key: gold})
@@ -263,3 +263,27 @@ def test_a_column_may_have_a_dot_in_its_name():
 def test_an_empty_list_of_answers_leaves_it_to_the_next_place():
     row = {"question": "who?", "golden_answers": [], "reward_model": {"ground_truth": {"target": ["gold"]}}}
     assert parse_question(row, "f row 1", "f").answers == ("gold",)
+
+
+# Golds that are not what they seem
+
+
+@pytest.mark.parametrize(
+    ("gold", "answers"),
+    [
+        ('["Ada Byron","Countess of Lovelace"]', ("Ada Byron", "Countess of Lovelace")),
+        ('{"target": ["Paris"]}', ("Paris",)),
+        ([1969], ("1969",)),
+        (["1969", 2.5], ("1969", "2.5")),
+        ("[sic]", ("[sic]",)),
+        ('{"name": "Paris"}', ('{"name": "Paris"}',)),
+    ],
+)
+def test_golds_that_were_written_as_text_or_numbers_are_read(gold: object, answers: tuple[str, ...]) -> None:
+    assert parse_question({"question": "who?", "golden_answers": gold}, "f row 1", "s").answers == answers
+
+
+@pytest.mark.parametrize("gold", [["Bo", None], [["Bo", "Beau"]], [True], '["Bo", null]', [{"name": "Bo"}]])
+def test_golds_that_are_no_texts_are_refused_for_what_they_are(gold: object) -> None:
+    with pytest.raises(DataError, match=r"f row 1: expected texts or numbers under 'golden_answers', found .*Bo|True"):
+        parse_question({"question": "who?", "golden_answers": gold}, "f row 1", "s")

@@ -3,6 +3,7 @@ import json
 import math
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,3 +149,20 @@ def test_bad_arguments_and_files(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(ConfigError, match=r'pip install "sdsearch-lightning\[bm25\]"'):
         BM25Retriever(corpus).prepare()
+
+
+SCRIPTS = [
+    '"东京"\n东京是日本的首都。',
+    '"กรุงเทพ"\nกรุงเทพเป็นเมืองหลวงของประเทศไทย',
+    '"Malcolm X"\nMalcolm X was born in Omaha.',
+]
+
+
+@pytest.mark.parametrize(("query", "first"), [("日本的首都", "0"), ("เมืองหลวงของประเทศไทย", "1"), ("who is X", "2")])
+def test_text_without_spaces_is_found(tmp_path: Path, query: str, first: str) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "contents": text}) + "\n" for i, text in enumerate(SCRIPTS)))
+    assert BM25Retriever(path).search([query], 1)[0][0].id == first
+    assert BM25Retriever(path, word=r"\b\w+\b").search(["日本的首都"], 1) == [[]], "as one word, it is found nowhere"
+    with pytest.raises(ConfigError, match=r"word: expected a regular expression, found '\(': "):
+        BM25Retriever(path, word="(")

@@ -156,3 +156,12 @@ def test_a_look_alike_class_counts_as_a_reward() -> None:
     assert not issubclass(Length, LabelRule)
     with pytest.raises(TypeError, match="abstract"):
         Reward()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+def test_an_empty_answer_never_scores(empty: str) -> None:
+    for gold in ("A", "The The", "+", ""):
+        assert exact_match(empty, [gold]) == substring_match(empty, [gold]) == f1(empty, [gold]) == 0
+    assert exact_match("A", ["A"]) == exact_match("the", ["A"]) == 1, (
+        "what vanishes on both sides matches, as elsewhere"
+    )
