@@ -22,6 +22,8 @@ COLUMNS = ("question", "answers", "id", "source")
 """What `columns` may map to a column of a file."""
 
 _ANSWERS = ("golden_answers", "answers", "reward_model.ground_truth", "reward_spec.ground_truth", "ground_truth")
+_INSTRUCTIONS = re.compile(r"(?:(?:.|\n)*?[.!?\n]\s*)?Question: ")
+"""What stands before a question, which begins a sentence: a question may quote "Question: " itself."""
 _BULKY = ("metadata",)  # ten paragraphs per question in HotpotQA's files, and nothing that is read here
 _TURN_KINDS = tuple(kind for kind in SpanKind if kind not in (SpanKind.PROMPT, SpanKind.SCAFFOLD))
 
@@ -115,8 +117,10 @@ def parse_question(
 def _text_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) -> str:
     if name := columns.get("question"):
         text = _column(values, name, where)
+        text = _asked_in(text) if isinstance(text, list) else text
     else:
-        text = _look(values, name := "question") or _look(values, "extra_info.question") or _asked_in(values)
+        text = _look(values, name := "question") or _look(values, "extra_info.question")
+        text = text or _asked_in(_look(values, "prompt"))
     if not isinstance(text, str) or not text.strip():
         raise DataError(
             f"{where}: expected a text under '{name}', found {text!r}. The row has {sorted(values)}; data.columns can "
@@ -125,14 +129,13 @@ def _text_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) -> 
     return text
 
 
-def _asked_in(values: dict[str, Any]) -> str | None:
-    """What the last user message of a row's `prompt` asks, after the instructions of Search-R1's template."""
-    found = _look(values, "prompt")
-    messages: list[Any] = found if isinstance(found, list) else []
-    for message in reversed(messages):
+def _asked_in(messages: Any) -> str | None:
+    """What the last user message asks: all of it, or what stands behind the instructions of Search-R1's template."""
+    for message in reversed(messages if isinstance(messages, list) else []):
         match message:
             case {"role": "user", "content": str(content)}:
-                return content.rpartition("Question: ")[2].strip() if "Question: " in content else None
+                instructions = _INSTRUCTIONS.match(content)
+                return content[instructions.end() if instructions else 0 :].strip()
     return None
 
 

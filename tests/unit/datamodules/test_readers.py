@@ -8,6 +8,7 @@ from pyarrow import parquet
 
 from sdsearch_lightning.datamodules.readers import parse_question, read_demonstrations, read_questions
 from sdsearch_lightning.errors import ConfigError, DataError
+from sdsearch_lightning.protocol.templates import SEARCH_R1_PROMPT
 from sdsearch_lightning.types import Label, Question, SiblingRecord, SpanKind
 
 GOOD = {"question": "who ?", "answers": ["A"]}
@@ -287,3 +288,20 @@ def test_golds_that_were_written_as_text_or_numbers_are_read(gold: object, answe
 def test_golds_that_are_no_texts_are_refused_for_what_they_are(gold: object) -> None:
     with pytest.raises(DataError, match=r"f row 1: expected texts or numbers under 'golden_answers', found .*Bo|True"):
         parse_question({"question": "who?", "golden_answers": gold}, "f row 1", "s")
+
+
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [
+        ('who said "Question: why" in the play', 'who said "Question: why" in the play'),
+        ("capital of kenya", "capital of kenya"),
+        ("Question: who?", "who?"),
+        (SEARCH_R1_PROMPT.format(question='who said "Question: why"?'), 'who said "Question: why"?'),
+        ("Think first!\nQuestion: who? Question: no", "who? Question: no"),
+    ],
+)
+def test_the_question_of_a_prompt_is_whole(content: str, question: str) -> None:
+    row = {"prompt": [{"role": "user", "content": content}], "answers": ["Bo"]}
+    assert parse_question(row, "f row 1", "s").text == question
+    moved = {"asked": row["prompt"], "answers": ["Bo"]}
+    assert parse_question(moved, "f row 1", "s", {"question": "asked"}).text == question
