@@ -153,7 +153,7 @@ def test_a_null_is_no_answer_where_another_column_has_one():
         ([{"role": "user", "content": "Question: old"}, {"role": "user", "content": "Question: new "}], "new"),
         ([{"role": "user", "content": "Question: old"}, {"role": "assistant", "content": "Question: no"}], "old"),
         ([{"role": "user", "content": "Question: an example. Question: who?"}], "who?"),
-        ([{"role": "user", "content": "no such word"}], None),
+        ([{"role": "user", "content": "no such word"}], "no such word"),
         ([{"role": "system", "content": "Question: who?"}], None),
         ([{"role": "user", "content": "Question: "}], None),
         ([{"role": "user", "content": None}], None),
