@@ -19,8 +19,9 @@ from sdsearch_lightning.datamodules.loaders import DemonstrationBatch, Evaluatio
 from sdsearch_lightning.datamodules.mixture import Mixture, fingerprint, hold_out, overlap
 from sdsearch_lightning.datamodules.readers import check_columns, read_demonstrations, read_questions
 from sdsearch_lightning.datamodules.sources import Files, check_weights, find_files
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval import Retriever
+from sdsearch_lightning.retrieval.text import is_whole
 from sdsearch_lightning.scoring.rewards import normalize_answer
 from sdsearch_lightning.types import Demonstration, Question, StepBatch
 
@@ -136,6 +137,7 @@ class SearchDataModule(pl.LightningDataModule):
             option = {"demonstrations": "demonstration", "predict": "test"}.get(split, split) + "_files"
             raise ConfigError(f"data.{option}: expected at least one file for this command, found none.")
         if split != "demonstrations":
+            self._check_texts(split)
             self._warn_of_vanishing_golds(split)
         if stage == "fit" and self._rows("val") and self.files["val"] and split == "train":
             self._warn_of_overlap()
@@ -188,6 +190,11 @@ class SearchDataModule(pl.LightningDataModule):
         else:
             self._read[split] = self.demonstrations() if split == "demonstrations" else self.questions(split)
         return self._read[split]
+
+    def _check_texts(self, split: str) -> None:
+        for question in self._rows(split):  # files were checked row by row; a user's own questions come here first
+            if not is_whole((question.id, question.text, question.answers, question.source)):
+                raise DataError(f"{split} question {question.id!a}: expected text, found half a character in it.")
 
     def _warn_of_vanishing_golds(self, split: str) -> None:
         lost = [q for q in self._rows(split) if q.answers and not any(map(normalize_answer, q.answers))]

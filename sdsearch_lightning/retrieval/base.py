@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from sdsearch_lightning.errors import ConfigError, RetrievalError, SDSearchError
+from sdsearch_lightning.retrieval.text import is_whole, repaired
 from sdsearch_lightning.types import Passage, Pluggable
 
 _PROBE = ("What is the capital of France?", "Who wrote Hamlet?")  # two: one alone hides a result that is not nested
@@ -82,11 +84,16 @@ def check_retriever(retriever: Retriever, k: int) -> None:
 
 def _as_passage(hit: object, wanted: str) -> Passage:
     if isinstance(hit, Passage):
-        return hit
+        return hit if is_whole((hit.id, hit.contents, hit.fields)) else _repaired(hit)
     identity, contents = getattr(hit, "id", None), getattr(hit, "contents", None)
     if not isinstance(identity, str) or not isinstance(contents, str):
         raise RetrievalError(f"{wanted}, each with a str id and str contents; found in place of one {_describe(hit)}")
-    return Passage(identity, contents, float(getattr(hit, "score", 0.0)))
+    return _repaired(Passage(identity, contents, float(getattr(hit, "score", 0.0))))
+
+
+def _repaired(passage: Passage) -> Passage:
+    fields = {key: repaired(value) if isinstance(value, str) else value for key, value in passage.fields.items()}
+    return replace(passage, id=repaired(passage.id), contents=repaired(passage.contents), fields=fields)
 
 
 def _describe(value: object) -> str:

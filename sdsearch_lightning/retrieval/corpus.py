@@ -126,9 +126,5 @@ def parse_passage(values: dict[str, Any], where: str) -> Passage:
     if not isinstance(contents, str) or not isinstance(values.get("id"), str | int):
         shown = {key: type(value).__name__ for key, value in sorted(values.items())}
         raise DataError(f"{where}: expected 'id' and a text 'contents' (or 'id', 'title' and 'text'), found {shown}.")
-    try:
-        contents.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: expected text, found half a character (a lone surrogate; {error}).") from error
     fields = {key: value for key, value in values.items() if key not in ("id", "contents")}
     return Passage(str(values["id"]), contents, fields=fields)

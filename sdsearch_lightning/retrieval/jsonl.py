@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.retrieval.text import is_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,4 +77,7 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: expected one JSON object, found {shown!r} ({error}).") from error
     if not isinstance(values, dict):
         raise DataError(f"{where}: expected one JSON object, found the {type(values).__name__} {shown!r}.")
+    if b"\\u" in raw and not is_whole(values):  # only an escape can bring it
+        bad = next((key for key, value in values.items() if not is_whole(value)), "a key")
+        raise DataError(f"{where}: expected text, found half a character (a lone surrogate) under {ascii(bad)}.")
     return values
