@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from helpers.passages import PASSAGES, ToyRetriever
 from sdsearch_lightning.errors import RetrievalError, RetrieverUnavailableError
-from sdsearch_lightning.rollout import SearchPool
+from sdsearch_lightning.rollout import SearchPool, search_pool
 from sdsearch_lightning.types import Passage
 
 
@@ -129,3 +130,37 @@ def test_one_worker_thread_off_the_main_one_and_never_two_calls_at_once() -> Non
     pool.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
         pool.submit(["late"])
+
+
+def test_a_search_that_hangs_is_told_of_and_left_behind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody waits for it: neither closing, nor the end of the process."""
+    monkeypatch.setattr(search_pool, "SLOW", 0.02)
+    monkeypatch.setattr(search_pool, "LEAVING", 0.1)
+    asked, release = threading.Event(), threading.Event()
+
+    def answer(queries: Sequence[str], k: int) -> list[list[Passage]]:
+        asked.set()
+        release.wait(30)
+        return [[] for _ in queries]
+
+    pool = SearchPool(Answers(answer), 1)  # type: ignore[arg-type]
+    future = pool.submit(["a", "b"])
+    assert asked.wait(5)
+    time.sleep(0.1)
+    started = time.monotonic()
+    pool.close()
+    assert time.monotonic() - started < 2 and not future.done()
+    assert "Answers has not answered 2 queries for 0 s. The run goes on once it does" in capsys.readouterr().err
+    assert pool._worker.is_alive() and pool._worker.daemon
+    release.set()
+    assert future.result(5) == [(), ()]
+
+
+def test_a_quick_search_is_not_told_of(capsys: pytest.CaptureFixture[str], retriever: ToyRetriever) -> None:
+    pool, before = SearchPool(retriever, 1), threading.active_count()
+    for word in ("Rome", "Paris", "Italy"):
+        pool.submit([word]).result()
+    pool.close()
+    assert capsys.readouterr().err == "" and threading.active_count() <= before
