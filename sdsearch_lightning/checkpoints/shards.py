@@ -30,22 +30,27 @@ from sdsearch_lightning.errors import DataError
 
 META = "meta.pt"
 """Lightning's name."""
-_ALLOWED = {
-    "torch.distributed.checkpoint.metadata": None,
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
-    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath"},
-    "pathlib._local": {"PosixPath", "WindowsPath"},  # where Python 3.13 keeps them
-    "collections": {"OrderedDict"},
-}
-"""What `.metadata` may name; None: the whole module."""
+_INDEX = "torch.distributed.checkpoint.metadata"
+_DTYPES = (name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+_ALLOWED = frozenset(
+    {
+        *((_INDEX, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata")),
+        *((_INDEX, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
+        (_INDEX, "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),  # a look-up by name
+        *(("torch", name) for name in ("Size", "device", *_DTYPES)),
+        *((module, name) for module in ("pathlib", "pathlib._local") for name in _PATHS),  # the latter in Python 3.13
+        ("collections", "OrderedDict"),
+    }
+)
+"""All that `.metadata` may name. Never a whole module: a name may have dots, and reach what it imports."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        names = _ALLOWED.get(module, ())
-        if names is not None and name not in names:
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
         return super().find_class(module, name)
 
@@ -56,6 +61,9 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
+        for place in (metadata.storage_data or {}).values():
+            if Path(place.relative_path).name != place.relative_path:
+                raise pickle.UnpicklingError(f"{place.relative_path!r} is no file of the folder")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,38 @@ def test_an_index_that_would_run_something_is_refused(folder: Path, capsys: pyte
     with pytest.raises(DataError, match=re.escape("builtins.print has no place in a checkpoint")):
         read_metadata(folder)
     assert "this was run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch.distributed.checkpoint.metadata", "torch.hub.os.system"),
+        ("torch.distributed.checkpoint.metadata", "field"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo.__init__"),
+        ("torch", "Size.__init__"),
+        ("pathlib", "PosixPath.unlink"),
+        ("os", "system"),
+    ],
+)
+def test_no_name_leads_out_of_the_list(folder: Path, tmp_path: Path, module: str, name: str) -> None:
+    """In protocol 4 a name may have dots: with whole modules let in, `os.system` of one that imports os would run."""
+    marker = tmp_path / "marker"
+    text = [pickle.SHORT_BINUNICODE + bytes([len(part)]) + part.encode() for part in (module, name, f"touch {marker}")]
+    call = pickle.STACK_GLOBAL + text[2] + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+    (folder / ".metadata").write_bytes(pickle.PROTO + b"\x04" + text[0] + text[1] + call)
+    with pytest.raises(DataError, match=re.escape(f"{module}.{name} has no place in a checkpoint")):
+        read_metadata(folder)
+    assert not marker.exists()
+
+
+def test_a_shard_is_a_file_of_the_folder(folder: Path) -> None:
+    index = read_metadata(folder)
+    (place, _), *_ = index.storage_data.items()
+    index.storage_data[place] = replace(index.storage_data[place], relative_path="../elsewhere")
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(DataError, match=r"'\.\./elsewhere' is no file of the folder"):
+        read_metadata(folder)
 
 
 def test_a_value_that_would_run_something_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
