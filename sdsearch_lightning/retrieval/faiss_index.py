@@ -41,7 +41,7 @@ class FaissIndex:
         try:
             # IO_FLAG_MMAP maps inverted lists only and would read a Flat index into memory.
             self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             reason = str(error).rpartition("Error: ")[2] or str(error)
             raise DataError(f"{path}: expected a FAISS index, found a file that it cannot read ({reason}).") from error
         if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
