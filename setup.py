@@ -35,6 +35,7 @@ setup(
         "sdsearch_lightning.scoring",
         "sdsearch_lightning.step",
         "sdsearch_lightning.training",
+        "sdsearch_lightning.trust",
         "sdsearch_lightning.callbacks",
         "sdsearch_lightning.datamodules",
     ],

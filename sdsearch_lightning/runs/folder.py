@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.files import remove, written_whole
+from sdsearch_lightning.trust.secrets import names_secret, without_secrets
 
 IGNORED = ("run.", "config", "ckpt_path", "weights_only", "trainer.enable_progress_bar", "trainer.enable_model_summary",
            "trainer.logger", "trainer.profiler", "trainer.log_every_n_steps",
@@ -118,8 +119,10 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise ConfigError(f"{self.path} holds a run without its config.yaml.\n{_WAY_OUT}")
-        found, wanted = _flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), _flatten(config)
+        saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        found, wanted = _flatten(without_secrets(saved)), _flatten(without_secrets(config))
         keys = [k for k in found | wanted if found.get(k) != wanted.get(k) and not k.startswith(IGNORED)]
+        keys = [key for key in keys if not names_secret(key)]  # another token, or from elsewhere: the same run
         if keys:
             more = f" (and {len(keys) - 3} more)" if len(keys) > 3 else ""
             told = "; ".join(f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} now" for key in keys[:3])
