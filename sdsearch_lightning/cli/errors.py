@@ -116,7 +116,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
         time.sleep(PATIENCE)
         message = f"rank {rank}: {message}"
     lines = [line for line in f"error: {without_secrets(message)}".splitlines() if line.strip()]
-    sys.stderr.writelines(f"{line[:MAX_COLUMNS]}\n" for line in lines[:MAX_LINES])
+    shown = ("".join(c if c.isprintable() else " " for c in line[:MAX_COLUMNS]) for line in lines[:MAX_LINES])
+    sys.stderr.writelines(f"{line}\n" for line in shown)
     sys.exit(code)
 
 
