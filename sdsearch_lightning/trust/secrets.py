@@ -22,7 +22,7 @@ SECRET = "<secret>"
 """Stands where one was."""
 _NAME = re.compile(
     r"(?:.*[_-])?(?:password|passwd|passphrase|secret|secrets|credentials?|api_?key|(?:access|secret|private)[_-]key"
-    r"|authorization|cookie)|(?:(?:api|access|auth|bearer|refresh|hf|hub|client)[_-])?tokens?(?:[_-]value)?",
+    r"|authorization|cookie)|(?:(?:api|access|auth|bearer|refresh|hf|hub|client)[_-])?token",
     re.IGNORECASE,
 )
 _REFERENCE = re.compile(r"(env|file):(.+)")

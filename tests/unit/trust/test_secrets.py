@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from helpers.network import toy_answer
+from helpers.paths import ROOT
 from sdsearch_lightning.cli.errors import fail
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.report.summary import read_summary
@@ -55,10 +57,35 @@ def test_names_of_secrets(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["max_tokens", "max_turn_tokens", "eos_token", "pad_token_id", "tokenizer", "monkey", "keys", "secretary"]
+    "key",
+    [
+        "tokens",
+        "max_tokens",
+        "max_turn_tokens",
+        "eos_token",
+        "pad_token_id",
+        "tokenizer",
+        "monkey",
+        "keys",
+        "secretary",
+    ],
 )
 def test_names_of_no_secrets(key: str) -> None:
     assert not names_secret(key) and without_secrets({key: "abc"}) == {key: "abc"}
+
+
+def test_no_other_option_of_ours_counts_as_one() -> None:
+    """Scrubbed, it would be lost to whoever uses the saved configuration again."""
+    files = [
+        path for name in ("sdsearch_lightning", "callbacks", "datamodules") for path in (ROOT / name).rglob("*.py")
+    ]
+    names = {
+        node.arg if isinstance(node, ast.arg) else node.target.id
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.arg) or (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
+    }
+    assert {"tokens", "max_turn_tokens"} <= names and {name for name in names if names_secret(name)} == {"token"}
 
 
 @pytest.mark.parametrize("text", ["owner/name@main", "mail me@host.org", "http://host/a@b", "see http://host, or a@b"])
