@@ -199,6 +199,16 @@ def test_vllm_cannot_be_told_to_trust_a_folder(monkeypatch: pytest.MonkeyPatch) 
         VLLMEngine("folder", options={"trust_remote_code": True})
 
 
+def test_faiss_makes_no_more_room_than_the_file_has(tmp_path: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    limit = faiss.get_deserialization_vector_byte_limit()
+    trap = Trap(tmp_path / "theirs")
+    trap.vectors(b"IHNf", count=1 << 25)
+    with pytest.raises(SDSearchError, match="deserialization_vector_byte_limit"):
+        faiss_file(trap.folder)
+    assert faiss.get_deserialization_vector_byte_limit() == limit, "of others in this process"
+
+
 # Chat templates
 
 
