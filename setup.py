@@ -35,6 +35,7 @@ setup(
         "sdsearch_lightning.scoring",
         "sdsearch_lightning.step",
         "sdsearch_lightning.training",
+        "sdsearch_lightning.trust",
         "sdsearch_lightning.callbacks",
         "sdsearch_lightning.datamodules",
     ],
@@ -51,7 +52,7 @@ setup(
         "tokenizers",
         "torchmetrics",
         "jsonargparse[signatures]>=4.40,<5",
-        "sentence-transformers",
+        "sentence-transformers>=6",  # older ones run a class that a local modules.json names
         "safetensors",
         "numpy",
         "pyyaml",
@@ -64,7 +65,7 @@ setup(
         "gpu": ["faiss-gpu>=1.15,<2"],
         "serve": ["fastapi", "uvicorn"],
         "bm25": ["bm25s>=0.3,<0.4"],
-        "data": ["pyarrow"],
+        "data": ["pyarrow>=14.0.1"],  # older ones unpickle what a file's metadata holds
         # The client alone talks to a cluster; milvus-lite is the embedded form, and brings faiss-cpu along.
         "milvus": ["pymilvus>=3,<4", "milvus-lite>=3.2,<4"],
         "lora": ["peft>=0.20,<0.22"],

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from sdsearch_lightning.checkpoints.writing import retire, save
 from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.runs.folder import RunFolder
+from sdsearch_lightning.trust.secrets import without_secrets
 
 
 class RunCheckpoint(Checkpoint):
@@ -67,6 +68,12 @@ class RunCheckpoint(Checkpoint):
             for old in sorted(self.folder.glob("step_*.ckpt"))[:-2]:
                 retire(old)
         self._saved, self.is_requested = None, False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Hyperparameters that a class of the user's saves are there by now."""
+        for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+            if key in checkpoint:
+                checkpoint[key] = without_secrets(checkpoint[key])
 
     def _intact(self) -> str:
         step = RunFolder(self.folder.parent).published_step

@@ -12,6 +12,9 @@
 A bad rollout is data (a stop reason and a count). A bad run is an exception. All are picklable: no custom `__init__`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SDSearchError(Exception):
     """Root of all errors raised on purpose by this library."""
@@ -43,3 +46,27 @@ class CheckpointError(SDSearchError, RuntimeError):
 
 class RolloutError(SDSearchError, RuntimeError):
     """A batch of rollouts that must not be trained on; raised on every rank together."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line and without its full stop; the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
+@contextmanager
+def reading_foreign(expected: str, kind: type[SDSearchError] = ConfigError, advice: str = "") -> Iterator[None]:
+    """Around code of other libraries that reads a file from elsewhere: whatever it raises becomes one line.
+
+    They raise anything, down to a bare `Exception` for a tokenizer that is no tokenizer.
+
+    Args:
+        expected: what should be there and where; the reason follows it.
+        kind: of the error.
+        advice: what to do.
+    """
+    try:
+        yield
+    except SDSearchError:
+        raise
+    except Exception as error:
+        raise kind(f"{expected}: {first_line(error)}. {advice}".rstrip()) from error

@@ -17,7 +17,7 @@ PACKAGE = "sdsearch_lightning"
 
 FLOORS = """
 errors enums files
-pluggable checkpoints
+pluggable checkpoints trust
 types
 losses protocol scoring schedules retrieval
 hindsight policy report datamodules

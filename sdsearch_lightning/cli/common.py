@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
+
+from sdsearch_lightning.trust.secrets import without_secrets
 
 
 def link_seed(parser: LightningArgumentParser) -> None:
     """One seed for everything: `seed_everything` reaches the data module and the module."""
     parser.link_arguments("seed_everything", "data.init_args.seed", int)
     parser.link_arguments("seed_everything", "model.seed", int)
+
+
+def shared_config(parser: LightningArgumentParser, options: Any) -> dict[str, Any]:
+    """All keys of a command, without secrets: what a run writes down and is known by."""
+    config: dict[str, Any] = without_secrets(yaml.safe_load(parser.dump(options, skip_unset=False)))
+    return config
 
 
 @rank_zero_only

@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from sdsearch_lightning.cli.help import HelpFormatter
+from sdsearch_lightning.trust.secrets import without_secrets
 
 MAX_LINES, MAX_COLUMNS = 3, 300
 PATIENCE = 3.0
@@ -114,8 +115,9 @@ def fail(message: str, code: int = 2) -> NoReturn:
     if rank := getattr(rank_zero_only, "rank", 0):
         time.sleep(PATIENCE)
         message = f"rank {rank}: {message}"
-    lines = [line for line in f"error: {message}".splitlines() if line.strip()]
-    sys.stderr.writelines(f"{line[:MAX_COLUMNS]}\n" for line in lines[:MAX_LINES])
+    lines = [line for line in f"error: {without_secrets(message)}".splitlines() if line.strip()]
+    shown = ("".join(c if c.isprintable() else " " for c in line[:MAX_COLUMNS]) for line in lines[:MAX_LINES])
+    sys.stderr.writelines(f"{line}\n" for line in shown)
     sys.exit(code)
 
 

@@ -32,13 +32,13 @@ from sdsearch_lightning.callbacks import (
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
 from sdsearch_lightning.callbacks.run_start import RunStart
 from sdsearch_lightning.checkpoints.writing import PlainFiles
-from sdsearch_lightning.cli.common import link_seed, say
+from sdsearch_lightning.cli.common import link_seed, say, shared_config
 from sdsearch_lightning.cli.processes import ending_together, watch_processes
 from sdsearch_lightning.cli.resume import explaining_loads, find_checkpoint
 from sdsearch_lightning.cli.run_parser import RunParser, parser_settings, read_field_texts
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.files import remove
+from sdsearch_lightning.files import remove, write_text
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.console import duration
@@ -149,8 +149,7 @@ class RunCLI(LightningCLI):
 
     def _look_into_folder(self) -> None:
         """Reports a finished run, prepares to resume one that is under way, refuses another one."""
-        config = self._parser(self.subcommand).dump(self.options, skip_unset=False)
-        self.folder.check_owner(yaml.safe_load(config))
+        self.folder.check_owner(shared_config(self._parser(self.subcommand), self.options))
         if self.folder.is_finished:
             say(f"{self.folder.path} holds this run, finished; --run.overwrite true would do it again.")
             rank_zero_only(self.report)()
@@ -174,8 +173,8 @@ class RunCLI(LightningCLI):
         elif self.resumed_step is None:
             self.folder.clear()
             self.folder.path.mkdir(parents=True, exist_ok=True)
-            file = str(self.folder.config)
-            self._parser(self.subcommand).save(self.options, file, skip_none=False, overwrite=True, multifile=False)
+            config = shared_config(self._parser(self.subcommand), self.options)
+            write_text(self.folder.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         else:
             self.folder.clear_after(self.resumed_step)
             self.metrics.cut_after(self.resumed_step)

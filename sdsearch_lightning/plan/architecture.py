@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.plan.probe import MakeModel
+from sdsearch_lightning.policy.loading import SAFE
 
 KNOWN = Path(__file__).parents[2] / "configs/experiment/recipe/architectures"
 """Of a checkout; an installed package has none."""
@@ -39,7 +40,7 @@ def find_architecture(name: str | None, given: str | None) -> tuple[MakeModel, s
     config, source = _find(name or "", given)
 
     def make(dtype: torch.dtype) -> Any:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **SAFE)
 
     try:
         with torch.device("meta"):
@@ -60,7 +61,7 @@ def _find(name: str, given: str | None) -> tuple[Any, str]:
         return _read(known, "model.model_name_or_path"), f"architectures/{known.name}"
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, where there is no network
     try:
-        return AutoConfig.from_pretrained(name), name
+        return AutoConfig.from_pretrained(name, **SAFE), name
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.model_name_or_path: {name!r} is no local folder, none of {KNOWN.name}/ and not to be had from the "

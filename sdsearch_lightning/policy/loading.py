@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.errors import ConfigError, reading_foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SAFE: dict[str, Any] = {"trust_remote_code": False}
+"""For whatever transformers loads: left out, it may ask the user instead of refusing a folder's own code."""
 SPECIAL_TOKENS = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
 
 
@@ -31,7 +33,8 @@ def load(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     if (file := gguf_file(name_or_path)) is not None:
         return load_gguf(file, dtype)
     # transformers would load bfloat16 checkpoints as bfloat16, in which small updates are lost.
-    return _load(name_or_path, lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+    options = {"dtype": dtype, "use_safetensors": True, **SAFE}  # the older weights are pickles
+    return _load(name_or_path, lambda folder: AutoModelForCausalLM.from_pretrained(folder, **options))
 
 
 def gguf_file(name_or_path: str) -> Path | None:
@@ -51,17 +54,16 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ImportError, OSError, ValueError, LookupError, struct.error) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        advice = " Install it: pip install gguf." if isinstance(error, ImportError) else ""
-        raise ConfigError(f"model.model_name_or_path: cannot load {file}: {reason}.{advice}") from error
+    told = f"model.model_name_or_path: cannot load {file}"
+    if find_spec("gguf") is None:
+        raise ConfigError(f"{told}: the package gguf is not installed. Install it: pip install gguf.")
+    with reading_foreign(told):
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **SAFE)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would refuse to save what it has just expanded
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **SAFE)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     return model, tokenizer
@@ -72,9 +74,9 @@ def load_skeleton(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedMode
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     def make(folder: str) -> PreTrainedModel:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **SAFE)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **SAFE)
         with suppress(OSError):  # which tokens end a turn has to be the same on all ranks
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model  # type: ignore[no-any-return]
@@ -92,12 +94,14 @@ def _load(name_or_path: str, make: Callable[[str], PreTrainedModel]) -> tuple[Pr
             f"model.model_name_or_path: there is no folder {name_or_path!r}. If it is the result of a cold start, run "
             "`python -m sdsearch_lightning supervise` first."
         )
-    try:
-        return make(folder), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        advice = "" if looks_local else " There is no such folder, and no such name at hand: name a folder."
-        raise ConfigError(f"model.model_name_or_path: cannot load {name_or_path!r}: {reason}.{advice}") from error
+    if (Path(folder) / "adapter_config.json").is_file():  # transformers would load the model that this file names
+        raise ConfigError(
+            f"model.model_name_or_path: expected a model, found an adapter_config.json in {name_or_path!r}. Name the "
+            "adapter's base there, and the adapter as model.lora.adapter."
+        )
+    advice = "" if looks_local else "There is no such folder, and no such name at hand: name a folder."
+    with reading_foreign(f"model.model_name_or_path: cannot load {name_or_path!r}", advice=advice):
+        return make(folder), AutoTokenizer.from_pretrained(folder, **SAFE)
 
 
 @dataclass
@@ -144,7 +148,7 @@ def from_scratch(
     _check_reload(config, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **SAFE)
         embedding = model.get_input_embeddings().weight
         torch.nn.init.normal_(embedding, std=spec.embedding_std or embedding.shape[1] ** -0.5)
     return model  # type: ignore[no-any-return]
@@ -170,7 +174,7 @@ def _check_reload(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        loaded = AutoTokenizer.from_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder, **SAFE)
     sample = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), 16)))
     if loaded.encode(" ".join(sample)) != tokenizer.encode(" ".join(sample)):
         raise ConfigError(

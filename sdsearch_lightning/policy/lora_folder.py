@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.errors import ConfigError, reading_foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +28,10 @@ LEARNED = "default"
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "sdsearch_origin.json"
 SAMPLES = 64
 """Values of each weight that go into a fingerprint."""
-_UNSUPPORTED = {"bias": "none", "modules_to_save": None, "use_dora": False, "layer_replication": None}
-"""Options of peft that would train or change more than low-rank factors, and their values without effect."""
+_UNSUPPORTED = {"bias": "none", "modules_to_save": None, "use_dora": False, "layer_replication": None,
+                "megatron_config": None}  # fmt: skip
+"""Options of peft that would train or change more than low-rank factors, or import a module by its name (Megatron's);
+and their values without effect."""
 
 
 def need_peft() -> None:
@@ -93,10 +95,8 @@ def read_config(folder: Path) -> Any:
         raise ConfigError(
             f"model.lora.adapter: expected a folder of a peft adapter, found no {' and no '.join(missing)} in {folder}."
         )
-    try:
+    with reading_foreign(f"model.lora.adapter: {folder / CONFIG} cannot be read"):
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"model.lora.adapter: {folder / CONFIG} cannot be read: {error}") from error
     odd = [name for name, value in _UNSUPPORTED.items() if (getattr(config, name, value) or value) != value]
     if config.peft_type != "LORA" or odd:
         found = f"peft_type {config.peft_type}" if config.peft_type != "LORA" else f"{odd[0]} {getattr(config, odd[0])}"
@@ -141,7 +141,8 @@ def check_base(folder: Path, mine: Mapping[str, Any]) -> str | None:
     """
     path = folder / ORIGIN
     if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        with reading_foreign(f"model.lora.adapter: expected name and base in {path}"):
+            theirs = {key: str(json.loads(path.read_text(encoding="utf-8"))[key]) for key in ("name", "base")}
         if theirs["base"] != mine["base"]:
             raise ConfigError(f"model.lora.adapter: {folder} {other_base(theirs, mine)}")
         return None

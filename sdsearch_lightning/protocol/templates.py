@@ -14,6 +14,7 @@ from typing import Any
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.protocol.block_templates import BlockTemplates, check_fields
+from sdsearch_lightning.protocol.chat_template import render_chat
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.protocol.turn_text import written_turn
 from sdsearch_lightning.types import Demonstration, Passage, Pluggable, SiblingRecord, Span, SpanKind
@@ -130,8 +131,8 @@ class Protocol(Pluggable):
         if template is not None and self.use_chat_template is not False:
             turns = [{"role": "system", "content": self.system}] if self.system is not None else []
             turns.append({"role": "user", "content": text})
-            options = {**self.chat_template_kwargs, "add_generation_prompt": True, "tokenize": False}
-            return codec.encode_prompt(str(codec.tokenizer.apply_chat_template(turns, **options)))
+            options = {**self.chat_template_kwargs, "add_generation_prompt": True}
+            return codec.encode_prompt(render_chat(codec.tokenizer, turns, **options))
         if self.system is not None:
             raise ConfigError("model.protocol.system: expected a tokenizer with a chat template, found one without.")
         return (*self._bos_ids(codec), *codec.encode_prompt(text))

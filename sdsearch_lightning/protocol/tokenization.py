@@ -15,6 +15,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.protocol.chat_template import OutOfBoundsError, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,15 +157,15 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, others: Iterable[int] = 
 
 def closing_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token with which the chat template closes what the assistant said; None without one."""
-    from jinja2 import TemplateError
-
     said = "something"
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
     if tokenizer.chat_template is None:
         return None
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError):  # a template that wants other turns
+        text = render_chat(tokenizer, turns)
+    except OutOfBoundsError:
+        raise
+    except ConfigError:  # a template that wants other turns
         return None
     ids = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder

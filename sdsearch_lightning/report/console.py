@@ -16,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from sdsearch_lightning.report.example import Example, Row, is_correct, rows
+from sdsearch_lightning.report.example import Example, Row, harmless, is_correct, printable, rows
 from sdsearch_lightning.report.summary import Summary
 from sdsearch_lightning.report.trajectories import Record
 
@@ -51,7 +51,7 @@ def print_console_report(run_folder: Path, summary: Summary, example: Example, c
     console.print(_heading(run_folder, summary))
     console.print()
     console.print(Padding(_table(summary), (0, 0, 0, 2), expand=False))
-    console.print(Padding(Text(self_distillation_line(summary["sd"]), "dim"), (1, 0, 1, 2), expand=False))
+    console.print(Padding(Text(printable(self_distillation_line(summary["sd"])), "dim"), (1, 0, 1, 2), expand=False))
     if example.after:
         _print_example(console, example)
     _print_files(console, run_folder)
@@ -65,9 +65,8 @@ def _heading(run_folder: Path, summary: Summary) -> Text:
         summary["seed"] is not None and f"seed {summary['seed']}",
         summary["seconds"] is not None and duration(summary["seconds"]),
     ]
-    return Text(run_folder.resolve().name, "bold").append(
-        "  " + ", ".join(str(fact) for fact in facts if fact), "not bold"
-    )
+    told = printable(", ".join(str(fact) for fact in facts if fact))
+    return Text(printable(run_folder.resolve().name), "bold").append(f"  {told}", "not bold")
 
 
 def duration(seconds: float) -> str:
@@ -121,7 +120,8 @@ def _print_example(console: Console, example: Example) -> None:
     question = example.after[0]["question"]
     console.print(Text("One held-out question", "bold").append(f"  {example.choice}", "not bold dim"))
     console.print()
-    _print_fields(console, [("question", Text(question["text"])), ("gold", Text(" | ".join(question["answers"])))])
+    fields = {"question": question["text"], "gold": " | ".join(question["answers"])}
+    _print_fields(console, [(label, Text(printable(text))) for label, text in fields.items()])
     for record in (*example.before, *example.after):
         console.print()
         console.print(_rollout_heading(record, "before" if record in example.before else "after"))
@@ -131,7 +131,7 @@ def _print_example(console: Console, example: Example) -> None:
 
 def _rollout_heading(record: Record, when: str) -> Text:
     decoding = "sampled" if record["phase"] == "val_sampled" else "greedy"
-    heading = Text(f"  {when}, {decoding}", "bold").append(f"  step {record['step']}  ", "not bold dim")
+    heading = Text(f"  {when}, {decoding}", "bold").append(f"  step {printable(str(record['step']))}  ", "not bold dim")
     verdict, style = verdict_of(record)
     return heading.append(verdict, f"not bold {style}")
 
@@ -142,7 +142,7 @@ def verdict_of(record: Record) -> tuple[str, str]:
         return "right", RIGHT
     if record["answer"] is not None:
         return "wrong", WRONG
-    return "no answer: " + record["stop_reason"].lower().replace("_", " "), WRONG
+    return "no answer: " + printable(record["stop_reason"].lower().replace("_", " ")), WRONG
 
 
 def _row_text(row: Row, record: Record) -> Text:
@@ -169,5 +169,5 @@ def _print_files(console: Console, run_folder: Path) -> None:
     width = max((len(str(run_folder / name)) for name in present), default=0)
     for name, meaning in present.items():
         # A path is never wrapped: it is there to be copied.
-        line = Text("  ").append(f"{run_folder / name!s:<{width}}").append(f"  {meaning}", "dim")
+        line = Text("  ").append(f"{harmless(str(run_folder / name)):<{width}}").append(f"  {meaning}", "dim")
         console.print(line, no_wrap=True, overflow="ignore", crop=False)

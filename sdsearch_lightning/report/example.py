@@ -50,9 +50,14 @@ def is_correct(record: Record) -> bool:
     return record["answer"] is not None and exact_match(record["answer"], record["question"]["answers"]) == 1.0
 
 
+def harmless(text: str) -> str:
+    """`text` with a space for each control character; none of them reaches a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def printable(text: str) -> str:
     """`text` on one line, without control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return " ".join(harmless(text).split())
 
 
 def rows(record: Record) -> list[Row]:

@@ -68,7 +68,7 @@ def _opening(name: str, summary: Summary) -> str:
         f"<div>{escape(label)}<b>{number(values['after'])}</b>before: {number(values['before'])}</div>"
         for label, values in comparison(summary)
     )
-    questions = "" if summary["questions"] is None else f"{summary['questions']} held-out questions; "
+    questions = "" if summary["questions"] is None else f"{escape(str(summary['questions']))} held-out questions; "
     return (
         f"<h1>{escape(name)}</h1><p>{questions}{escape(self_distillation_line(summary['sd']))}</p>"
         f'<div class="tiles">{tiles}</div>'
@@ -133,7 +133,7 @@ def _rollout(record: Record, title: str) -> str:
 
 def _details(record: Record) -> str:
     if record["phase"] != "train":
-        return f"step {record['step']}"
+        return escape(f"step {record['step']}")
     return ", ".join(f"{name} {record[name]:.2f}" for name in ("reward", "advantage") if record[name] is not None)
 
 
@@ -160,7 +160,7 @@ def _shaded(credit: Record) -> str:
         jsd, student, teacher = (credit[key][index] for key in ("jsd", "student_logprob", "teacher_logprob"))
         hue = "--agree" if (teacher or 0.0) >= (student or 0.0) and teacher is not None else "--differ"
         marks.append(
-            f'{token[: len(token) - len(token.lstrip())]}<mark style="background:{_tint(hue, jsd or 0.0)}" '
+            f'{escape(token[: len(token) - len(token.lstrip())])}<mark style="background:{_tint(hue, jsd or 0.0)}" '
             f'title="{escape(_told(token, jsd, student, teacher, credit["teacher_top"][index]))}">'
             f"{escape(token.lstrip())}</mark>"
         )
@@ -217,7 +217,7 @@ def _group(group: tuple[Record, ...]) -> str:
     rollouts = "".join(_rollout(record, f"rollout {record['rollout_index'] + 1}") for record in group)
     block = f"<pre>{escape(first['block'])}</pre>" if first["block"] else ""
     return (
-        f'<div class="taught"><h3>Step {first["step"]}</h3>{_question(first)}{block}'
+        f'<div class="taught"><h3>Step {escape(str(first["step"]))}</h3>{_question(first)}{block}'
         f'<div class="columns">{rollouts}</div></div>'
     )
 

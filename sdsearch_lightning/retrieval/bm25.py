@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sdsearch_lightning.errors import ConfigError, DataError
+from sdsearch_lightning.errors import ConfigError, DataError, reading_foreign
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
 from sdsearch_lightning.retrieval.index_folder import IndexFolder
 from sdsearch_lightning.retrieval.indexed import IndexedRetriever
@@ -158,12 +158,10 @@ class BM25Retriever(IndexedRetriever):
     def _open(self) -> _Opened:
         if self._opened is None:
             self.prepare()
-            try:  # arrays and JSON only: a pickle is refused
+            advice = "Delete the folder; it is built again."
+            with reading_foreign(f"{self.folder}: expected a BM25 index", DataError, advice):
+                # Arrays and JSON only: a pickle is refused.
                 index = _bm25s().BM25.load(str(self.folder), mmap=True, allow_pickle=False, show_progress=False)
-            except (OSError, ValueError, TypeError) as error:
-                raise DataError(
-                    f"{self.folder}: expected a BM25 index ({error}). Delete the folder; it is built again."
-                ) from error
             self._opened = _Opened(index, Corpus.open(self.corpus_path, self.folder))
         return self._opened
 

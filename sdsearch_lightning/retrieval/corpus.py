@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.errors import DataError, reading_foreign
 from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.retrieval.index_folder import CorpusFile
 from sdsearch_lightning.retrieval.jsonl import parse_object
@@ -62,7 +62,8 @@ class Corpus:
     @classmethod
     def open(cls, source: Path, folder: Path) -> Corpus:
         """The corpus that `write_corpus` has made ready in `folder`."""
-        offsets = np.load(folder / _OFFSETS, mmap_mode="r")
+        with reading_foreign(f"{folder / _OFFSETS}: expected a table of offsets", DataError):
+            offsets = np.load(folder / _OFFSETS, mmap_mode="r")
         return cls(folder / _UNPACKED if (folder / _UNPACKED).is_file() else source, offsets)
 
 

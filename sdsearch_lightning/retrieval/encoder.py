@@ -6,6 +6,7 @@ of its family (which the configuration of many e5 and bge models does not state)
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdsearch_lightning.errors import ConfigError, DataError, RetrievalError
+from sdsearch_lightning.errors import ConfigError, DataError, RetrievalError, reading_foreign
 from sdsearch_lightning.retrieval.faiss_index import Vectors
 from sdsearch_lightning.retrieval.index_folder import digest_folder
 
@@ -160,17 +161,15 @@ class TextEncoder:
 
         # Weights in safetensors only: the older files are pickles. Code that a model brings along never runs.
         options = {"use_safetensors": True, "dtype": self._dtype}
-        try:
+        with reading_foreign(
+            f"encoder: expected 'static', a sentence-transformers folder or a hub name, found {self.name!r}, "
+            "which cannot be loaded"
+        ):
             folder = _without_pickles(self.name)
             if _is_plain(folder):
                 return _pooled(str(folder), convention_of(self.name).pooling, self._device, options)
-            return SentenceTransformer(str(folder), device=self._device, model_kwargs=options)
-        except (OSError, ValueError) as error:
-            first_line = next(iter(str(error).splitlines()), "no reason given")
-            raise ConfigError(
-                f"encoder: expected 'static', a sentence-transformers folder or a hub name, found {self.name!r}, "
-                f"which cannot be loaded: {first_line}"
-            ) from error
+            _check_modules(folder)
+            return SentenceTransformer(str(folder), device=self._device, model_kwargs=options, trust_remote_code=False)
 
 
 def _rows(vectors: Any) -> Vectors:
@@ -193,7 +192,19 @@ def _without_pickles(name: str) -> Path:
     for pickled in folder.rglob("*.bin"):
         if not any(pickled.parent.glob("*.safetensors")):
             raise ValueError(f"{pickled} is a pickle, which is never read. Save the model as safetensors.")
+    if any(folder.rglob("adapter_config.json")):
+        raise ValueError("it holds an adapter of another model. Merge the two, and save them as one")
     return folder
+
+
+def _check_modules(folder: Path) -> None:
+    """Raise ValueError where modules.json names a class that is no module of sentence-transformers."""
+    from sentence_transformers.sentence_transformer import modules
+
+    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        package, _, name = module["type"].rpartition(".")
+        if package.partition(".")[0] != "sentence_transformers" or name not in modules.__all__:
+            raise ValueError(f"modules.json names {module['type']}, which is no module of sentence-transformers")
 
 
 def _is_plain(folder: Path) -> bool:
@@ -205,5 +216,6 @@ def _pooled(name: str, pooling: str, device: str | None, options: dict[str, Any]
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    body = Transformer(name, model_kwargs=options)
+    safe = {"trust_remote_code": False}  # left out, transformers may ask instead of refusing
+    body = Transformer(name, model_kwargs=options | safe, processor_kwargs=safe, config_kwargs=safe)
     return SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), pooling)], device=device)

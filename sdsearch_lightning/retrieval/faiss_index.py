@@ -22,6 +22,8 @@ Found = tuple[Vectors, NDArray[np.int64]]
 """Scores and rows, each [B, k], best first; a row of -1 is no result."""
 
 _BLAS_QUERIES = 4
+_SLACK = 1 << 20
+"""Bytes, as FAISS compares rounded sizes, and smaller than it."""
 _ROWS = 1 << 16
 """Vectors copied from disk at once."""
 
@@ -40,8 +42,9 @@ class FaissIndex:
         faiss = import_faiss()
         try:
             # IO_FLAG_MMAP maps inverted lists only and would read a Flat index into memory.
-            self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
+            with _believing(path.stat().st_size):
+                self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        except (RuntimeError, MemoryError, OSError) as error:
             reason = str(error).rpartition("Error: ")[2] or str(error)
             raise DataError(f"{path}: expected a FAISS index, found a file that it cannot read ({reason}).") from error
         if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
@@ -78,6 +81,18 @@ class FaissIndex:
             return np.stack([self._index.reconstruct(int(row)) for row in rows])
         except RuntimeError:
             return None
+
+
+@contextmanager
+def _believing(num_bytes: int) -> Iterator[None]:
+    """FAISS makes room for what a header claims before it reads on: let that be no more than the file has."""
+    faiss = import_faiss()
+    before = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(num_bytes + _SLACK)
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
 
 
 def write_faiss_index(path: Path, vectors: Vectors, factory: str, seed: int = 0) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
 from sdsearch_lightning.retrieval.encoder import TextEncoder
 from sdsearch_lightning.retrieval.index_folder import CorpusFile, IndexFolder
 from sdsearch_lightning.retrieval.static_encoder import write_static_encoder
+from sdsearch_lightning.trust.secrets import read_secret, without_secrets
 from sdsearch_lightning.types import Passage
 
 _FORMAT = 1  # of the collection
@@ -55,7 +55,7 @@ class MilvusRetriever(Retriever):
         collection: name of the collection.
         encoder: a sentence-transformers folder or hub name, or "static", which is made from the
             corpus and so needs one.
-        token: "user:password" or an API key; null: none, or what the uri says.
+        token: "user:password" or an API key, or env:NAME, file:PATH; null: none, or what the uri says.
         index: kind of a new collection's index: FLAT (exact, reads every vector), HNSW, IVF_FLAT, ... or AUTOINDEX (the
             server chooses; approximate). On milvus-lite AUTOINDEX found 51% of the best 5 of 10,000, 96% with ef 512.
         search_params: of that index, e.g. {ef: 512} or {nprobe: 32}.
@@ -93,12 +93,10 @@ class MilvusRetriever(Retriever):
         self.uri = str(Path(uri).absolute()) if self._is_file else uri
         self.corpus_path = None if corpus is None else Path(corpus)
         self.index_path = None if corpus is None else Path(f"{corpus}.index" if index_path is None else index_path)
-        self.collection, self.encoder, self._token, self._timeout = collection, encoder, token or "", timeout
+        self.collection, self.encoder, self._token, self._timeout = collection, encoder, token, timeout
         self._index, self._search_params = index, search_params or {}
-        self._encoder_options: dict[str, Any] = {
-            "query_prompt": query_prompt, "passage_prompt": passage_prompt, "batch_size": batch_size,
-            "device": device, "dtype": dtype,
-        }  # fmt: skip
+        self._encoder_options: dict[str, Any] = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
+        self._encoder_options |= {"batch_size": batch_size, "device": device, "dtype": dtype}
         self._text_encoder = TextEncoder(encoder, **self._encoder_options)  # loads nothing yet
         self._opened: tuple[Any, TextEncoder] | None = None  # client and encoder
 
@@ -239,7 +237,9 @@ class MilvusRetriever(Retriever):
             _import("milvus_lite")
             Path(self.uri).absolute().parent.mkdir(parents=True, exist_ok=True)
         with self._asking("connecting"):
-            client = pymilvus.MilvusClient(self.uri, token=self._token, timeout=self._timeout)
+            client = pymilvus.MilvusClient(
+                self.uri, token=read_secret(self._token, "token") or "", timeout=self._timeout
+            )
         _lite_users[self.uri] += self._is_file
         return client
 
@@ -271,7 +271,7 @@ class MilvusRetriever(Retriever):
 
     @property
     def _name(self) -> str:
-        return f"Milvus collection {self.collection!r} at {re.sub('//[^/@]*@', '//', self.uri)}"  # without password
+        return f"Milvus collection {self.collection!r} at {without_secrets(self.uri)}"
 
 
 def _entry(row: int, passage: Passage, source: Path) -> dict[str, Any]:

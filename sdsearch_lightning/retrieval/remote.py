@@ -27,6 +27,7 @@ import httpx
 from sdsearch_lightning.errors import ConfigError, RetrievalError, RetrieverUnavailableError
 from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.retrieval.remote_answers import read_answer
+from sdsearch_lightning.trust.secrets import read_secret, without_secrets
 from sdsearch_lightning.types import Passage
 
 _PROBE = "What is the capital of France?"
@@ -48,7 +49,7 @@ class RemoteRetriever(Retriever):
         timeout: seconds to wait for a connection, and for the answer to begin, in one try.
         patience: seconds to keep trying while the server cannot be reached or is overloaded. A try that has begun is
             not cut short, so a search may take up to `patience + timeout`.
-        token: sent as `Authorization: Bearer <token>`.
+        token: sent as `Authorization: Bearer <token>`; `env:NAME` and `file:PATH` say where it is to be found.
         max_queries_per_request: more queries are sent as several requests, one after the other.
 
     Raises:
@@ -152,8 +153,9 @@ class RemoteRetriever(Retriever):
         """The client of this process: a forked child must not write into its parent's connections."""
         if self._client is None or self._client_process != os.getpid():
             headers = {"Content-Type": "application/json"}
-            if self._token is not None:
-                headers["Authorization"] = f"Bearer {self._token}"
+            if (token := read_secret(self._token, "token")) is not None:
+                check_token(token)
+                headers["Authorization"] = f"Bearer {token}"
             self._client = httpx.Client(
                 headers=headers,
                 timeout=self._timeout,
@@ -187,7 +189,9 @@ def _parse_url(text: str) -> str:
     try:
         url = httpx.URL(text)
     except (httpx.InvalidURL, TypeError) as error:
-        raise ConfigError(f"url is {text!r} ({error}): expected one such as http://127.0.0.1:8000/retrieve.") from error
+        raise ConfigError(
+            f"url is {without_secrets(text)!r} ({error}): expected one such as http://127.0.0.1:8000/retrieve."
+        ) from error
     if url.scheme not in ("http", "https") or not url.host or url.userinfo:
         raise ConfigError(
             f"url has the scheme {url.scheme!r}, the host {url.host!r} and {'a' if url.userinfo else 'no'} password: "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.errors import ConfigError, DataError, reading_foreign
 from sdsearch_lightning.retrieval.faiss_index import Found, Vectors
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class TorchIndex:
 
         if scan not in PRECISIONS:
             raise ConfigError(f"scan: expected one of {', '.join(PRECISIONS)}, found {scan!r}.")
-        mapped = np.load(path, mmap_mode="c")  # "c": torch wants writable memory; nothing is written
+        with reading_foreign(f"{path}: expected an array of vectors", DataError):
+            mapped = np.load(path, mmap_mode="c")  # "c": torch wants writable memory; nothing is written
         self._device = torch.device(device)
         if self._device.type != "cpu":
             self.chunk_rows = 1 << 18  # few and large launches

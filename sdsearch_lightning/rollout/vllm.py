@@ -130,6 +130,7 @@ class VLLMEngine(Engine):
             "enable_sleep_mode": sleep_level > 0,
             "enable_prefix_caching": True,
             "generation_config": "vllm",  # the model folder's own would add end tokens the conversation does not know
+            "trust_remote_code": False,
             "seed": seed,
         }
         if clash := sorted(self._arguments.keys() & (options or {}).keys()):

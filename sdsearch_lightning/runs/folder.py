@@ -18,6 +18,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.files import remove, written_whole
+from sdsearch_lightning.report.example import harmless
+from sdsearch_lightning.runs.names import CONFIG, WRITTEN, check_name
+from sdsearch_lightning.trust.secrets import names_secret, without_secrets
 
 IGNORED = ("run.", "config", "ckpt_path", "weights_only", "trainer.enable_progress_bar", "trainer.enable_model_summary",
            "trainer.logger", "trainer.profiler", "trainer.log_every_n_steps",
@@ -34,7 +37,7 @@ class RunOptions:
     """Where a run keeps its files.
 
     Args:
-        name: name of the run; its folder is `<root>/<name>`.
+        name: name of the run; its folder is `<root>/<name>`, which lies in no other run's.
         root: folder that holds all runs.
         overwrite: discard the run that is in the folder, instead of resuming or reporting it.
         checkpoint_every: steps between two checkpoints. A killed run loses at most this many steps; Ctrl-C and SIGTERM
@@ -54,8 +57,7 @@ class RunOptions:
             raise ConfigError(f"run.num_threads: expected 1 or more, got {self.num_threads}.")
         if self.checkpoint_every < 1:
             raise ConfigError(f"run.checkpoint_every: expected 1 or more steps, got {self.checkpoint_every}.")
-        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
-            raise ConfigError(f"run.name: expected the name of a folder below run.root, got {self.name!r}.")
+        check_name(self.root, self.name)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class RunFolder:
     @property
     def config(self) -> Path:
         """The configuration that started the run."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG
 
     @property
     def metrics(self) -> Path:
@@ -118,8 +120,10 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise ConfigError(f"{self.path} holds a run without its config.yaml.\n{_WAY_OUT}")
-        found, wanted = _flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), _flatten(config)
+        saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        found, wanted = _flatten(without_secrets(saved)), _flatten(without_secrets(config))
         keys = [k for k in found | wanted if found.get(k) != wanted.get(k) and not k.startswith(IGNORED)]
+        keys = [key for key in keys if not names_secret(key)]  # another token, or from elsewhere: the same run
         if keys:
             more = f" (and {len(keys) - 3} more)" if len(keys) > 3 else ""
             told = "; ".join(f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} now" for key in keys[:3])
@@ -154,7 +158,7 @@ class RunFolder:
     @rank_zero_only
     def clear(self) -> None:
         """Removes what a run writes, and nothing else that a user may keep there."""
-        for name in ("config.yaml", "metrics.csv", "summary.json", "report.html", "checkpoints", "model"):
+        for name in WRITTEN:
             remove(self.path / name)
         for path in self.path.glob("trajectories*.jsonl"):
             remove(path)
@@ -182,4 +186,4 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 @rank_zero_only
 def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+    print(f"warning: {harmless(line)}", file=sys.stderr)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sdsearch_lightning.policy.lora_folder import CONFIG as ADAPTER_CONFIG
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.summary import Summary, build_summary, installed_versions
 from sdsearch_lightning.runs.folder import RunFolder
+from sdsearch_lightning.trust.secrets import without_secrets
 
 CARD, SETTINGS = "README.md", "sdsearch_config.yaml"
 PAPER = "https://arxiv.org/abs/2605.18299"
@@ -75,6 +76,7 @@ def write_card(folder: Path, training: Training) -> None:
     """Write README.md and sdsearch_config.yaml into the folder of a model or of an adapter."""
     from huggingface_hub import ModelCardData
 
+    training = replace(training, config=without_secrets(training.config))
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     base = _base_model(training.get("model.model_name_or_path"))
     data = ModelCardData(

@@ -188,6 +188,7 @@ class FakeLLM:
         logprobs_mode: str = "raw_logprobs",
         enable_prefix_caching: bool = False,
         generation_config: str = "auto",
+        trust_remote_code: bool = True,
         seed: int = 0,
         enforce_eager: bool = False,
         distributed_executor_backend: str | None = None,
@@ -195,6 +196,7 @@ class FakeLLM:
         max_num_batched_tokens: int = 2048,
     ) -> None:
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "collective_rpc could not see the trainer's tensors"
+        assert not trust_remote_code, "code of the model's folder would run"
         assert generation_config == "vllm" and model == "folder" and not (world.on_cpu and enable_sleep_mode)
         assert not (world.on_cpu and enable_chunked_prefill), "CPU Generator does not use offset"
         assert enable_chunked_prefill or max_num_batched_tokens >= max_model_len

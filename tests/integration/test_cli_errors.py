@@ -36,7 +36,7 @@ ON_THE_COMMAND_LINE = [
     (["--rollout.seed", "3"], 'Linked "rollout.seed" must be given via "seed_everything".'),
     (["--data.seed", "3"], 'Linked "data.seed" must be given via "seed_everything".'),
     (["--rollout.temperature", "0"], "rollout.temperature"),
-    (["--run.name", "../elsewhere"], "run.name: expected the name of a folder below run.root, got '../elsewhere'."),
+    (["--run.name", "../elsewhere"], "run.name: expected a folder below run.root, such as mine"),
     (["--data.batch_size", "0"], "data.batch_size: expected at least 1, found 0."),  # from its __init__
     (["--ckpt_path", "nope.ckpt"], "expected a checkpoint (a file, or a folder of shards), found none at nope.ckpt."),
     (["--trainer.strategy", "fsdp"], "FSDP1 cannot train with manual optimisation. Use fsdp2."),

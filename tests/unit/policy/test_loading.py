@@ -99,7 +99,7 @@ def test_which_file_a_path_means(tmp_path: Path) -> None:
 def test_without_its_package_a_gguf_file_is_refused_with_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda *args, **kwargs: False)
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
     (tmp_path / "model.gguf").write_bytes(gguf_header("nobody"))
     for path in (tmp_path, tmp_path / "model.gguf"):
         with pytest.raises(

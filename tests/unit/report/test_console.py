@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from helpers.reports import write_metrics, write_run
+from sdsearch_lightning.cli.errors import fail
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.console import duration, self_distillation_line
+from sdsearch_lightning.report.summary import build_summary
 
 FACTS = {"seed": 3, "seconds": 61.5, "max_searches": 4}
 
@@ -82,3 +85,29 @@ def test_duration(seconds: float, text: str) -> None:
 def test_active_weight_without_jsd_is_told_without_it() -> None:
     sd = {"weight": 0.001, "active_steps": 2, "jsd_first": None, "jsd_last": None, "steps": 3, "teacher_rows": 0}
     assert self_distillation_line(sd) == "self-distillation: weight 0.001 in 2 of 3 steps, 0 teacher rows"
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b1m\r\u202e"
+
+
+def test_no_text_drives_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever a file of the run says: questions, golds, answers, reasons, steps, numbers of the summary."""
+    write_run(tmp_path)
+    path = tmp_path / "trajectories.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["question"] |= {"text": f"where{EVIL}?", "answers": [f"Rome{EVIL}", "Rome"]}
+        record["stop_reason"], record["answer"] = f"ERROR{EVIL}", record["answer"] and f"{record['answer']}{EVIL}"
+        for span in record["spans"]:
+            span["text"] += EVIL
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    print_report(tmp_path)
+    summary = build_summary({}, {"seed": EVIL, "questions": EVIL})
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"sd": summary["sd"] | {"steps": EVIL}}))
+    print_report(tmp_path)
+    text = capsys.readouterr().out
+    assert "where ]0;owned" in text and "Rome ]0;owned" in text
+    assert not [c for c in text if not c.isprintable() and c != "\n"]
+    with pytest.raises(SystemExit):
+        fail(f"data.jsonl line 3: {EVIL}")
+    assert "\x1b" not in capsys.readouterr().err

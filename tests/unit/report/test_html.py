@@ -12,7 +12,10 @@ import pytest
 from helpers.reports import write_metrics, write_run
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.charts import MAX_POINTS, Curve, chart
-from sdsearch_lightning.report.metrics import Point
+from sdsearch_lightning.report.example import Example
+from sdsearch_lightning.report.html import page
+from sdsearch_lightning.report.metrics import Point, read_metrics
+from sdsearch_lightning.report.summary import build_summary
 
 VOID = {"meta"}
 
@@ -134,3 +137,22 @@ def test_a_noisy_curve_is_drawn_under_its_running_mean() -> None:
     points = [Point(step, float(step % 2)) for step in range(20)]
     figure = svg(chart("t", "u", [Curve("c", points, "--first", is_noisy=True)]))
     assert [line.get("class") for line in figure.iter("polyline")] == ["faint", "line"]
+
+
+def test_every_value_of_a_file_is_escaped(tmp_path: Path) -> None:
+    """Numbers too: trajectories.jsonl and summary.json may come from elsewhere, and hold text in their place."""
+    evil = "<script>alert(1)</script>"
+    write_run(tmp_path)
+    path = tmp_path / "trajectories.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    metrics = read_metrics(tmp_path)
+    for record in records:
+        record["step"] = f"{record['step']}{evil}"
+        record["stop_reason"], record["block"] = evil, record["block"] and evil
+        for credit in record["credit"] or ():
+            credit["tokens"] = [f" {evil}" for _ in credit["tokens"]]
+    before, after, taught = records[0], records[4], records[-2:]
+    example = Example((before,), (after,), evil, (tuple(taught),))
+    summary = build_summary(metrics, {"questions": evil, "seed": evil, "versions": {evil: evil}})
+    html = page(evil, summary, metrics, example)
+    assert "script" not in balanced(html).seen and html.count("&lt;script&gt;") >= 8

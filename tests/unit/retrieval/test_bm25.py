@@ -132,7 +132,7 @@ def test_the_index_is_mapped_and_no_pickle_is_read(corpus):
     assert isinstance(retriever._opened.index.scores["data"], np.memmap)
     retriever.close()
     np.save(retriever.folder / "data.csc.index.npy", np.array([{"evil": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match=r"expected a BM25 index \(.*Python objects.*Delete the folder"):
+    with pytest.raises(DataError, match=r"expected a BM25 index: .*Python objects.*Delete the folder"):
         retriever.search(["tea"], 1)
 
 

@@ -43,6 +43,19 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_taken(folder, capsy
     assert len(lines) == 1 and lines[0].startswith(f"warning: {torn} is damaged and passed over")
 
 
+def test_a_file_does_not_speak_to_the_terminal(folder, capsys):
+    save(folder, 2, last=2)
+    folder.checkpoints.joinpath("step_00000002.ckpt").unlink()
+    evil = folder.checkpoints / "step_00000002.ckpt"
+    evil.mkdir()
+    (evil / "meta.pt").touch()
+    (evil / ".metadata").write_bytes(b"c\x1b]0;owned\x07\nname\n.")
+    with pytest.raises(DataError):
+        folder.resume_point()
+    told = capsys.readouterr().err
+    assert "]0;owned" in told and "\x1b" not in told
+
+
 def test_with_every_checkpoint_torn_the_way_out_is_told(folder):
     save(folder, 2, 4, last=4)
     for path in folder.checkpoints.glob("step_*"):
@@ -117,3 +130,27 @@ def test_the_model_folder_is_replaced_whole(folder):
 def test_run_options_that_cannot_work_are_refused(options):
     with pytest.raises(ConfigError, match=r"^run\."):
         RunOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a\nb", "a\x1b]0;x\x07", "a\0", "a/", "a//b", "./a", "a/../b", "a\\b", " a", "~/a", ".a", "a" * 300,
+     "a/checkpoints", "a/model", "a/config.yaml"],
+)  # fmt: skip
+def test_a_name_is_one_folder_per_part(name):
+    with pytest.raises(ConfigError, match=r"^run\.name: ") as caught:
+        RunOptions(name=name)
+    assert str(caught.value).isprintable()
+
+
+def test_no_run_lies_in_another(folder, tmp_path):
+    save(folder, 2, last=2)
+    for root, name in ((tmp_path, "run/more"), (tmp_path, "run/deep/more"), (folder.path, "more")):
+        with pytest.raises(ConfigError, match=rf"which lies in the run {folder.path}"):
+            RunOptions(name=name, root=str(root))
+    RunOptions(name="run", root=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["mine", "comparison/grpo-seed3", "a/b/c_1.5", "Übung 2", "model"])
+def test_names_that_are_fine(name, tmp_path):
+    assert RunOptions(name=name, root=str(tmp_path)).name == name
