@@ -66,7 +66,7 @@ def _search(argv: Sequence[str]) -> None:
 
 
 def _supervise(argv: Sequence[str]) -> None:
-    from sdsearch_lightning.cli.training import SuperviseCLI
+    from sdsearch_lightning.cli.cold_start import SuperviseCLI
 
     SuperviseCLI(["supervise", *argv])
 
