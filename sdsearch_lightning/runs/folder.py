@@ -118,7 +118,11 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise ConfigError(f"{self.path} holds a run without its config.yaml.\n{_WAY_OUT}")
-        found, wanted = _flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), _flatten(config)
+        try:
+            found, wanted = _flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), _flatten(config)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise DataError(f"{self.config}: expected the configuration of the run ({reason}).\n{_WAY_OUT}") from error
         keys = [k for k in found | wanted if found.get(k) != wanted.get(k) and not k.startswith(IGNORED)]
         if keys:
             more = f" (and {len(keys) - 3} more)" if len(keys) > 3 else ""
@@ -141,9 +145,13 @@ class RunFolder:
             candidates = [self.last_checkpoint, *candidates]
         for path in candidates:
             try:
-                return path, open_checkpoint(path).step
+                stored = open_checkpoint(path)
             except DataError as error:
-                _warn(f"{path} is damaged and passed over: {error}")
+                warn(f"{path} is damaged and passed over: {error}")
+                continue
+            if stored.note:
+                warn(stored.note)
+            return path, stored.step
         raise DataError(f"none of the {len(candidates)} checkpoints in {self.checkpoints} can be read.\n{_WAY_OUT}")
 
     def replace_model(self, save: Callable[[Path], None]) -> None:
@@ -181,5 +189,6 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @rank_zero_only
-def _warn(line: str) -> None:
+def warn(line: str) -> None:
+    """Prints a warning of one line, once for all ranks."""
     print(f"warning: {line}", file=sys.stderr)

@@ -39,9 +39,12 @@ def test_who_holds_a_folder_is_told_and_a_dead_process_holds_none(tmp_path):
 
 
 def test_a_forked_worker_does_not_hold_it(tmp_path):
+    ready, told = os.pipe()
     with held_alone(tmp_path / "mine"):
         if (worker := os.fork()) == 0:
+            os.write(told, b".")
             signal.pause()
+        os.read(ready, 1)
     try:
         with held_alone(tmp_path / "mine"):
             pass
