@@ -75,7 +75,7 @@ def outcome(folder: RunFolder) -> str:
     with contextlib.redirect_stderr(io.StringIO()) as told:
         try:
             point = folder.resume_point()
-        except Exception as error:
+        except Exception as error:  # whatever it is, it would end the run
             return f"lost: {type(error).__name__}"
     if point is None or point[1] == 4:
         return "lost: believed"
@@ -115,8 +115,8 @@ def cost(folder: Path, megabytes: int) -> str:
     written, sealed, checked = (later - earlier for earlier, later in zip(clock, clock[1:], strict=False))
     size = path.stat().st_size
     return (
-        f"{size / 1e6:.0f} MB: written in {written:.2f} s, its checksum {sealed:.2f} s ({sealed / written:.0%} of that, "
-        f"{size / sealed / 1e9:.1f} GB/s), checked in {checked:.2f} s"
+        f"{size / 1e6:.0f} MB: written in {written:.2f} s, its checksum {sealed:.2f} s ({sealed / written:.0%} of "
+        f"that, {size / sealed / 1e9:.1f} GB/s), checked in {checked:.2f} s"
     )
 
 

@@ -121,7 +121,7 @@ def telling_full_disk(path: Path, draft: Path | None = None) -> Iterator[None]:
 
 
 def _full(error: BaseException, folder: Path) -> int | None:
-    """The number of the error of a full disk that `error` is, came of or tells; torch, faiss and safetensors hide it."""
+    """The number of a full disk's error that `error` is, came of or tells: torch, faiss and safetensors hide it."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in FULL else None
     if os.strerror(errno.ENOSPC) in str(error):

@@ -1,10 +1,11 @@
-"""A checksum at the end of each file of a checkpoint: what a disk changed afterwards is not believed.
+r"""A checksum at the end of each file of a checkpoint: what a disk changed afterwards is not believed.
 
-    <what torch wrote> sdsearch-crc32:<8 hex digits>\\n
+    <what torch wrote> sdsearch-crc32:<8 hex digits>\n
 
-It lies in the file, so that it goes where the file goes: a second name, a copy. Readers of zip files look for their table
-from the end, those of shards go by offsets, those of pickles stop where the pickle does; none minds a line more. CRC-32
-finds every flipped bit and all but one of 2^32 other changes, at twice the speed of SHA-256; against intent it does nothing.
+It lies in the file, so that it goes where the file goes: a second name, a copy. Readers of zip files look for their
+table from the end, those of shards go by offsets, those of pickles stop where the pickle does; none minds a line more.
+CRC-32 finds every flipped bit and all but one in 2^32 of other changes, at twice the speed of SHA-256; against intent
+it does nothing.
 """
 
 from __future__ import annotations
