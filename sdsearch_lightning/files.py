@@ -15,6 +15,12 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a disk, or of a user's share of it, that is full."""
+GO_ON = "Free some space and run the same command again."
+"""What is told after them."""
+
+
+class DiskFullError(OSError):
+    """A disk, or a user's share of it, that is full: `filename` could not be written."""
 
 
 def draft_of(path: Path) -> Path:
@@ -98,26 +104,26 @@ def sync_names(folder: Path) -> None:
 
 @contextmanager
 def telling_full_disk(path: Path, draft: Path | None = None) -> Iterator[None]:
-    """Around what writes `path`: an error that a full disk caused becomes one OSError, whatever a library made of it.
+    """Around what writes `path`: an error that a full disk caused becomes one error, whatever a library made of it.
 
     Args:
         path: for the message.
         draft: where it is being written; None: there.
 
     Raises:
-        OSError: the disk is full; `filename` is the path, and `strerror` tells how much was written and is free.
+        DiskFullError: `filename` is the path, and `strerror` tells how much was written and is free.
     """
     try:
         yield
     except Exception as error:
-        if (number := _full(error, path.parent)) is None:
+        if isinstance(error, DiskFullError) or (number := _full(error, path.parent)) is None:
             raise
         place = draft or path
         files = [place, *place.rglob("*")] if place.is_dir() else [place]
         written = sum(file.stat().st_size for file in files if file.is_file())
         free = shutil.disk_usage(path.parent).free
         told = f"{os.strerror(number)} ({written / 1e6:.1f} MB of it are written, {free / 1e6:.1f} MB are free)"
-        raise OSError(number, told, str(path)) from error
+        raise DiskFullError(number, told, str(path)) from error
 
 
 def _full(error: BaseException, folder: Path) -> int | None:

@@ -39,11 +39,11 @@ from sdsearch_lightning.cli.resume import explaining_loads, find_checkpoint
 from sdsearch_lightning.cli.run_parser import RunParser, parser_settings, read_field_texts
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.files import remove
+from sdsearch_lightning.files import remove, written_whole
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.trajectories import cut_after
-from sdsearch_lightning.runs.folder import RunFolder, RunOptions
+from sdsearch_lightning.runs.folder import RunFolder, RunOptions, warn
 from sdsearch_lightning.runs.lock import held_alone
 from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 from sdsearch_lightning.runs.model_card import write_model
@@ -176,12 +176,18 @@ class RunCLI(LightningCLI):
         elif self.resumed_step is None:
             self.folder.clear()
             self.folder.path.mkdir(parents=True, exist_ok=True)
-            file = str(self.folder.config)
-            self._parser(self.subcommand).save(self.options, file, skip_none=False, overwrite=True, multifile=False)
+            with written_whole(self.folder.config) as file:
+                self._parser(self.subcommand).save(self.options, str(file), skip_none=False, multifile=False)
         else:
             self.folder.clear_after(self.resumed_step)
-            self.metrics.cut_after(self.resumed_step)
-            cut_after(self.folder.path / "trajectories.jsonl", self.resumed_step)
+            callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            every = next(
+                (log.every_n_steps for log in callbacks if isinstance(log, TrajectoryLog) and not log.path), None
+            )
+            rollouts = self.folder.path / "trajectories.jsonl"
+            lost = self.metrics.cut_after(self.resumed_step)
+            for line in lost + cut_after(rollouts, self.resumed_step, every):
+                warn(line)
 
     def own_callbacks(self) -> list[pl.Callback]:
         """Callbacks that need no configuration; one of the same class in `trainer.callbacks` takes its place."""

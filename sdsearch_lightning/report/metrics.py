@@ -45,9 +45,10 @@ def read_rows(path: Path) -> Rows:
         DataError: the columns cannot be read.
     """
     contents = path.read_bytes() if path.is_file() else b""
-    lines = io.StringIO(contents[: contents.rfind(b"\n") + 1].decode(errors="replace"), newline="\n")
+    whole = contents[: contents.rfind(b"\n") + 1]
+    lines = io.StringIO(whole.decode(errors="replace"), newline="\n")
     first = next(_parsed(lines), [])
-    if contents and ("step" not in first or len(set(first)) < len(first) or "\0" in "".join(first)):
+    if whole and ("step" not in first or len(set(first)) < len(first) or "\0" in "".join(first)):
         raise DataError(
             f"{path} line 1: expected the columns, 'step' among them, got {first[:3]}. Restore it or remove it."
         )
@@ -70,11 +71,9 @@ def _parsed(lines: Iterable[str]) -> Iterator[list[str]]:
 
 def _is_row(row: dict[str, str]) -> bool:
     try:
-        int(row["step"])
-        all(float(cell) is None for key, cell in row.items() if cell and "/" in key)
+        return int(row["step"]) >= 0 and all(isinstance(float(cell), float) for cell in row.values() if cell)
     except ValueError:
         return False
-    return True
 
 
 def read_metrics(run_folder: Path) -> Metrics:
