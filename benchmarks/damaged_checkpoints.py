@@ -25,7 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
-from sdsearch_lightning.checkpoints.seals import SEALED, check_seal, seal
+from sdsearch_lightning.checkpoints.seals import check_seal, seal
 from sdsearch_lightning.checkpoints.writing import PlainFiles
 from sdsearch_lightning.runs.folder import RunFolder
 
@@ -42,7 +42,7 @@ def state(width: int) -> dict[str, Any]:
 
 def write_file(path: Path, step: int, width: int = 64) -> None:
     """A sealed checkpoint of one process."""
-    PlainFiles().save_checkpoint({"global_step": step, SEALED: True, **state(width)}, path)
+    PlainFiles().save_checkpoint({"global_step": step, **state(width)}, path)
     seal(path)
 
 
@@ -54,7 +54,7 @@ def write_folder(path: Path, step: int) -> None:
         checkpoint_id=path,
         no_dist=True,
     )
-    torch.save({"global_step": step, SEALED: True}, path / "meta.pt")
+    torch.save({"global_step": step}, path / "meta.pt")
     for file in path.iterdir():
         seal(file)
 

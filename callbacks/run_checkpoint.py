@@ -15,7 +15,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from sdsearch_lightning.checkpoints.seals import SEALED
 from sdsearch_lightning.checkpoints.writing import retire, save, told_by_all
 from sdsearch_lightning.errors import StorageError
 from sdsearch_lightning.files import GO_ON, written_whole
@@ -38,7 +37,6 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.is_requested = False
         self._saved: Path | None = None
-        self._is_saving = False
         self._seconds = 0.0
         self._clock = time.monotonic()
 
@@ -58,13 +56,7 @@ class RunCheckpoint(Checkpoint):
         is_due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.is_last_batch
         if is_due or self.is_requested:
             self._saved = self.folder / f"step_{step:08d}.ckpt"
-            self._is_saving = True
             save(trainer, self._saved, self._intact())
-            self._is_saving = False
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._is_saving:  # what others have the trainer save gets no checksums
-            checkpoint[SEALED] = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.publish(trainer)

@@ -132,7 +132,8 @@ def _full(error: BaseException, folder: Path) -> int | None:
         return error.errno if error.errno in FULL else None
     if os.strerror(errno.ENOSPC) in str(error):
         return errno.ENOSPC
-    if "inline_container.cc" in str(error) and shutil.disk_usage(folder).free < 1 << 20:  # torch tells no reason
+    is_unexplained = isinstance(error, OSError) or "inline_container.cc" in str(error)  # of numpy and torch
+    if is_unexplained and shutil.disk_usage(folder).free < 1 << 20:
         return errno.ENOSPC
     return None if (cause := error.__cause__ or error.__context__) is None else _full(cause, folder)
 

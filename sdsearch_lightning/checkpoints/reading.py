@@ -10,6 +10,7 @@ Invariant: what was not wholly written, or is not any more what was written, is 
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from abc import ABC, abstractmethod
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from sdsearch_lightning.checkpoints.seals import SEALED, check_seal
+from sdsearch_lightning.checkpoints.seals import check_seal
 from sdsearch_lightning.checkpoints.shards import META, read_into, read_metadata
 from sdsearch_lightning.errors import ConfigError, DataError
 
@@ -65,13 +66,14 @@ class CheckpointFile(StoredCheckpoint):
         if not zipfile.is_zipfile(path):  # the table of a zip file stands at its end
             path.open("rb").close()
             raise ValueError("cut off, or something else")
-        has_seal = _has_seal(path)
+        self.is_sealed = _has_seal(path)
+        if not self.is_sealed and not _ends_as_zip(path):
+            raise ValueError("its end is not what was written")
         # Mapped, not read: optimizer states stay on disk.
         stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(stored, dict) or WEIGHTS not in stored or "global_step" not in stored:
             found = ", ".join(map(str, list(stored)[:4])) if isinstance(stored, dict) else type(stored).__name__
             raise ValueError(f"expected state_dict and global_step in it, found {found}")
-        self.is_sealed = _all_sealed([path.name] if not has_seal else [], stored)
         self.path, self.weights = path, stored.pop(WEIGHTS)
         self.facts = stored
         self.shapes = {name: weight.shape for name, weight in self.weights.items()}
@@ -91,14 +93,17 @@ class CheckpointFolder(StoredCheckpoint):
             raise ValueError(
                 f"found no {' and no '.join(missing)} in the folder: its save was cut off, or it is another"
             )
-        bare = [file.name for file in sorted(path.iterdir()) if not _has_seal(file)]
+        files = sorted(path.iterdir())
+        bare = [file.name for file in files if not _has_seal(file)]
+        if 0 < len(bare) < len(files):
+            raise ValueError(f"{bare[0]} has lost its end, where its checksum was")
+        self.is_sealed = not bare
         index = read_metadata(path)
         _check_shards(path, index)
         self.path = path
         self.facts = torch.load(path / META, map_location="cpu", weights_only=True)
         if "global_step" not in self.facts:
             raise ValueError(f"expected global_step in {META}, found {', '.join(self.facts)}")
-        self.is_sealed = _all_sealed(bare, self.facts)
         prefix = f"{WEIGHTS}."
         self.shapes = {
             name.removeprefix(prefix): entry.size
@@ -125,11 +130,11 @@ def _has_seal_as_it_is(path: Path, *stamp: int) -> bool:
     return check_seal(path)
 
 
-def _all_sealed(bare: list[str], facts: Mapping[str, Any]) -> bool:
-    """Whether no file lacks its checksum; ValueError where one had it."""
-    if bare and facts.get(SEALED):
-        raise ValueError(f"{bare[0]} has lost its end, where its checksum was")
-    return not bare
+def _ends_as_zip(path: Path) -> bool:
+    """Whether the end of a zip file's table is that of the file: nothing was ever written behind it."""
+    with path.open("rb") as file:
+        file.seek(-22, os.SEEK_END)
+        return file.read(4) == b"PK\5\6"
 
 
 def _check_shards(path: Path, index: Metadata) -> None:

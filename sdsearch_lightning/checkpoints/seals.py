@@ -17,8 +17,6 @@ from typing import BinaryIO
 
 from sdsearch_lightning.errors import DataError
 
-SEALED = "sealed"
-"""Key in a checkpoint whose files all have their checksum: one that lacks it has lost its end."""
 _MARK, _DIGITS = b" sdsearch-crc32:", 8
 _LENGTH = len(_MARK) + _DIGITS + 1
 

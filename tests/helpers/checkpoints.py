@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from sdsearch_lightning.checkpoints.seals import SEALED, seal
+from sdsearch_lightning.checkpoints.seals import seal
 
 STEP, OPTIMIZERS = 4, 1
 
@@ -23,7 +23,7 @@ def checkpoint_state() -> dict[str, Any]:
 def sharded(path: Path, step: int = 4, is_sealed: bool = False) -> Path:
     """As fsdp2 leaves it; the trainer's save then seals it."""
     dcp.save(checkpoint_state(), checkpoint_id=path, no_dist=True)
-    torch.save({"global_step": step, "loops": {}} | ({SEALED: True} if is_sealed else {}), path / "meta.pt")
+    torch.save({"global_step": step, "loops": {}}, path / "meta.pt")
     return _sealed(path) if is_sealed else path
 
 
@@ -31,7 +31,7 @@ def single(path: Path, step: int = 4, is_sealed: bool = False) -> Path:
     """As every other strategy leaves it; the trainer's save then seals it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"global_step": step, "optimizer_states": [{}], "state_dict": checkpoint_state()["state_dict"]}
-    torch.save(state | ({SEALED: True} if is_sealed else {}), path)
+    torch.save(state, path)
     return _sealed(path) if is_sealed else path
 
 
