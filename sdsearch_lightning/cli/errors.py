@@ -114,7 +114,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     if rank := getattr(rank_zero_only, "rank", 0):
         time.sleep(PATIENCE)
         message = f"rank {rank}: {message}"
-    lines = [line for line in f"error: {message}".splitlines() if line.strip()]
+    lines = [line for line in f"error: {message}".split("\n") if line.strip()]
     sys.stderr.writelines(f"{line[:MAX_COLUMNS]}\n" for line in lines[:MAX_LINES])
     sys.exit(code)
 
