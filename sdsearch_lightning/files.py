@@ -40,7 +40,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     path = path.absolute()
     draft = draft_of(path)
     remove(draft)
-    draft.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
         with telling_full_disk(path, draft):
             yield draft
@@ -136,6 +136,14 @@ def _full(error: BaseException, folder: Path) -> int | None:
     if is_unexplained and shutil.disk_usage(folder).free < 1 << 20:
         return errno.ENOSPC
     return None if (cause := error.__cause__ or error.__context__) is None else _full(cause, folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, whose names are on the disk when it returns; one there is fine too."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_names(folder.parent)
 
 
 def remove(path: Path) -> None:

@@ -93,7 +93,7 @@ class CheckpointFolder(StoredCheckpoint):
             raise ValueError(
                 f"found no {' and no '.join(missing)} in the folder: its save was cut off, or it is another"
             )
-        files = sorted(path.iterdir())
+        files = [path / ".metadata", path / META, *sorted(path.glob("*.distcp"))]
         bare = [file.name for file in files if not _has_seal(file)]
         if 0 < len(bare) < len(files):
             raise ValueError(f"{bare[0]} has lost its end, where its checksum was")

@@ -111,6 +111,7 @@ def _publish(draft: Path, path: Path) -> str | None:
             sync_names(draft)
         os.replace(draft, path)
         sync_names(path.parent)
+        sync_names(path.parent.parent)  # where the folder of checkpoints may be new
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -175,7 +175,6 @@ class RunCLI(LightningCLI):
             remove(self.metrics.path.parent)
         elif self.resumed_step is None:
             self.folder.clear()
-            self.folder.path.mkdir(parents=True, exist_ok=True)
             with written_whole(self.folder.config) as file:
                 self._parser(self.subcommand).save(self.options, str(file), skip_none=False, multifile=False)
         else:

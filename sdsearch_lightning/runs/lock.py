@@ -21,6 +21,7 @@ from pathlib import Path
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.files import telling_full_disk
 
 
 @contextmanager
@@ -55,7 +56,8 @@ def held_alone(folder: Path) -> Iterator[None]:
             print(f"warning: {path} cannot be locked ({error}): start no second run in {folder}.", file=sys.stderr)
         # A forked worker that outlives this process must not hold what nobody uses.
         os.register_at_fork(after_in_child=lock.close)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-        lock.flush()
+        with telling_full_disk(path):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            lock.flush()
         yield

@@ -94,3 +94,10 @@ def test_rows_are_flushed_and_a_new_file_has_its_name(tmp_path, order):
     append_lines(path, ["a\n"])
     append_lines(path, ["b\n"])
     assert order == [str(path), str(tmp_path), str(path)]
+
+
+def test_a_new_folder_has_its_name_too(tmp_path, order):
+    write_text(tmp_path / "runs" / "mine" / "config.yaml", "")
+    write_text(tmp_path / "runs" / "mine" / "summary.json", "")
+    names = [str(tmp_path), str(tmp_path / "runs")]
+    assert order[:2] == names and not set(order[2:]) & set(names)
