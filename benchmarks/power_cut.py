@@ -157,7 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, nth = f"cut{number}", dice.randint(1, flushes)
             start(arena, name, nth, dice.randrange(1 << 30))
             done, told = start(arena, name, 0, 0)
-            different = differences(contents(arena.path / "runs" / name), arena.whole) if done else ["did not go on"]
+            left = contents(arena.path / "runs" / name) if done else {}
+            different = differences(left, arena.whole) if done else [f"did not go on: {told[-300:]}"]
+            if "file names" in different:
+                different += sorted({*left["file names"]} ^ {*arena.whole["file names"]})
             warnings = [line for line in told.splitlines() if line.startswith(("warning: ", "error: "))]
             equal, told_lost = equal + (not different), told_lost + bool(warnings)
             verdict = f"DIFFERENT: {', '.join(different)}" if different else "equal"

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from sdsearch_lightning.checkpoints.writing import retire, save, told_by_all
 from sdsearch_lightning.errors import StorageError
-from sdsearch_lightning.files import GO_ON, written_whole
+from sdsearch_lightning.files import GO_ON, sync_names, written_whole
 from sdsearch_lightning.runs.folder import RunFolder
 from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 
@@ -68,6 +68,7 @@ class RunCheckpoint(Checkpoint):
                 link.symlink_to(self._saved.name)
             for old in sorted(self.folder.glob("step_*.ckpt"))[:-2]:
                 retire(old)
+                sync_names(self.folder)
         self._saved, self.is_requested = None, False
 
     def _intact(self) -> str:

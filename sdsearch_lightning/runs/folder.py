@@ -169,10 +169,14 @@ class RunFolder:
 
     @rank_zero_only
     def clear_after(self, step: int) -> None:
-        """Removes checkpoints of steps after `step`: they were never completed, and the run will reach them again."""
-        for path in self.checkpoints.glob("step_*.ckpt"):
-            if int(path.stem.removeprefix("step_")) > step:
-                remove(path)
+        """Removes checkpoints of steps after `step`: they were never completed, and the run will reach them again.
+
+        So it does with those older than the two that are kept, which a kill or a power cut may have left.
+        """
+        paths = sorted(self.checkpoints.glob("step_*.ckpt"))
+        done = [path for path in paths if int(path.stem.removeprefix("step_")) <= step]
+        for path in {*paths} - {*done[-2:]}:
+            remove(path)
         for draft in self.checkpoints.glob(".*.draft"):
             remove(draft)
 

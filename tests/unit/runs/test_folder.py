@@ -108,6 +108,15 @@ def test_steps_after_the_restored_one_are_removed(folder):
     ]
 
 
+def test_older_ones_than_two_that_a_cut_left_are_removed(folder):
+    save(folder, 2, 4, 6, 8, last=6)
+    folder.clear_after(6)
+    assert sorted(path.name for path in folder.checkpoints.glob("step_*")) == [
+        "step_00000004.ckpt",
+        "step_00000006.ckpt",
+    ]
+
+
 def test_the_model_folder_is_replaced_whole(folder):
     folder.model.mkdir(parents=True)
     (folder.model / "old").write_text("")
