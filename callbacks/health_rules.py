@@ -25,7 +25,8 @@ METRICS = {
     "policy_tokens grad_norm update_ratio lr",
     "distill": "weight groups groups_without_queries groups_over_budget dropped_entries teacher_rows loss jsd jsd_p95 "
     "effective_weight student_logprob teacher_logprob student_entropy teacher_entropy entropy_gap "
-    "environment_mass_student environment_mass_teacher policy_tag_mass_student policy_tag_mass_teacher",
+    "environment_mass_student environment_mass_teacher policy_tag_mass_student policy_tag_mass_teacher "
+    "abs_log_ratio changed_advantages gate",
 }
 """What a training step may log, by phase; docs/metrics.md says what each means."""
 WATCHABLE = tuple(f"{phase}/{name}" for phase, names in METRICS.items() for name in names.split())

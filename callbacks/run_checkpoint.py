@@ -15,9 +15,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from sdsearch_lightning.checkpoints.writing import retire, save
-from sdsearch_lightning.files import written_whole
+from sdsearch_lightning.checkpoints.writing import retire, save, told_by_all
+from sdsearch_lightning.errors import StorageError
+from sdsearch_lightning.files import GO_ON, sync_names, written_whole
 from sdsearch_lightning.runs.folder import RunFolder
+from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 from sdsearch_lightning.trust.secrets import without_secrets
 
 
@@ -67,6 +69,7 @@ class RunCheckpoint(Checkpoint):
                 link.symlink_to(self._saved.name)
             for old in sorted(self.folder.glob("step_*.ckpt"))[:-2]:
                 retire(old)
+                sync_names(self.folder)
         self._saved, self.is_requested = None, False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -92,14 +95,32 @@ class StepBoundary(Callback):
 
     It publishes the checkpoint, which `RunCheckpoint` cannot do in time: Lightning moves checkpoint callbacks to the
     end. And it forgets the logged values: Lightning would log them again in each step of the epoch that has none of
-    its own, so that a quantity that did not occur would look as if it had, and a resumed run would differ.
+    its own, so that a quantity that did not occur would look as if it had, and a resumed run would differ. Where a row
+    could not be written it ends the run, on all ranks and before a checkpoint that counts on the row is published.
     """
 
     def __init__(self, checkpoint: RunCheckpoint) -> None:
         self.checkpoint = checkpoint
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        raise_lost_rows(trainer)
         self.checkpoint.publish(trainer)
         for metric in trainer.fit_loop._results.values():
             if not metric.meta.on_epoch:  # a mean over the epoch is still being taken
                 metric.reset()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise_lost_rows(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise_lost_rows(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise_lost_rows(trainer)
+
+
+def raise_lost_rows(trainer: Trainer) -> None:
+    """Raises StorageError on all ranks where rank 0 could not write a row of metrics.csv."""
+    failures = [logger.failure for logger in trainer.loggers if isinstance(logger, MetricsLogger)]
+    if (told := told_by_all(trainer, next(filter(None, failures), None))) is not None:
+        raise StorageError(f"{told}. {GO_ON}")

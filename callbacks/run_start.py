@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.checkpoints.writing import told_by_all
+from sdsearch_lightning.errors import ConfigError, SDSearchError, StorageError
 
 
 class RunStart(pl.Callback):
@@ -65,9 +66,14 @@ class RunStart(pl.Callback):
         if self.is_taken:
             return
         self.is_taken = True
+        failure: Exception | None = None
         if trainer.is_global_zero:
-            self.take()
-        trainer.strategy.barrier()
+            try:
+                self.take()
+            except (OSError, SDSearchError) as error:
+                failure = error
+        if (told := told_by_all(trainer, None if failure is None else str(failure))) is not None:
+            raise failure or StorageError(told)
 
 
 def _learning_rates(trainer: pl.Trainer) -> list[float]:

@@ -16,7 +16,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.checkpoints.writing import told_by_all
+from sdsearch_lightning.errors import ConfigError, StorageError
+from sdsearch_lightning.files import GO_ON
 from sdsearch_lightning.report.trajectories import Record, append_records, cut_torn_line, make_record, rank_file
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
 
@@ -55,6 +57,7 @@ class TrajectoryLog(Callback):
         self.val_questions = val_questions
         self.top_tokens = top_tokens
         self._file: Path | None = None
+        self._failure: str | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,6 +73,19 @@ class TrajectoryLog(Callback):
         if _has_rollouts(batch) and (step - 1) % self.every_n_steps == 0:
             records = self._records(trainer, pl_module, batch, batch.groups, "train", step)
             self._append(trainer, islice(records, self.max_per_step))
+        self._raise_together(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the run, on all ranks, where one could not write."""
+        self._raise_together(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the run, on all ranks, where one could not write."""
+        self._raise_together(trainer)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the run, on all ranks, where one could not write."""
+        self._raise_together(trainer)
 
     def on_validation_batch_end(
         self,
@@ -145,13 +161,21 @@ class TrajectoryLog(Callback):
                 )
 
     def _append(self, trainer: Trainer, records: Iterator[Record]) -> None:
-        if self._file is None:
-            path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "trajectories.jsonl"
-            self._file = rank_file(path, trainer.global_rank)
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            if self._file.exists():
-                cut_torn_line(self._file)
-        append_records(self._file, records)
+        path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "trajectories.jsonl"
+        file = rank_file(path, trainer.global_rank)
+        try:
+            if self._file is None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if file.exists():
+                    cut_torn_line(file)
+                self._file = file
+            append_records(file, records)
+        except OSError as error:  # raised where all ranks meet: batches of an evaluation are not as many on each
+            self._failure = self._failure or f"{file} could not be written: {error.strerror or error}"
+
+    def _raise_together(self, trainer: Trainer) -> None:
+        if (told := told_by_all(trainer, self._failure)) is not None:
+            raise StorageError(f"{told}. {GO_ON}")
 
 
 def _has_rollouts(batch: Any) -> bool:

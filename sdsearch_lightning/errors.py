@@ -6,7 +6,8 @@
     +-- RetrievalError(RuntimeError) a search that failed; one rollout ends with it, the run goes on
     |   +-- RetrieverUnavailableError    no search can succeed now, whatever is asked: the server is gone or overloaded
     +-- HubError(RuntimeError)       a folder that is whole on disk and could not be pushed to the hub
-    +-- CheckpointError(RuntimeError)  a checkpoint that could not be written; the run stops on every rank
+    +-- StorageError(RuntimeError)   a file that could not be written: a full disk; the run stops on every rank
+    |   +-- CheckpointError              a checkpoint that could not be
     +-- RolloutError(RuntimeError)   a batch of rollouts that must not be trained on; the run stops on every rank
 
 A bad rollout is data (a stop reason and a count). A bad run is an exception. All are picklable: no custom `__init__`.
@@ -40,7 +41,11 @@ class HubError(SDSearchError, RuntimeError):
     """A folder that is whole on disk and could not be pushed to the hub."""
 
 
-class CheckpointError(SDSearchError, RuntimeError):
+class StorageError(SDSearchError, RuntimeError):
+    """A file that could not be written, as on a full disk; raised on every rank together."""
+
+
+class CheckpointError(StorageError):
     """A checkpoint that could not be written; raised on every rank together, with those before it intact."""
 
 

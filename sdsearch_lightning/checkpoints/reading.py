@@ -5,18 +5,19 @@
 
 Either may be reached through a link, such as last.ckpt. Tensors are read when they are asked for; nothing is unpickled.
 
-Invariant: what was not wholly written is refused when it is opened.
+Invariant: what was not wholly written, or is not any more what was written, is refused when it is opened.
 """
 
 from __future__ import annotations
 
-import pickle
+import os
 import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from sdsearch_lightning.checkpoints.seals import check_seal
 from sdsearch_lightning.checkpoints.shards import META, read_into, read_metadata
 from sdsearch_lightning.errors import ConfigError, DataError
 
 WEIGHTS = "state_dict"
-_UNREADABLE = (
-    RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError,
-)  # fmt: skip
-"""What reading a damaged or foreign file may raise."""
 
 
 class StoredCheckpoint(ABC):
@@ -43,11 +41,18 @@ class StoredCheckpoint(ABC):
     shapes: Mapping[str, torch.Size]
     """Shape of each weight, by the module's name for it."""
     num_optimizers: int
+    is_sealed: bool
+    """Whether its files have proved to be what was written; those of version 0.1 have no checksum."""
 
     @property
     def step(self) -> int:
         """The step (rollout batch) after which it was saved."""
         return int(self.facts["global_step"])
+
+    @property
+    def note(self) -> str | None:
+        """What a user has to know of it."""
+        return None if self.is_sealed else f"{self.path} has no checksums, so only its form was checked"
 
     @abstractmethod
     def read(self, into: Mapping[str, Tensor]) -> None:
@@ -61,6 +66,9 @@ class CheckpointFile(StoredCheckpoint):
         if not zipfile.is_zipfile(path):  # the table of a zip file stands at its end
             path.open("rb").close()
             raise ValueError("cut off, or something else")
+        self.is_sealed = _has_seal(path)
+        if not self.is_sealed and not _ends_as_zip(path):
+            raise ValueError("its end is not what was written")
         # Mapped, not read: optimizer states stay on disk.
         stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(stored, dict) or WEIGHTS not in stored or "global_step" not in stored:
@@ -85,6 +93,11 @@ class CheckpointFolder(StoredCheckpoint):
             raise ValueError(
                 f"found no {' and no '.join(missing)} in the folder: its save was cut off, or it is another"
             )
+        files = [path / ".metadata", path / META, *sorted(path.glob("*.distcp"))]
+        bare = [file.name for file in files if not _has_seal(file)]
+        if 0 < len(bare) < len(files):
+            raise ValueError(f"{bare[0]} has lost its end, where its checksum was")
+        self.is_sealed = not bare
         index = read_metadata(path)
         _check_shards(path, index)
         self.path = path
@@ -106,6 +119,24 @@ class CheckpointFolder(StoredCheckpoint):
             read_into({WEIGHTS: dict(into)}, self.path, alone=True)
 
 
+def _has_seal(path: Path) -> bool:
+    """Whether a file has a checksum, which then is right; its bytes are read once, whoever asks again."""
+    status = path.stat()
+    return _has_seal_as_it_is(path.resolve(), status.st_ino, status.st_size, status.st_ctime_ns)
+
+
+@cache
+def _has_seal_as_it_is(path: Path, *stamp: int) -> bool:
+    return check_seal(path)
+
+
+def _ends_as_zip(path: Path) -> bool:
+    """Whether the end of a zip file's table is that of the file: nothing was ever written behind it."""
+    with path.open("rb") as file:
+        file.seek(-22, os.SEEK_END)
+        return file.read(4) == b"PK\5\6"
+
+
 def _check_shards(path: Path, index: Metadata) -> None:
     """Raise ValueError where a shard is not there, or shorter than the index says."""
     ends: dict[str, int] = defaultdict(int)
@@ -123,11 +154,11 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
     """The checkpoint at `path`, a file, a folder or a link to one.
 
     Raises:
-        DataError: it is cut, incomplete or no checkpoint; the message is the bare reason.
+        DataError: it is cut, changed, incomplete or no checkpoint; the message is the bare reason.
     """
     try:
         return CheckpointFolder(path) if path.is_dir() else CheckpointFile(path)
-    except _UNREADABLE as found:
+    except Exception as found:  # a damaged file may hold anything, and so raise anything
         error = found.__cause__ if isinstance(found, DataError) and found.__cause__ else found
         raise DataError(str(error).strip().partition("\n")[0][:100] or type(error).__name__) from error
 

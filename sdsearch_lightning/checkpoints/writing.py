@@ -1,7 +1,7 @@
 """Checkpoints are written whole or not at all, named a second time for free, and removed at once.
 
-A checkpoint is a file (one process, DDP) or a folder of shards (fsdp2). Disks fail all the same, so reading.py finds
-out what was cut or lost afterwards.
+A checkpoint is a file (one process, DDP) or a folder of shards (fsdp2). Disks fail all the same: each file ends in its
+checksum (seals.py), and reading.py finds out what was changed, cut or lost afterwards.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sdsearch_lightning.checkpoints.shards import AnyCheckpointIO
+from sdsearch_lightning.checkpoints.seals import seal
+from sdsearch_lightning.checkpoints.shards import META, AnyCheckpointIO
 from sdsearch_lightning.errors import CheckpointError
-from sdsearch_lightning.files import draft_of, remove, written_whole
+from sdsearch_lightning.files import draft_of, remove, sync_names, telling_full_disk, written_whole
 
 
 class PlainFiles(AnyCheckpointIO):
@@ -44,42 +46,75 @@ def save(trainer: Trainer, path: Path, intact: str) -> None:
     Raises:
         CheckpointError: on all ranks, if one could not write.
     """
-    draft, failure = draft_of(path), None
+    draft = draft_of(path)
     if trainer.is_global_zero:
         remove(draft)  # of a run that was killed here; torch would mix its shards with these
-    try:
-        trainer.save_checkpoint(draft, weights_only=False)
-    except (OSError, CheckpointException) as error:
-        failure = _reason(error)
-        trainer.strategy.barrier()  # the one at the end of save_checkpoint, where the ranks without an error wait
-    if trainer.is_global_zero:
-        failure = failure or _publish(draft, path)
-    if trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
-        told = trainer.strategy.broadcast(failure) or failure or "see another rank"
+    failure = _write(trainer, draft, path) or _seal(trainer, draft, path)
+    failure = told_by_all(trainer, failure)
+    if failure is None:
+        failure = told_by_all(trainer, _publish(draft, path) if trainer.is_global_zero else None)
+    if failure is not None:
         if trainer.is_global_zero:
             with suppress(OSError):
                 remove(draft)
         raise CheckpointError(
-            f"the checkpoint of step {trainer.global_step} could not be saved in {path.parent}: {told}.\n{intact}"
+            f"the checkpoint of step {trainer.global_step} could not be saved in {path.parent}: {failure}.\n{intact}"
         )
 
 
+def told_by_all(trainer: Trainer, told: str | None) -> str | None:
+    """What the first rank that tells something tells, on all ranks; None where none does. A collective."""
+    if not trainer.strategy.reduce_boolean_decision(told is not None, all=False):
+        return None
+    texts = [told]
+    if distributed.is_available() and distributed.is_initialized():
+        texts = [None] * distributed.get_world_size()
+        distributed.all_gather_object(texts, told)
+    return next(text for text in texts if text is not None)
+
+
+def _write(trainer: Trainer, draft: Path, path: Path) -> str | None:
+    """Has this rank write its part of a draft; tells why it could not."""
+    try:
+        with telling_full_disk(path, draft):
+            try:
+                trainer.save_checkpoint(draft, weights_only=False)
+            except CheckpointException as error:  # no Exception, by torch's choice
+                first: BaseException = next(iter(error.failures.values()))[0]
+                raise first if isinstance(first, OSError) else OSError(str(first).partition("\n")[0]) from error
+    except OSError as error:
+        trainer.strategy.barrier()  # the one at the end of save_checkpoint, where the ranks without an error wait
+        return error.strerror or str(error)
+    return None
+
+
+def _seal(trainer: Trainer, draft: Path, path: Path) -> str | None:
+    """Gives the files that this rank wrote their checksums; tells why it could not."""
+    own = [draft] if trainer.is_global_zero else []
+    if draft.is_dir():
+        own = [*draft.glob(f"__{trainer.global_rank}_*")]
+        own += [draft / name for name in (".metadata", META)] if trainer.is_global_zero else []
+    try:
+        with telling_full_disk(path, draft):
+            for file in own:
+                seal(file)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def _publish(draft: Path, path: Path) -> str | None:
-    """Gives a draft its name, or removes it and tells why it could not."""
+    """Gives a draft its name, for good; tells why it could not."""
     try:
         remove(path)  # a folder does not replace another; only an unpublished one of this step can be here
+        if draft.is_dir():
+            sync_names(draft)
         os.replace(draft, path)
-        return None
+        sync_names(path.parent)
+        sync_names(path.parent.parent)  # where the folder of checkpoints may be new
     except OSError as error:
-        return _reason(error)
-
-
-def _reason(error: OSError | CheckpointException) -> str:
-    """`No space left on device`; of the first rank that failed."""
-    if isinstance(error, CheckpointException):
-        first: BaseException = next(iter(error.failures.values()))[0]
-        return _reason(first) if isinstance(first, OSError) else str(first).partition("\n")[0]
-    return error.strerror or str(error)
+        return error.strerror or str(error)
+    return None
 
 
 def name_again(path: Path, name: Path) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sdsearch_lightning.cli.errors import fail
-from sdsearch_lightning.errors import ConfigError, SDSearchError
+from sdsearch_lightning.errors import ConfigError, SDSearchError, StorageError
+from sdsearch_lightning.files import FULL, GO_ON
 
 NOISE = re.compile(
     r"(\[rank: \d+\] )?"
@@ -47,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         handlers[argv[0]](argv[1:]) if argv[0] in handlers else _search(argv)
     except Exception as error:
-        told = _told(error) if isinstance(error, (ValueError, *_refusals())) else None
+        told = _told(error) if isinstance(error, (ValueError, OSError, *_refusals())) else None
         if told is None or os.environ.get("SDSEARCH_TRACEBACK", "0") != "0":
             raise
         fail(str(told), code=1 if isinstance(told, SDSearchError) and not isinstance(told, ConfigError) else 2)
@@ -66,7 +67,7 @@ def _search(argv: Sequence[str]) -> None:
 
 
 def _supervise(argv: Sequence[str]) -> None:
-    from sdsearch_lightning.cli.training import SuperviseCLI
+    from sdsearch_lightning.cli.cold_start import SuperviseCLI
 
     SuperviseCLI(["supervise", *argv])
 
@@ -119,6 +120,8 @@ def _refusals() -> tuple[type[Exception], ...]:
 def _told(error: BaseException | None) -> BaseException | None:
     """The error meant for the user, where `error` is it or came of it: jsonargparse wraps what an `__init__` raises."""
     while error is not None and not isinstance(error, _refusals()):
+        if isinstance(error, OSError) and error.errno in FULL:
+            return StorageError(f"{error.filename or 'a file'} could not be written: {error.strerror}. {GO_ON}")
         error = error.__cause__
     return error
 

@@ -115,7 +115,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     if rank := getattr(rank_zero_only, "rank", 0):
         time.sleep(PATIENCE)
         message = f"rank {rank}: {message}"
-    lines = [line for line in f"error: {without_secrets(message)}".splitlines() if line.strip()]
+    lines = [line for line in f"error: {without_secrets(message)}".split("\n") if line.strip()]
     shown = ("".join(c if c.isprintable() else " " for c in line[:MAX_COLUMNS]) for line in lines[:MAX_LINES])
     sys.stderr.writelines(f"{line}\n" for line in shown)
     sys.exit(code)

@@ -22,7 +22,7 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report.summary import read_summary
-from sdsearch_lightning.runs.folder import RunFolder
+from sdsearch_lightning.runs.folder import RunFolder, warn
 from sdsearch_lightning.runs.hub import check_name, push
 from sdsearch_lightning.runs.model_card import Training, write_card
 from sdsearch_lightning.supervised import SupervisedModule
@@ -41,6 +41,8 @@ def export(options: Any) -> None:
     if output.exists() or output.is_symlink():
         raise ConfigError(f"output: {output} exists already; name a new folder.")
     checkpoint, run = named_checkpoint(path), _run_of(path)
+    if checkpoint.note:
+        warn(checkpoint.note)
     config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     module = build_module(config)
     restore(module, checkpoint)

@@ -14,7 +14,7 @@ from sdsearch_lightning.callbacks.run_start import check_optimizers
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
 from sdsearch_lightning.cli.common import say
 from sdsearch_lightning.errors import ConfigError, SDSearchError
-from sdsearch_lightning.runs.folder import RunFolder
+from sdsearch_lightning.runs.folder import RunFolder, warn
 
 
 def find_checkpoint(command: str, options: Any, folder: RunFolder, is_evaluation: bool) -> StoredCheckpoint | None:
@@ -30,7 +30,10 @@ def find_checkpoint(command: str, options: Any, folder: RunFolder, is_evaluation
         say(f"{command} takes the initial weights of model:; --ckpt_path last takes those of this run")
     if path in (None, "best"):
         return None
-    return named_checkpoint(Path(path))
+    stored = named_checkpoint(Path(path))
+    if stored.note:
+        warn(stored.note)
+    return stored
 
 
 @contextmanager

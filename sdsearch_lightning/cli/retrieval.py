@@ -12,6 +12,7 @@ from typing import Any
 
 from sdsearch_lightning.cli.errors import ShortErrorParser
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.files import DiskFullError
 from sdsearch_lightning.retrieval import BM25Retriever, CachedRetriever, DenseRetriever, Retriever
 from sdsearch_lightning.retrieval.backends import BACKENDS
 from sdsearch_lightning.retrieval.encoder import DTYPES
@@ -41,7 +42,9 @@ def index(argv: Sequence[str]) -> None:
     there = retriever.is_built
     try:
         retriever.prepare()
-    except OSError as error:  # a full disk, most of all
+    except DiskFullError:
+        raise
+    except OSError as error:  # a folder that may not be written, most of all
         raise ConfigError(f"index_path: {error}. What is built so far is kept: the same command goes on.") from error
     size = sum(path.stat().st_size for path in retriever.folder.rglob("*") if path.is_file())
     print(f"{'there already' if there else 'built'}: {retriever.index_file} ({size / 1e6:.3g} MB in its folder)")

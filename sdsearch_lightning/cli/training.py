@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,11 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.files import remove, write_text
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
-from sdsearch_lightning.report.console import duration
-from sdsearch_lightning.report.metrics import read_metrics
-from sdsearch_lightning.report.summary import build_summary, read_summary, write_summary
 from sdsearch_lightning.report.trajectories import cut_after
-from sdsearch_lightning.runs.folder import RunFolder, RunOptions
+from sdsearch_lightning.runs.folder import RunFolder, RunOptions, warn
+from sdsearch_lightning.runs.lock import held_alone
 from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 from sdsearch_lightning.runs.model_card import write_model
-from sdsearch_lightning.supervised import SupervisedModule
 from sdsearch_lightning.training.fsdp2 import check_strategy
 from sdsearch_lightning.training.options import ADAMW
 
@@ -79,19 +77,20 @@ class RunCLI(LightningCLI):
     def __init__(self, argv: Sequence[str]) -> None:
         self._command = argv[0]
         read_field_texts(argv)
-        super().__init__(
-            self.module_class,
-            SearchDataModule,
-            trainer_class=SearchTrainer,
-            trainer_defaults=self.defaults,
-            seed_everything_default=0,  # a fixed one, or a run could not be resumed by the same command
-            parser_kwargs=parser_settings(self.subcommands()),
-            parser_class=RunParser,
-            subclass_mode_data=True,
-            args=list(argv),
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        with ExitStack() as self.holds:
+            super().__init__(
+                self.module_class,
+                SearchDataModule,
+                trainer_class=SearchTrainer,
+                trainer_defaults=self.defaults,
+                seed_everything_default=0,  # a fixed one, or a run could not be resumed by the same command
+                parser_kwargs=parser_settings(self.subcommands()),
+                parser_class=RunParser,
+                subclass_mode_data=True,
+                args=list(argv),
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on the object
         """The given command alone: a parser for each of the four would be made for nothing."""
@@ -140,6 +139,8 @@ class RunCLI(LightningCLI):
         self.resumed_step: int | None = None
         self.save_config_callback = None  # `take_folder` saves it
         check_strategy(self.options.trainer.strategy)
+        if self.is_training_run:
+            self.holds.enter_context(held_alone(self.folder.path))
         command = str(self.subcommand)
         self.given = find_checkpoint(command, self.options, self.folder, is_evaluation=command != self.training)
         if self.is_training_run and not run.overwrite:
@@ -169,6 +170,7 @@ class RunCLI(LightningCLI):
     def take_folder(self) -> None:
         """Makes room for what the command writes, now that nothing can prove wrong any more; on rank 0."""
         if not self.is_training_run:
+            self.holds.enter_context(held_alone(self.metrics.path.parent))
             remove(self.metrics.path.parent)
         elif self.resumed_step is None:
             self.folder.clear()
@@ -177,8 +179,14 @@ class RunCLI(LightningCLI):
             write_text(self.folder.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         else:
             self.folder.clear_after(self.resumed_step)
-            self.metrics.cut_after(self.resumed_step)
-            cut_after(self.folder.path / "trajectories.jsonl", self.resumed_step)
+            callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            every = next(
+                (log.every_n_steps for log in callbacks if isinstance(log, TrajectoryLog) and not log.path), None
+            )
+            rollouts = self.folder.path / "trajectories.jsonl"
+            lost = self.metrics.cut_after(self.resumed_step)
+            for line in lost + cut_after(rollouts, self.resumed_step, every):
+                warn(line)
 
     def own_callbacks(self) -> list[pl.Callback]:
         """Callbacks that need no configuration; one of the same class in `trainer.callbacks` takes its place."""
@@ -264,35 +272,6 @@ class SearchCLI(RunCLI):
         self.save_model()
         if self.trainer.is_global_zero:
             finish_run(self.folder.path, self.facts)
-
-
-class SuperviseCLI(RunCLI):
-    """`supervise`: SupervisedModule, without rollouts."""
-
-    module_class = SupervisedModule
-    training = "supervise"
-    defaults = TRAINER_DEFAULTS | {"limit_val_batches": 0}  # a cold start has no rollouts to evaluate
-
-    def supervise(self, **kwargs: Any) -> None:
-        """Trains, saves the model and writes a summary."""
-        self.train(**kwargs)
-        if self.is_training_run:
-            self.save_model()
-        if self.is_training_run and self.trainer.is_global_zero:
-            # A run shorter than trainer.log_every_n_steps logs nothing.
-            metrics = read_metrics(self.folder.path) if self.folder.metrics.is_file() else {}
-            losses = [point.value for point in metrics.get("train/loss", [])]
-            loss = {"first": losses[0], "last": losses[-1]} if losses else None
-            facts = self.facts | {"steps": self.trainer.global_step, "train_loss": loss}
-            write_summary(self.folder.path, build_summary(metrics, facts))
-            self.report()
-
-    def report(self) -> None:
-        summary = read_summary(self.folder.path) or {}
-        loss = summary["train_loss"]
-        told = f", train/loss {loss['first']:.3f} -> {loss['last']:.3f}" if loss else ""
-        say(f"cold start: {summary['steps']} steps in {duration(summary['seconds'])}, seed {summary['seed']}{told}")
-        say(f"the model is in {self.folder.model}")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdsearch_lightning import __version__
+from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.files import write_text
 from sdsearch_lightning.report.metrics import Metrics, Point
 
@@ -123,6 +124,16 @@ def write_summary(run_folder: Path, summary: Summary) -> None:
 
 
 def read_summary(run_folder: Path) -> Summary | None:
-    """The summary of a finished run; None where there is none yet."""
+    """The summary of a finished run; None where there is none yet.
+
+    Raises:
+        DataError: it is damaged.
+    """
     path = run_folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        told = f"{path}: expected a JSON object ({error}). Delete it; the run's command writes it again."
+        raise DataError(told) from error

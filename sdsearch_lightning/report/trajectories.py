@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.files import append_lines
 from sdsearch_lightning.types import Span, TokenCredit, Trajectory
 
 SCHEMA = 1
@@ -121,36 +122,60 @@ def token_texts(token_ids: Sequence[int], decode: Decode) -> list[str]:
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Appends one line per record and hands them to the system before it returns."""
-    with path.open("a", encoding="utf-8") as file:
-        # `default`: the fields of a user's passages may hold anything.
-        file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+    """Appends one line per record; they are on the disk when it returns."""
+    # `default`: the fields of a user's passages may hold anything.
+    append_lines(path, (json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records))
 
 
-def cut_after(path: Path, step: int) -> None:
+def cut_after(path: Path, step: int, every_n_steps: int | None = None) -> list[str]:
     """Removes, from `path` and the files of the other ranks beside it, what a run resumed after `step` writes again.
 
-    Lines stand in the order of their steps, so those are the last ones, and the file is read from its end.
+    Lines stand in the order of their steps, so those are the last ones, and the file is read from its end. Lines there
+    that are no records, as a power cut leaves them, go too.
+
+    Args:
+        path: of rank 0.
+        step: that the run goes on after.
+        every_n_steps: training steps between two that are written, to find out which are missing; None: do not.
+
+    Returns:
+        What is missing afterwards, a line for each file.
     """
-    for file_path in [path, *path.parent.glob(f"{path.stem}.rank*{path.suffix}")]:
+    expected = 0 if every_n_steps is None else (step - 1) // every_n_steps * every_n_steps + 1
+    told = []
+    for file_path in [path, *sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))]:
         if file_path.is_file() and file_path.stat().st_size:
             cut_torn_line(file_path)
-            _cut_file(file_path, step)
+            last, damaged = _cut_file(file_path, step)
+            if damaged or (file_path == path and last < expected):
+                told.append(
+                    f"{file_path} ends with step {last}, the run goes on after step {step}: rows between are lost "
+                    f"({damaged} lines were no records and are cut; a power cut?)."
+                )
+    return told
 
 
-def _cut_file(path: Path, step: int) -> None:
+def _cut_file(path: Path, step: int) -> tuple[int, int]:
+    """The step that the file then ends with, and how many lines were no records."""
+    last = damaged = 0
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         if not end:
-            return
+            return last, damaged
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
             while end > 0:
                 start = lines.rfind(b"\n", 0, end - 1) + 1
-                record = json.loads(lines[start:end])
-                if record["step"] <= step:
-                    break
+                try:
+                    found = int(json.loads(lines[start:end])["step"])
+                except (ValueError, TypeError, LookupError):
+                    damaged += 1
+                else:
+                    if found <= step:
+                        last = found
+                        break
                 end = start
         file.truncate(end)
+    return last, damaged
 
 
 def cut_torn_line(path: Path) -> None:

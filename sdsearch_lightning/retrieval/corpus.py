@@ -11,12 +11,12 @@ import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdsearch_lightning.errors import DataError, reading_foreign
+from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.retrieval.index_folder import CorpusFile
 from sdsearch_lightning.retrieval.jsonl import parse_object
@@ -62,8 +62,7 @@ class Corpus:
     @classmethod
     def open(cls, source: Path, folder: Path) -> Corpus:
         """The corpus that `write_corpus` has made ready in `folder`."""
-        with reading_foreign(f"{folder / _OFFSETS}: expected a table of offsets", DataError):
-            offsets = np.load(folder / _OFFSETS, mmap_mode="r")
+        offsets = load_array(folder / _OFFSETS)
         return cls(folder / _UNPACKED if (folder / _UNPACKED).is_file() else source, offsets)
 
 
@@ -87,8 +86,24 @@ def write_corpus(source: CorpusFile, folder: Path) -> dict[str, Any]:
         source.check()
         with written_whole(folder / _OFFSETS) as draft, draft.open("wb") as file:
             np.save(file, np.frombuffer(offsets, dtype=np.int64))
-    num_passages = len(np.load(folder / _OFFSETS, mmap_mode="r"))
+    num_passages = len(load_array(folder / _OFFSETS))
     return {"corpus_file": str(source.path), "corpus_stamp": source.stamp, "num_passages": num_passages}
+
+
+def load_array(path: Path, mode: Literal["r", "c"] = "r") -> NDArray[Any]:
+    """An array of an index, mapped.
+
+    Raises:
+        DataError: the file is lost, cut or no array.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode=mode)
+        len(array)
+        return array
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0][:100] or type(error).__name__
+        told = f"{path}: expected an array ({reason}). Delete the folder {path.parent}; it is built again."
+        raise DataError(told) from error
 
 
 def say(line: str) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sdsearch_lightning.errors import ConfigError, DataError, SDSearchError
-from sdsearch_lightning.files import write_text
+from sdsearch_lightning.files import sync, sync_names, telling_full_disk, write_text
 from sdsearch_lightning.retrieval.jsonl import require_file
 
 _MANIFEST = "manifest.json"
@@ -67,13 +67,16 @@ class IndexFolder:
             is_new = not unfinished.exists()
             unfinished.mkdir(exist_ok=True)
             try:
-                told = self.identity | dict(write(unfinished))
+                with telling_full_disk(unfinished):
+                    told = self.identity | dict(write(unfinished))
             except SDSearchError:
                 if is_new:  # else it holds hours of somebody's work, perhaps
                     shutil.rmtree(unfinished)
                 raise
             write_text(unfinished / _MANIFEST, json.dumps(told, indent=2) + "\n")
+            sync(unfinished)
             unfinished.rename(self.path)
+            sync_names(self.root)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -142,11 +145,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         DataError: it is damaged.
     """
     try:
-        return dict(json.loads((folder / _MANIFEST).read_text(encoding="utf-8")))
+        return _Manifest(json.loads((folder / _MANIFEST).read_text(encoding="utf-8")), file=folder / _MANIFEST)
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{folder / _MANIFEST}: expected a JSON object ({error}). Delete the folder; it is built again."
         ) from error
+
+
+class _Manifest(dict[str, Any]):
+    """A manifest, in which a damaged key is an error for the user."""
+
+    def __init__(self, values: Any, file: Path) -> None:
+        super().__init__(values)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise DataError(
+            f"{self.file}: expected the key {key!r}, found {list(self)}. Delete the folder; it is built again."
+        )
 
 
 @dataclass(frozen=True)

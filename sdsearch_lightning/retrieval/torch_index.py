@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdsearch_lightning.errors import ConfigError, DataError, reading_foreign
+from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.retrieval.corpus import load_array
 from sdsearch_lightning.retrieval.faiss_index import Found, Vectors
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ class TorchIndex:
 
         if scan not in PRECISIONS:
             raise ConfigError(f"scan: expected one of {', '.join(PRECISIONS)}, found {scan!r}.")
-        with reading_foreign(f"{path}: expected an array of vectors", DataError):
-            mapped = np.load(path, mmap_mode="c")  # "c": torch wants writable memory; nothing is written
+        mapped = load_array(path, "c")  # "c": torch wants writable memory; nothing is written
         self._device = torch.device(device)
         if self._device.type != "cpu":
             self.chunk_rows = 1 << 18  # few and large launches

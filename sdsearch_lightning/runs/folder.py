@@ -120,7 +120,11 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise ConfigError(f"{self.path} holds a run without its config.yaml.\n{_WAY_OUT}")
-        saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        try:
+            saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise DataError(f"{self.config}: expected the configuration of the run ({reason}).\n{_WAY_OUT}") from error
         found, wanted = _flatten(without_secrets(saved)), _flatten(without_secrets(config))
         keys = [k for k in found | wanted if found.get(k) != wanted.get(k) and not k.startswith(IGNORED)]
         keys = [key for key in keys if not names_secret(key)]  # another token, or from elsewhere: the same run
@@ -145,9 +149,13 @@ class RunFolder:
             candidates = [self.last_checkpoint, *candidates]
         for path in candidates:
             try:
-                return path, open_checkpoint(path).step
+                stored = open_checkpoint(path)
             except DataError as error:
-                _warn(f"{path} is damaged and passed over: {error}")
+                warn(f"{path} is damaged and passed over: {error}")
+                continue
+            if stored.note:
+                warn(stored.note)
+            return path, stored.step
         raise DataError(f"none of the {len(candidates)} checkpoints in {self.checkpoints} can be read.\n{_WAY_OUT}")
 
     def replace_model(self, save: Callable[[Path], None]) -> None:
@@ -165,10 +173,14 @@ class RunFolder:
 
     @rank_zero_only
     def clear_after(self, step: int) -> None:
-        """Removes checkpoints of steps after `step`: they were never completed, and the run will reach them again."""
-        for path in self.checkpoints.glob("step_*.ckpt"):
-            if int(path.stem.removeprefix("step_")) > step:
-                remove(path)
+        """Removes checkpoints of steps after `step`: they were never completed, and the run will reach them again.
+
+        So it does with those older than the two that are kept, which a kill or a power cut may have left.
+        """
+        paths = sorted(self.checkpoints.glob("step_*.ckpt"))
+        done = [path for path in paths if int(path.stem.removeprefix("step_")) <= step]
+        for path in {*paths} - {*done[-2:]}:
+            remove(path)
         for draft in self.checkpoints.glob(".*.draft"):
             remove(draft)
 
@@ -185,5 +197,6 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @rank_zero_only
-def _warn(line: str) -> None:
+def warn(line: str) -> None:
+    """Prints a warning of one line, once for all ranks."""
     print(f"warning: {harmless(line)}", file=sys.stderr)

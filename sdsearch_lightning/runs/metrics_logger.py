@@ -7,6 +7,7 @@ moment and started again leaves the rows of the uninterrupted one.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sdsearch_lightning.files import written_whole
+from sdsearch_lightning.files import append_lines, written_whole
+from sdsearch_lightning.report.metrics import read_rows
 
 
 class MetricsLogger(Logger):
@@ -31,6 +33,8 @@ class MetricsLogger(Logger):
         super().__init__()
         self.path = path
         self.trainer: Trainer | None = None
+        self.failure: str | None = None
+        """Why rows are missing: rank 0 alone is here, so all ranks raise it when they meet, see `StepBoundary`."""
         self._columns: list[str] | None = None
 
     @property
@@ -56,37 +60,44 @@ class MetricsLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Appends one row; a metric that is new adds its column, for which the file is written anew."""
         row = {"step": self.trainer.global_step if self.trainer else step, **metrics}
+        try:
+            self._append(row)
+        except OSError as error:
+            self.failure = self.failure or f"{self.path} could not be written: {error.strerror or error}"
+
+    def _append(self, row: Mapping[str, Any]) -> None:
         if self._columns is None:
-            self._columns = list(self._read()[0])
+            self._columns = list(read_rows(self.path).columns)
         new = [key for key in row if key not in self._columns]
         if new:
             self._columns += new
-            self._write(self._columns, [*self._read()[1], row])
+            self._write(self._columns, [*read_rows(self.path).rows, row])
         else:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+            line = io.StringIO(newline="")
+            csv.DictWriter(line, self._columns, lineterminator="\n").writerow(row)
+            append_lines(self.path, [line.getvalue()])
 
-    @rank_zero_only
-    def cut_after(self, step: int) -> None:
-        """Drops the rows of steps after `step`, and the columns that only they had."""
-        rows = [row for row in self._read()[1] if int(row["step"]) <= step]
-        self._columns = [key for key in self._read()[0] if any(row[key] for row in rows)]
+    def cut_after(self, step: int) -> list[str]:
+        """Drops the rows of steps after `step`, the columns that only they had, and lines that are no rows.
+
+        Returns:
+            What is missing afterwards, a line for each; for rank 0 only.
+        """
+        found = read_rows(self.path)
+        rows = [row for row in found.rows if int(row["step"]) <= step]
+        self._columns = [key for key in found.columns if any(row[key] for row in rows)]
         self._write(self._columns, rows)
+        told = [f"{self.path} {place}: no row of numbers (a power cut?), cut out." for place in found.damaged]
+        last = max((int(row["step"]) for row in rows), default=0)
+        every: int | None = getattr(self.trainer, "log_every_n_steps", None)
+        if self.trainer is not None and every and self in self.trainer.loggers and step - last >= every:
+            told.append(f"{self.path} ends with step {last}, the run goes on after step {step}: rows are lost.")
+        return told
 
     def has(self, prefix: str, step: int) -> bool:
         """Whether some metric that starts with `prefix` is logged for `step`."""
-        rows = [row for row in self._read()[1] if row["step"] == str(step)]
+        rows = [row for row in read_rows(self.path).rows if row["step"] == str(step)]
         return any(cell and key.startswith(prefix) for row in rows for key, cell in row.items())
-
-    def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """Columns and rows; a last line that a kill cut off is left out."""
-        if not self.path.is_file():
-            return [], []
-        lines = [
-            line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-        ]
-        reader = csv.DictReader(lines)
-        return list(reader.fieldnames or ()), list(reader)
 
     def _write(self, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the whole file anew."""

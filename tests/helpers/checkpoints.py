@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from sdsearch_lightning.checkpoints.seals import seal
+
 STEP, OPTIMIZERS = 4, 1
 
 
@@ -18,15 +20,22 @@ def checkpoint_state() -> dict[str, Any]:
     }
 
 
-def sharded(path: Path, step: int = 4) -> Path:
-    """As fsdp2 leaves it."""
+def sharded(path: Path, step: int = 4, is_sealed: bool = False) -> Path:
+    """As fsdp2 leaves it; the trainer's save then seals it."""
     dcp.save(checkpoint_state(), checkpoint_id=path, no_dist=True)
     torch.save({"global_step": step, "loops": {}}, path / "meta.pt")
-    return path
+    return _sealed(path) if is_sealed else path
 
 
-def single(path: Path, step: int = 4) -> Path:
-    """As every other strategy leaves it."""
+def single(path: Path, step: int = 4, is_sealed: bool = False) -> Path:
+    """As every other strategy leaves it; the trainer's save then seals it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"global_step": step, "optimizer_states": [{}], "state_dict": checkpoint_state()["state_dict"]}, path)
+    state = {"global_step": step, "optimizer_states": [{}], "state_dict": checkpoint_state()["state_dict"]}
+    torch.save(state, path)
+    return _sealed(path) if is_sealed else path
+
+
+def _sealed(path: Path) -> Path:
+    for file in path.iterdir() if path.is_dir() else [path]:
+        seal(file)
     return path

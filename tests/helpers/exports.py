@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sdsearch_lightning.checkpoints.seals import seal
+
 EXPORT_TOKENS = torch.tensor([[5, 9, 3, 14, 8, 20, 11, 6]])
 
 
@@ -24,7 +26,7 @@ def stored(checkpoint: Path) -> dict[str, Any]:
 
 
 def shard(facts: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint as Lightning's ModelParallelStrategy does, from one process."""
+    """Write a checkpoint as a run under fsdp2 leaves it, from one process."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
     facts = dict(facts)
@@ -35,6 +37,8 @@ def shard(facts: dict[str, Any], folder: Path) -> None:
         warnings.simplefilter("ignore")
         save(state, checkpoint_id=folder, no_dist=True)
     torch.save(facts, folder / "meta.pt")
+    for file in folder.iterdir():
+        seal(file)
 
 
 def export(workplace: Any, checkpoint: object, output: object, *more: str) -> Any:

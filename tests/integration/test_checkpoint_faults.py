@@ -5,6 +5,7 @@ import errno
 import pytest
 import torch
 
+from sdsearch_lightning.checkpoints.seals import seal
 from sdsearch_lightning.checkpoints.writing import PlainFiles
 
 pytestmark = pytest.mark.slow
@@ -31,11 +32,13 @@ def test_a_full_disk_ends_the_run_in_two_lines_and_the_same_command_goes_on(work
         patch.setattr(PlainFiles, "save_checkpoint", full)
         ended = workplace.sdsearch(*command)
     assert ended.returncode == 1
-    assert ended.stderr.splitlines() == [
-        "error: the checkpoint of step 4 could not be saved in runs/full/checkpoints: No space left on device.",
+    first, second = ended.stderr.splitlines()
+    told = "error: the checkpoint of step 4 could not be saved in runs/full/checkpoints: No space left on device ("
+    assert first.startswith(told) and first.endswith(" MB are free).")
+    assert second == (
         "The checkpoint of step 2 is intact. Free some space (or allow writing) and run the same command again: "
-        "it goes on from there.",
-    ]
+        "it goes on from there."
+    )
     left = sorted(path.name for path in (workplace.run("full") / "checkpoints").iterdir())
     assert left == ["last.ckpt", "step_00000002.ckpt"]
     resumed = workplace.sdsearch(*command)
@@ -47,6 +50,7 @@ def changed(workplace, tmp_path, change):
     checkpoint = torch.load(workplace.path / LAST, weights_only=True)
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "changed.ckpt")
+    seal(tmp_path / "changed.ckpt")
     return str(tmp_path / "changed.ckpt")
 
 

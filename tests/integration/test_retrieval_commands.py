@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
+from helpers.disks import small_disk
 from helpers.worlds import RemoteWorld
 from sdsearch_lightning.__main__ import main
 from sdsearch_lightning.retrieval import DenseRetriever, RemoteRetriever
@@ -67,10 +68,20 @@ def test_a_full_disk_is_told_in_a_line(corpus, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_info:
         index()
     told = capsys.readouterr().err
-    assert exit_info.value.code == 2 and "No space left on device. What is built so far is kept" in told
+    assert exit_info.value.code == 1 and "error: index/." in told and "No space left on device (" in told
     monkeypatch.undo()
     monkeypatch.chdir(corpus.parent)
     assert index() == 0
+
+
+@pytest.mark.parametrize("kilobytes", [16, 64, 200, 1000])
+def test_a_full_disk_is_told_whatever_was_being_written(corpus, capsys, kilobytes):
+    corpus.write_text("".join(f'{{"id": "{i}", "contents": "passage {i} of a corpus"}}\n' for i in range(20_000)))
+    with small_disk(corpus.parent / "index", kilobytes):
+        with pytest.raises(SystemExit) as exit_info:
+            index("--retriever_name", "bm25")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert exit_info.value.code == 1 and "index/." in line and "No space left on device (" in line
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from helpers.disks import small_disk
 from helpers.reports import WordTokenizer, city_rollout, credit, read_lines
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
-from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.errors import ConfigError, StorageError
 from sdsearch_lightning.report import read_trajectories
 from sdsearch_lightning.report.trajectories import cut_after
 from sdsearch_lightning.types import HindsightBlock, Question, RolloutGroup, StepBatch, TeacherView
@@ -199,6 +201,7 @@ class Ranked:
 
     global_rank = 2
     global_step = 1
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda value, all: value)
 
     def __init__(self, folder: Path) -> None:
         self.default_root_dir = str(folder)
@@ -221,3 +224,20 @@ def test_other_ranks_write_their_own_file_and_demonstrations_are_skipped(tmp_pat
 def test_every_n_steps_is_checked() -> None:
     with pytest.raises(ConfigError, match="every_n_steps: expected 1 or more, got 0"):
         TrajectoryLog(every_n_steps=0)
+
+
+def test_a_full_disk_ends_the_run_where_all_ranks_meet(tmp_path: Path) -> None:
+    """An evaluation has not as many batches on each rank: it goes on to its end first."""
+    module, batch = Module(), StepBatch([QUESTION])
+    batch.groups = groups(batch, 1)
+    with small_disk(tmp_path / "disk", 16) as disk:
+        (disk / "ballast").write_bytes(bytes(12 * 1024))
+        trainer: Any = Ranked(disk)
+        log = TrajectoryLog()
+        for _ in range(4):
+            log.on_test_batch_end(trainer, module, None, batch, 0)
+        with pytest.raises(StorageError) as raised:
+            log.on_test_end(trainer, module)
+        told = str(raised.value)
+        assert told.startswith(f"{disk}/trajectories.rank2.jsonl could not be written: No space left on device (")
+        assert told.endswith("Free some space and run the same command again.") and "\n" not in told

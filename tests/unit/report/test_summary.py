@@ -107,8 +107,15 @@ def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["step,val/f1\n0,0.1\n1,high\n", "val/f1\n0.1\n0.2\n"])
 def test_a_bad_row_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(DataError, match=r"metrics\.csv line [23]: expected numbers and a column 'step'"):
+    with pytest.raises(DataError, match=r"metrics\.csv line (3, '1,high|1: expected the columns, 'step' among)"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("contents", [b"", b"\xff", bytes(40), b"[1]", b"3"])
+def test_a_damaged_summary_is_named(tmp_path: Path, contents: bytes) -> None:
+    (tmp_path / "summary.json").write_bytes(contents)
+    with pytest.raises(DataError, match=r"summary\.json: expected a JSON object"):
+        read_summary(tmp_path)
 
 
 def test_a_report_needs_neither_torch_nor_lightning() -> None:

@@ -127,6 +127,30 @@ def test_a_resumed_run_begins_where_the_checkpoint_stands(tmp_path: Path) -> Non
     cut_after(tmp_path / "none.jsonl", 2)
 
 
+@pytest.mark.parametrize(
+    "tail", [bytes(5000) + b"\n", b'{"step": 9, "pha\n', b"\xff\xfe\n", b"[1]\n", b"{}\n", bytes(9) + b'{"step": 9}\n']
+)
+def test_lines_that_a_power_cut_left_are_cut_and_said(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "trajectories.jsonl"
+    for step in (1, 2, 3):
+        write_records(path, [city_rollout()], "train", step)
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail + tail + bytes(70_000))
+    (told,) = cut_after(path, 4)
+    assert path.read_bytes() == whole
+    assert told.startswith(f"{path} ends with step 3, the run goes on after step 4") and "(2 lines were no" in told
+
+
+def test_rows_that_are_missing_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "trajectories.jsonl"
+    for step in (1, 3, 5):
+        write_records(path, [city_rollout()], "train", step)
+    assert not cut_after(path, 6, 2) and not cut_after(path, 7)
+    assert [line.split(":")[0] for line in cut_after(path, 7, 2)] == [
+        f"{path} ends with step 5, the run goes on after step 7"
+    ]
+
+
 def test_a_file_of_one_torn_line_is_emptied(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b"x" * 70_000)

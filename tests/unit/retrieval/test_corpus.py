@@ -67,3 +67,17 @@ def test_a_text_without_a_title_is_its_contents(tmp_path):
     write_corpus(CorpusFile.read(path, tmp_path), tmp_path)
     corpus = Corpus.open(path, tmp_path)
     assert [corpus[0].contents, corpus[1].contents] == ["bare", "too"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b"", lambda b: bytes(len(b)), lambda b: b[:-8], lambda b: b[:9] + b"~" + b[10:]]
+)
+def test_damaged_offsets_are_told_in_a_line(tmp_path, damage):
+    path = write(tmp_path / "corpus.jsonl", {"id": "0", "contents": "fine"})
+    write_corpus(CorpusFile.read(path, tmp_path), tmp_path)
+    offsets = tmp_path / "offsets.npy"
+    offsets.write_bytes(damage(offsets.read_bytes()))
+    for read in (lambda: Corpus.open(path, tmp_path), lambda: write_corpus(CorpusFile.read(path, tmp_path), tmp_path)):
+        with pytest.raises(DataError, match=r"offsets\.npy: expected an array \(.*Delete the folder") as raised:
+            read()
+        assert "\n" not in str(raised.value)

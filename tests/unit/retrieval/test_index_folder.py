@@ -186,3 +186,11 @@ def test_the_one_index_that_fits(tmp_path):
     with pytest.raises(ConfigError, match=r"found 2: .*Name one of their folders"):
         choose_manifest(root, corpus, None)
     assert json.loads(json.dumps(choose_manifest(root, other, "a")))["encoder"] == "a"
+
+
+def test_a_manifest_that_lost_a_key_is_told(tmp_path):
+    folder = IndexFolder(tmp_path, {"corpus": "digest"})
+    folder.build(filled)
+    (folder.path / "manifest.json").write_text('{"cor\ufffdus": "digest"}')
+    with pytest.raises(DataError, match=r"manifest\.json: expected the key 'corpus', found .*Delete the folder"):
+        read_manifest(folder.path)["corpus"]

@@ -2,6 +2,7 @@ import pytest
 import torch
 import yaml
 
+from sdsearch_lightning.checkpoints.seals import seal
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.runs.folder import RunFolder, RunOptions
 
@@ -17,7 +18,8 @@ def save(folder, *steps, last):
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     for step in steps:
         contents = {"global_step": step, "state_dict": {"w": torch.zeros(1000)}}
-        torch.save(contents, folder.checkpoints / f"step_{step:08d}.ckpt")
+        torch.save(contents, path := folder.checkpoints / f"step_{step:08d}.ckpt")
+        seal(path)
     folder.last_checkpoint.symlink_to(f"step_{last:08d}.ckpt")
     folder.config.write_text(yaml.safe_dump(CONFIG))
 
@@ -86,6 +88,14 @@ def test_keys_that_change_no_result_may_differ(folder):
     folder.check_owner(CONFIG | {"run": {"overwrite": True}, "ckpt_path": "x"})
 
 
+def test_a_damaged_configuration_is_told(folder):
+    save(folder, 2, last=2)
+    for contents in (b"\xff\xfe", b"a: [", bytes(100)):
+        folder.config.write_bytes(contents)
+        with pytest.raises(DataError, match=r"config\.yaml: expected the configuration of the run \("):
+            folder.check_owner(CONFIG)
+
+
 def test_a_finished_run_without_its_configuration_is_refused(folder):
     folder.path.mkdir()
     (folder.path / "summary.json").write_text("{}")
@@ -108,6 +118,15 @@ def test_steps_after_the_restored_one_are_removed(folder):
     assert sorted(path.name for path in folder.checkpoints.glob("step_*")) == [
         "step_00000002.ckpt",
         "step_00000004.ckpt",
+    ]
+
+
+def test_older_ones_than_two_that_a_cut_left_are_removed(folder):
+    save(folder, 2, 4, 6, 8, last=6)
+    folder.clear_after(6)
+    assert sorted(path.name for path in folder.checkpoints.glob("step_*")) == [
+        "step_00000004.ckpt",
+        "step_00000006.ckpt",
     ]
 
 
