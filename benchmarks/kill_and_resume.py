@@ -159,7 +159,8 @@ def contents(folder: Path) -> dict[str, Any]:
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     found["metrics.csv"] = [{k: v for k, v in row.items() if not k.endswith(TIMINGS)} for row in rows]
-    found["file names"] = sorted(str(p.relative_to(folder)) for p in [*folder.iterdir(), *folder.glob("checkpoints/*")])
+    paths = [p for p in (*folder.iterdir(), *folder.glob("checkpoints/*")) if p.suffix != ".lock"]
+    found["file names"] = sorted(str(p.relative_to(folder)) for p in paths)
     return found
 
 

@@ -85,4 +85,4 @@ def test_two_steps(path: Path, model: Path, tmp_path: Path, capsys: pytest.Captu
 def test_the_quick_start_itself(model: Path, tmp_path: Path) -> None:
     rows = run(model, tmp_path)
     assert len(rows) == 2 and rows[1]["distill/teacher_rows"] > 0
-    assert not (tmp_path / "other").exists() and os.listdir(tmp_path) == ["quickstart"]
+    assert not (tmp_path / "other").exists() and sorted(os.listdir(tmp_path)) == [".quickstart.lock", "quickstart"]

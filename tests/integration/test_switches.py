@@ -53,15 +53,16 @@ def method(weight=0.3, **options):
     return HindsightConstruction(**options), JSDWeightScheduler(weight, 0)
 
 
-class NotANumber(Reward):
-    """NaN at one step, as a broken reward of a user would give."""
+class BeyondNumbers(Reward):
+    """At one step so large that the gradient's norm is not finite; NaN itself would be refused."""
 
     def __init__(self):
         self.calls = 0
 
     def score(self, trajectory):
-        self.calls += 1
-        return math.nan if 9 < self.calls <= 18 else float(trajectory.answer == "Rome")
+        self.calls += 1  # the first four are a trial
+        is_right = trajectory.answer == "Rome"
+        return 1e200 * (1 + is_right) if 13 < self.calls <= 22 else float(is_right)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_written_down(tmp_path):
@@ -74,7 +75,15 @@ def test_an_update_that_is_not_finite_is_skipped_and_written_down(tmp_path):
 
     log = TrajectoryLog(str(tmp_path / "t.jsonl"), max_per_step=0)
     with pytest.warns(UserWarning, match=r"Step 2: the gradient was not finite, so 1 update\(s\) were skipped"):
-        trainer = fit(made, grouping(reward=NotANumber()), *method(), record, Weights(), log, max_steps=3)
+        trainer = fit(
+            made,
+            grouping(reward=BeyondNumbers(), advantage_scale="none"),
+            *method(),
+            record,
+            Weights(),
+            log,
+            max_steps=3,
+        )
     assert trainer.global_step == 3, "a skipped step is a step"
     assert [batch.skipped_updates for batch in record.batches] == [0, 1, 0]
     assert [m["train/skipped_updates"] for m in record.metrics] == [0, 1, 0]

@@ -168,7 +168,7 @@ def test_nothing_of_it_runs(
 def test_no_loader_is_left_out() -> None:
     """A new place that reads what others wrote has to come to the list above."""
     calls = re.compile(
-        r"\.from_pretrained\(|\bnp\.load\(|\btorch\.load\(|\bread_index\(|\bBM25\.load\(|Unpickler\(|"
+        r"\.from_pretrained\(|\bnp\.load\(|\bload_array\(|\btorch\.load\(|\bread_index\(|\bBM25\.load\(|Unpickler\(|"
         r"SentenceTransformer\(\n?\s*str|\bload_peft_weights\(|\bapply_chat_template\("
     )
     found = {

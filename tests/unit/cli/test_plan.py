@@ -67,7 +67,7 @@ def test_another_shape_stands_in_for_the_model(small: Path, capsys: pytest.Captu
 
 
 def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def no_network(name: str) -> None:
+    def no_network(name: str, **options: Any) -> None:
         raise OSError("We couldn't connect to the hub")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", no_network)
