@@ -60,7 +60,7 @@ def write_folder(path: Path, step: int) -> None:
 
 
 def flip_bit(contents: bytearray, dice: random.Random) -> None:
-    """One bit anywhere."""
+    """Turn one bit at a random place over, as a failing disk does."""
     contents[dice.randrange(len(contents))] ^= 1 << dice.randrange(8)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import get_args
 
@@ -10,7 +9,7 @@ import lightning.pytorch as pl
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.schedules import Schedule, StepWarmup
+from sdsearch_lightning.schedules import Schedule, checked_schedule
 from sdsearch_lightning.step.token_advantages import CreditPlacement, CreditTokens
 from sdsearch_lightning.types import StepBatch
 
@@ -36,14 +35,10 @@ class CreditWeightScheduler(pl.Callback):
         shared: bool = False,
     ) -> None:
         super().__init__()
-        if not math.isfinite(weight) or weight < 0:
-            raise ConfigError(f"credit.weight: expected a finite number of at least 0, found {weight}.")
-        if warmup_steps < 0:
-            raise ConfigError(f"credit.warmup_steps: expected 0 or more, found {warmup_steps}.")
         if tokens not in get_args(CreditTokens):
             raise ConfigError(f"credit.tokens: expected one of {', '.join(get_args(CreditTokens))}, found {tokens!r}.")
         self.placement = CreditPlacement(weight, tokens, shared)
-        self.schedule = schedule or StepWarmup(warmup_steps)
+        self.schedule = checked_schedule("credit", weight, warmup_steps, schedule)
 
     def on_train_batch_start(
         self,

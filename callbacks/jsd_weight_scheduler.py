@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.module import SDSearchModule
-from sdsearch_lightning.schedules import Schedule, StepWarmup
+from sdsearch_lightning.schedules import Schedule, checked_schedule
 from sdsearch_lightning.types import StepBatch
 
 
@@ -27,12 +24,8 @@ class JSDWeightScheduler(pl.Callback):
 
     def __init__(self, weight: float = 1e-3, warmup_steps: int = 50, schedule: Schedule | None = None) -> None:
         super().__init__()
-        if not math.isfinite(weight) or weight < 0:
-            raise ConfigError(f"jsd.weight: expected a finite number of at least 0, found {weight}.")
-        if warmup_steps < 0:
-            raise ConfigError(f"jsd.warmup_steps: expected 0 or more, found {warmup_steps}.")
         self.weight, self.warmup_steps = weight, warmup_steps
-        self.schedule = schedule or StepWarmup(warmup_steps)
+        self.schedule = checked_schedule("jsd", weight, warmup_steps, schedule)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of a warm-up that never ends."""

@@ -103,3 +103,22 @@ def _ordered(owner: str, **steps: int) -> None:
     if values[0] < 0 or values != sorted(values):
         found = ", ".join(f"{name}={value}" for name, value in steps.items())
         raise ConfigError(f"{owner}: expected 0 <= {' <= '.join(steps)}, got {found}.")
+
+
+def checked_schedule(group: str, weight: float, warmup_steps: int, schedule: Schedule | None) -> Schedule:
+    """The course of a weight: `schedule`, or 0 for `warmup_steps` steps and then 1.
+
+    Args:
+        group: of the configuration, for messages.
+        weight: what the schedule is a factor of.
+        warmup_steps: see above.
+        schedule: None = the step function.
+
+    Raises:
+        ConfigError: a weight that is negative or not finite, or a negative number of steps.
+    """
+    if not math.isfinite(weight) or weight < 0:
+        raise ConfigError(f"{group}.weight: expected a finite number of at least 0, found {weight}.")
+    if warmup_steps < 0:
+        raise ConfigError(f"{group}.warmup_steps: expected 0 or more, found {warmup_steps}.")
+    return schedule or StepWarmup(warmup_steps)
