@@ -63,6 +63,7 @@ TARGETS = {
 }
 """Functions inside which a run is killed, and how often a whole run calls them."""
 TIMINGS = ("seconds", "tokens_per_second")
+OTHERS = ("validate", "test", "predict")  # folders beside a run's own files, by the commands that wrote them
 LIMIT = 240.0
 """Seconds after which a run hangs."""
 
@@ -160,7 +161,7 @@ def contents(folder: Path) -> dict[str, Any]:
         rows = list(csv.DictReader(file))
     found["metrics.csv"] = [{k: v for k, v in row.items() if not k.endswith(TIMINGS)} for row in rows]
     paths = [p for p in (*folder.iterdir(), *folder.glob("checkpoints/*")) if p.suffix != ".lock"]
-    found["file names"] = sorted(str(p.relative_to(folder)) for p in paths)
+    found["file names"] = sorted(str(p.relative_to(folder)) for p in paths if p.name not in OTHERS)
     return found
 
 
