@@ -51,13 +51,18 @@ def index(argv: Sequence[str]) -> None:
 def serve(argv: Sequence[str]) -> None:
     """Serves an index over HTTP, POST /retrieve, as Search-R1's retrieval server does; stops with Ctrl-C."""
     options = _serve_parser().parse_args(list(argv))
+    from sdsearch_lightning.retrieval.server.limits import ServerLimits
     from sdsearch_lightning.retrieval.server.process import serve as run_server  # needs the extra `serve`
 
     retriever: Retriever = _opened(options)
     if options.cache_entries:
         retriever = CachedRetriever(retriever, options.cache_entries)
     token = os.environ.get("SDSEARCH_TOKEN") or None  # not an option: those are seen in the list of processes
-    run_server(retriever, options.topk, options.host, options.port, token)
+    limits = ServerLimits(
+        max_request_passages=options.max_request_passages, max_client_connections=options.max_client_connections
+    )
+    hosts = [name.strip() for name in options.allowed_hosts.split(",") if name.strip()]
+    run_server(retriever, options.topk, options.host, options.port, token, limits, allowed_hosts=hosts)
 
 
 def _opened(options: Any) -> Retriever:
@@ -130,6 +135,9 @@ def _serve_parser() -> ShortErrorParser:
         help="address to listen at; 0.0.0.0 opens it to the network: set SDSEARCH_TOKEN",
     )
     add("--port", type=int, default=8000, help="port to listen at")
+    add("--allowed_hosts", type=str, default="", help="names beside loopback's for the Host header, a,b; * for any")
+    add("--max_request_passages", type=int, default=16384, help="queries x topk of one request; more is refused (413)")
+    add("--max_client_connections", type=int, default=512, help="connections of one address; more are refused (429)")
     add("--retriever_name", type=str, default="dense", help="bm25, or any name for a dense one")
     add("--backend", type=str, choices=BACKENDS, default="auto", help="who searches; auto: who built it")
     add("--faiss_gpu", action="store_true", help="the same as --backend faiss-gpu")

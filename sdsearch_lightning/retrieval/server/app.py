@@ -15,36 +15,42 @@ import logging
 import queue
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from sdsearch_lightning import __version__
 from sdsearch_lightning.errors import ConfigError, RetrievalError, RetrieverUnavailableError
 from sdsearch_lightning.retrieval.base import Retriever
-from sdsearch_lightning.retrieval.remote import check_token
+from sdsearch_lightning.retrieval.remote import check_token, is_loopback
 from sdsearch_lightning.retrieval.server.batching import Answer, Batcher
 from sdsearch_lightning.retrieval.server.bodies import Asked, RefusedError, encode, encode_answer, read_request
 from sdsearch_lightning.retrieval.server.limits import ServerLimits
 from sdsearch_lightning.retrieval.server.metrics import Metrics
 
 try:
-    from fastapi import FastAPI, Request, Response
+    from fastapi import Depends, FastAPI, Request, Response
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
+    from starlette.types import Receive, Scope, Send
 except ImportError as error:
     raise ConfigError(
         f'The retrieval server needs FastAPI ({error}). Install it: pip install "sdsearch-lightning[serve]"'
     ) from error
 
 _LOGGER = logging.getLogger(__name__)
-_SMALL_ANSWER = 64  # queries; more are encoded off the event loop
+_SMALL_ANSWER = 192  # passages; more are encoded off the event loop
 _CLIENT_CLOSED = 499  # nginx's number for it; nobody reads that answer, the count is what matters
 
 
 def create_app(
-    retriever: Retriever, top_k: int = 3, token: str | None = None, limits: ServerLimits | None = None
+    retriever: Retriever,
+    top_k: int = 3,
+    token: str | None = None,
+    limits: ServerLimits | None = None,
+    allowed_hosts: Sequence[str] | None = None,
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -53,22 +59,31 @@ def create_app(
         top_k: passages per query where a request names no number.
         token: if given, `/retrieve` and `/metrics` ask for `Authorization: Bearer <token>`.
         limits: what is refused.
+        allowed_hosts: names by which a request may call the server, beside those of loopback; None: any.
 
     Raises:
         ConfigError: a `top_k` outside the limits, or a token that no client could send.
     """
     limits = limits or ServerLimits()
-    if not 1 <= top_k <= limits.max_top_k:
-        raise ConfigError(f"top_k is {top_k}: expected 1 to {limits.max_top_k} (max_top_k) passages per query.")
+    most = min(limits.max_top_k, limits.max_request_passages)
+    if not 1 <= top_k <= most:
+        raise ConfigError(f"top_k is {top_k}: expected 1 to {most} (max_top_k) passages per query.")
     check_token(token)
-    service = _Service(retriever, top_k, token, limits)
+    service = _Service(retriever, top_k, token, limits, allowed_hosts)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         service.batcher.close()
 
-    app = FastAPI(title="sdsearch retrieval", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="sdsearch retrieval",
+        lifespan=lifespan,
+        dependencies=[Depends(service.check_host)],
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.add_api_route("/retrieve", service.retrieve, methods=["POST"], response_model=None)
     app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", service.metrics, methods=["GET"], response_model=None)
@@ -80,9 +95,18 @@ def create_app(
 class _Service:
     """The routes and what they share."""
 
-    def __init__(self, retriever: Retriever, top_k: int, token: str | None, limits: ServerLimits) -> None:
-        self.batcher = Batcher(retriever, limits.max_batch, limits.max_queued_queries)
+    def __init__(
+        self,
+        retriever: Retriever,
+        top_k: int,
+        token: str | None,
+        limits: ServerLimits,
+        allowed_hosts: Sequence[str] | None,
+    ) -> None:
+        self.batcher = Batcher(retriever, limits.max_batch, limits.max_queued_queries, limits.max_request_passages)
         self._top_k, self._limits = top_k, limits
+        self._hosts = None if allowed_hosts is None else frozenset(name.lower() for name in allowed_hosts)
+        self._num_passages_asked, self._bodies_bytes = 0, 0
         self._token = None if token is None else token.encode()
         self._metrics = Metrics()
         self._started = time.monotonic()
@@ -98,13 +122,18 @@ class _Service:
             asked = read_request(await self._read(request), self._top_k, self._limits)
         except RefusedError as error:
             raise HTTPException(error.status, error.message) from None
-        answer = await self._search(request, asked) if asked.queries else []
-        if len(answer) <= _SMALL_ANSWER:
-            body = encode_answer(answer, asked.with_scores)
-        else:
-            body = await asyncio.to_thread(encode_answer, answer, asked.with_scores)
+        release = self._reserve(len(asked.queries) * asked.k)
+        try:
+            answer = await self._search(request, asked) if asked.queries else []
+            if len(answer) * asked.k <= _SMALL_ANSWER:
+                body = encode_answer(answer, asked.with_scores)
+            else:
+                body = await asyncio.to_thread(encode_answer, answer, asked.with_scores)
+        except BaseException:
+            release()
+            raise
         self._metrics.answered(time.perf_counter() - started)
-        return _json(body)
+        return _Delivered(body, release)
 
     async def health(self) -> Response:
         """Answers at once, whatever the retriever is doing."""
@@ -150,6 +179,31 @@ class _Service:
         self._metrics.failed(status)
         return _json(encode({"error": {"status": status, "message": message[:1000]}}), status, headers)
 
+    async def check_host(self, request: Request) -> None:
+        """Refuses a foreign name: a page in somebody's browser may have made its own name mean this machine."""
+        if self._hosts is None:
+            return
+        given = request.headers.get("host", "")
+        try:
+            name = urlsplit(f"//{given}").hostname or ""
+        except ValueError:
+            name = ""
+        if name not in self._hosts and not is_loopback(name):
+            raise HTTPException(421, f"Host: expected a name of --allowed_hosts or of loopback, found {given[:100]!r}")
+
+    def _reserve(self, num_passages: int) -> Callable[[], None]:
+        """Room for an answer of that many passages; what it returns gives the room back, and is called once."""
+        limit, others = self._limits.max_passages, self._num_passages_asked
+        if others and others + num_passages > limit:
+            message = f"expected at most {limit} passages (max_passages) for all requests, found {others} asked for."
+            raise HTTPException(429, f"{message} Try again in 1 s.", {"Retry-After": "1"})
+        self._num_passages_asked += num_passages
+
+        def release() -> None:
+            self._num_passages_asked -= num_passages
+
+        return release
+
     def _authorize(self, request: Request) -> None:
         if self._token is None:
             return
@@ -163,7 +217,7 @@ class _Service:
 
     async def _read(self, request: Request) -> bytes:
         """The body, as long as it keeps to the limits."""
-        limit, body = self._limits.max_body_bytes, bytearray()
+        limit, all_limit, body = self._limits.max_body_bytes, self._limits.max_bodies_bytes, bytearray()
         # The connection stays: what still comes is thrown away, and a client that is writing gets to read the answer.
         too_large = HTTPException(413, f"expected a body of at most {limit} bytes. Send several requests.")
         announced = request.headers.get("content-length", "")
@@ -173,6 +227,10 @@ class _Service:
             async with asyncio.timeout(self._limits.body_seconds):
                 async for chunk in request.stream():
                     body += chunk
+                    self._bodies_bytes += len(chunk)
+                    if self._bodies_bytes > all_limit and self._bodies_bytes > len(body):
+                        message = f"expected bodies of at most {all_limit} bytes at one time. Try again in 1 s."
+                        raise HTTPException(429, message, {"Retry-After": "1"})
                     if len(body) > limit:
                         raise too_large
         except TimeoutError:
@@ -180,6 +238,8 @@ class _Service:
             raise HTTPException(408, late, {"Connection": "close"}) from None
         except ClientDisconnect:
             raise HTTPException(_CLIENT_CLOSED, "the client closed the connection") from None
+        finally:
+            self._bodies_bytes -= len(body)
         return bytes(body)
 
     async def _search(self, request: Request, asked: Asked) -> Answer:
@@ -210,6 +270,22 @@ class _Service:
             gone.cancel()
             answered.cancel()
             self.batcher.forget(future)
+
+
+class _Delivered(Response):
+    """A 200 that says when its client has read it: until then the answer is in this process's memory."""
+
+    def __init__(self, body: bytes, when_read: Callable[[], None]) -> None:
+        super().__init__(body, media_type="application/json")
+        self._when_read = when_read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})  # waits until nearly all is read, or nobody is left
+        finally:
+            self._when_read()
 
 
 async def _disconnected(request: Request) -> None:

@@ -52,10 +52,12 @@ class Batcher:
         retriever: anything with `search(queries, k)`.
         max_batch: queries of one call; a single larger request is one call.
         max_queued: while so many queries wait, no more requests are taken.
+        max_passages: queries times k of one call; a single larger request is one call.
     """
 
-    def __init__(self, retriever: Retriever, max_batch: int, max_queued: int) -> None:
+    def __init__(self, retriever: Retriever, max_batch: int, max_queued: int, max_passages: int) -> None:
         self._retriever, self._max_batch, self._max_queued = retriever, max_batch, max_queued
+        self._max_passages = max_passages
         self._changed = threading.Condition()  # guards everything below
         self._waiting: OrderedDict[Future[Answer], _Job] = OrderedDict()
         self._num_waiting = 0
@@ -126,15 +128,16 @@ class Batcher:
     def _take(self) -> list[tuple[Future[Answer], _Job]]:
         """What waits, up to a batch; nothing only after `close()`."""
         batch: list[tuple[Future[Answer], _Job]] = []
-        num_queries = 0
+        num_queries, k = 0, 0
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closed)
             while self._waiting:
                 future, job = next(iter(self._waiting.items()))
-                if batch and num_queries + len(job.queries) > self._max_batch:
+                together, k = num_queries + len(job.queries), max(k, job.k)  # all are searched with the largest k
+                if batch and (together > self._max_batch or together * k > self._max_passages):
                     break
                 del self._waiting[future]
-                num_queries += len(job.queries)
+                num_queries = together
                 batch.append((future, job))
             self._num_waiting -= num_queries
         return batch

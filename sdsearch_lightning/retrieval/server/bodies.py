@@ -64,10 +64,14 @@ def read_request(body: bytes, top_k: int, limits: ServerLimits) -> Asked:
         raise RefusedError(400, f"expected a JSON object: {error}") from None
     if not isinstance(values, dict):
         raise RefusedError(400, f"expected a JSON object with the key 'queries', found {_shown(values)}")
-    with_scores = values.get("return_scores")
-    if not isinstance(with_scores, bool | None):
-        raise RefusedError(422, f"return_scores: expected true or false, found {_shown(with_scores)}")
-    return Asked(_queries(values, limits), _top_k(values.get("topk"), top_k, limits), bool(with_scores))
+    queries, k = _queries(values, limits), _top_k(values.get("topk"), top_k, limits)
+    if len(queries) * k > limits.max_request_passages:
+        raise RefusedError(
+            413,
+            f"queries x topk: expected at most {limits.max_request_passages} (max_request_passages), found "
+            f"{len(queries)} x {k} = {len(queries) * k}. Send several requests.",
+        )
+    return Asked(queries, k, _with_scores(values.get("return_scores")))
 
 
 def encode_answer(answers: Sequence[Sequence[Passage]], with_scores: bool) -> bytes:
@@ -105,7 +109,17 @@ def _queries(values: dict[str, Any], limits: ServerLimits) -> tuple[str, ...]:
     return tuple(queries)
 
 
+def _with_scores(found: object) -> bool:
+    if found in (None, 0, 1):
+        return bool(found)
+    if isinstance(found, str) and found.lower() in ("true", "false"):
+        return found.lower() == "true"
+    raise RefusedError(422, f"return_scores: expected true or false, found {_shown(found)}")
+
+
 def _top_k(found: object, top_k: int, limits: ServerLimits) -> int:
+    if isinstance(found, str) and found.isascii() and found.isdecimal() and len(found) <= 18:
+        found = int(found)  # "3": Search-R1's server takes what can be read as a number, and so its clients send it
     if isinstance(found, float) and found.is_integer():
         found = int(found)  # 3.0: JSON has one kind of number
     if found is not None and (not isinstance(found, int) or isinstance(found, bool)):

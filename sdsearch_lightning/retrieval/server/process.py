@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sdsearch_lightning.errors import ConfigError
@@ -17,6 +17,8 @@ from sdsearch_lightning.retrieval.server.limits import ServerLimits
 
 try:
     import uvicorn
+
+    from sdsearch_lightning.retrieval.server.connections import bounded_protocol
 except ImportError as error:
     raise ConfigError(
         f'The retrieval server needs uvicorn ({error}). Install it: pip install "sdsearch-lightning[serve]"'
@@ -24,7 +26,6 @@ except ImportError as error:
 
 _LOGGER = logging.getLogger(__name__)
 _KEEP_ALIVE = 75  # seconds; longer than clients keep a connection, so that none is closed as it is used again
-_MAX_CONNECTIONS = 1024  # each may hold a body of the largest size
 
 
 def serve(
@@ -35,6 +36,7 @@ def serve(
     token: str | None = None,
     limits: ServerLimits | None = None,
     grace_seconds: int = 10,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serves `retriever` over HTTP until SIGTERM or SIGINT, then answers what it has begun and returns.
 
@@ -46,20 +48,24 @@ def serve(
         token: if given, requests need the header `Authorization: Bearer <token>`.
         limits: what is refused.
         grace_seconds: after a signal, until requests that are still without an answer are given up.
+        allowed_hosts: names that a request's `Host` may have beside those of loopback; `*`: any. Without it, a server
+            on loopback takes loopback's names only, and one that listens elsewhere takes any.
 
     Raises:
         ConfigError: the address cannot be had, an option cannot work, or a first search fails.
     """
     if hasattr(retriever, "prepare"):
         retriever.prepare()
+    limits = limits or ServerLimits()
+    is_open = "*" in allowed_hosts or not (allowed_hosts or is_loopback(host))
     with _listen(host, port) as listener:
         check_retriever(retriever, top_k)  # also loads what a first search loads: ready means ready
-        app = create_app(retriever, top_k, token, limits)
+        app = create_app(retriever, top_k, token, limits, None if is_open else allowed_hosts)
         if token is None and not is_loopback(host):
             _LOGGER.warning("%s can be reached from other machines, and no token is set: anyone may search.", host)
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=bounded_protocol(limits),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -67,7 +73,6 @@ def serve(
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_MAX_CONNECTIONS,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=grace_seconds,
         )

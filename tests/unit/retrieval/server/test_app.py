@@ -89,11 +89,19 @@ def test_clients_of_the_rerank_server(app: FastAPI) -> None:
 # What is asked
 
 
-@pytest.mark.parametrize(("topk", "k"), [(None, 3), (0, 3), (1, 1), (2.0, 2), (1000, 6)])
-def test_topk(app: FastAPI, topk: float | None, k: int) -> None:
+@pytest.mark.parametrize(("topk", "k"), [(None, 3), (0, 3), (1, 1), (2.0, 2), ("2", 2), (1000, 6)])
+def test_topk(app: FastAPI, topk: float | str | None, k: int) -> None:
     """More than the corpus has gives what it has, none twice."""
     (hits,) = ids(post(app, {"queries": ["Paris"], "topk": topk}).json()["result"])
     assert len(hits) == len(set(hits)) == k
+
+
+@pytest.mark.parametrize(
+    ("given", "has_scores"), [(1, True), ("true", True), ("True", True), (0, False), ("false", False), (None, False)]
+)
+def test_return_scores_as_search_r1s_server_reads_it(app: FastAPI, given: Any, has_scores: bool) -> None:
+    ((hit, *_),) = post(app, {"queries": ["Paris"], "return_scores": given}).json()["result"]
+    assert ("score" in hit) == has_scores
 
 
 @pytest.mark.parametrize(
@@ -103,8 +111,11 @@ def test_topk(app: FastAPI, topk: float | None, k: int) -> None:
         ({"queries": ["a"], "topk": 1001}, 422, "found 1001"),
         ({"queries": ["a"], "topk": True}, 422, "topk: expected a whole number or null, found True"),
         ({"queries": ["a"], "topk": 1.5}, 422, "found 1.5"),
-        ({"queries": ["a"], "topk": "3"}, 422, "found '3'"),
-        ({"queries": ["a"], "return_scores": 1}, 422, "return_scores: expected true or false, found 1"),
+        ({"queries": ["a"], "topk": "three"}, 422, "found 'three'"),
+        ({"queries": ["a"], "topk": "1001"}, 422, "found 1001"),
+        ({"queries": ["a"], "topk": "9" * 5000}, 422, "found '9"),
+        ({"queries": ["a"], "return_scores": 2}, 422, "return_scores: expected true or false, found 2"),
+        ({"queries": ["a"], "return_scores": "yes?"}, 422, "return_scores: expected true or false, found 'yes?'"),
         ({"queries": "a"}, 422, "queries: expected a list of strings, found 'a'"),
         ({"queries": ["a", None]}, 422, "found at 1 None"),
         ({"queries": [["a"]]}, 422, "found at 0 a list of 1"),
@@ -151,7 +162,7 @@ def test_what_json_cannot_say_is_null_and_the_rest_is_ascii() -> None:
     assert response.content.isascii()
     (hits,) = json.loads(response.content, parse_constant=lambda name: pytest.fail(name))["result"]
     assert [hit["score"] for hit in hits] == [hit["document"]["x"][0] for hit in hits] == [None, None, 1.0]
-    assert hits[0]["document"]["contents"] == "\ud800 ü"
+    assert hits[0]["document"]["contents"] == "� ü"
 
 
 def test_a_large_answer_is_complete(app: FastAPI) -> None:

@@ -90,8 +90,9 @@ def is_request(body: bytes) -> bool:
         is_text = isinstance(queries, list) and all(isinstance(q, str) and len(q) <= 2000 for q in queries)
         is_utf8 = is_text and all(q.encode("utf-8") is not None for q in queries)
         k = values.get("topk")
+        k = int(k) if isinstance(k, str) and k.isascii() and k.isdecimal() else k
         is_k = k is None or (type(k) in (int, float) and k == k // 1 and 0 <= k <= 1000)
-        return is_one and is_utf8 and is_k and type(values.get("return_scores")) in (bool, type(None))
+        return is_one and is_utf8 and is_k and values.get("return_scores") in (None, 0, 1)
     except (ValueError, RecursionError, OverflowError):
         return False
 

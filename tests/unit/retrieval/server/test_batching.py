@@ -21,7 +21,7 @@ from sdsearch_lightning.types import Passage
 def gated(**options: int) -> tuple[Batcher, GatedRetriever, Any]:
     """A batcher whose thread is inside a first call, so that what is submitted now waits together."""
     retriever = GatedRetriever()
-    batcher = Batcher(retriever, **({"max_batch": 100, "max_queued": 100} | options))  # type: ignore[arg-type]
+    batcher = Batcher(retriever, **({"max_batch": 100, "max_queued": 100, "max_passages": 1000} | options))  # type: ignore[arg-type]
     first = batcher.submit(["first"], 1)
     assert retriever.entered.wait(10)
     return batcher, retriever, first
@@ -49,6 +49,16 @@ def test_a_batch_has_an_end_and_requests_stay_whole() -> None:
     assert retriever.calls[1:] == [["a", "b", "c"], ["d"], ["e", "f", "g", "h", "i"], ["j"]]
 
 
+def test_a_batch_is_bounded_by_its_passages_too() -> None:
+    """All of a batch are searched with the largest k: one query with many passages must not meet many with few."""
+    batcher, retriever, _ = gated(max_passages=12)
+    asked = [(["a"], 5), (["b"], 1), (["c"], 1), (["d", "e", "f"], 2), (["g", "h"], 2), (["i"] * 13, 1)]
+    futures = [batcher.submit(queries, k) for queries, k in asked]
+    retriever.gate.set()
+    assert [len(future.result(10)) for future in futures] == [1, 1, 1, 3, 2, 13]
+    assert retriever.calls[1:] == [["a", "b"], ["c", "d", "e", "f", "g", "h"], ["i"]]
+
+
 def test_requests_are_let_in_until_the_queue_is_full() -> None:
     batcher, retriever, _ = gated(max_queued=2)
     batcher.submit(["a"], 1)
@@ -72,7 +82,7 @@ def test_a_poisonous_request_fails_alone(error: BaseException) -> None:
             return found
 
     retriever = Poisoned()
-    batcher = Batcher(retriever, 100, 100)
+    batcher = Batcher(retriever, 100, 100, 1000)
     first = batcher.submit(["first"], 1)
     assert retriever.entered.wait(10)
     futures = [batcher.submit([query], 1) for query in ("Rome", "poison", "Seine")]
@@ -128,7 +138,7 @@ def test_closing_answers_what_waits_and_takes_nothing_more() -> None:
     assert first.result(0) and second.result(0)
     with pytest.raises(RetrieverUnavailableError, match="shutting down"):
         batcher.submit(["b"], 1)
-    Batcher(retriever, 1, 1).close()  # one that was never used
+    Batcher(retriever, 1, 1, 1).close()  # one that was never used
 
 
 # Through HTTP

@@ -26,11 +26,15 @@ from sdsearch_lightning.retrieval.server.limits import ServerLimits
         ({"queries": ["a"] * 4}, 200, ""),
         ({"queries": ["a", "b" * 11]}, 413, "expected at most 10 characters, found 11 at 1"),
         ({"query": "b" * 10}, 200, ""),
+        ({"queries": ["a"] * 4, "topk": 5}, 200, ""),
+        ({"queries": ["a"] * 3, "topk": 7}, 413, "at most 20 (max_request_passages), found 3 x 7 = 21. Send several"),
         ({"queries": ["a"], "x": "y" * 100}, 413, "expected a body of at most 100 bytes"),
     ],
 )
 def test_too_large(body: Any, status: int, message: str) -> None:
-    response = post(toy_app(max_request_queries=4, max_query_chars=10, max_body_bytes=100), body)
+    response = post(
+        toy_app(max_request_queries=4, max_query_chars=10, max_body_bytes=100, max_request_passages=20), body
+    )
     assert response.status_code == status and message in response.text
 
 
@@ -102,6 +106,51 @@ def test_a_full_queue_turns_away_and_says_when_to_come_back() -> None:
             assert [(await task).status_code for task in (running, *waiting)] == [200, 200, 200]
             assert (await ask("g")).status_code == 200
             assert (await client.get("/metrics")).json()["errors"] == {"429": 1}
+
+    asyncio.run(go())
+
+
+def test_passages_of_all_requests_are_bounded_together() -> None:
+    async def go() -> None:
+        retriever = GatedRetriever()
+        async with connect(toy_app(retriever, max_passages=100)) as client:
+
+            async def ask(topk: int) -> httpx.Response:
+                return await client.post("/retrieve", json={"query": "a", "topk": topk})
+
+            running = asyncio.create_task(ask(90))
+            await asyncio.to_thread(retriever.entered.wait)
+            refused = await ask(11)
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            assert "at most 100 passages (max_passages) for all requests, found 90 asked" in refused.text
+            waiting = asyncio.create_task(ask(10))
+            retriever.gate.set()
+            assert [(await task).status_code for task in (running, waiting)] == [200, 200]
+            assert (await ask(100)).status_code == 200, "what is answered counts no more"
+            retriever.fail = lambda queries: 1 / 0
+            assert [(await ask(100)).status_code for _ in range(2)] == [500, 500], "nor what failed"
+
+    asyncio.run(go())
+
+
+def test_bodies_of_all_requests_are_bounded_together() -> None:
+    async def go() -> None:
+        read, end = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b" " * 90
+            read.set()
+            await end.wait()
+            yield b'{"query": "a"}'
+
+        async with connect(toy_app(max_bodies_bytes=100)) as client:
+            running = asyncio.create_task(client.post("/retrieve", content=slow()))
+            await read.wait()
+            refused = await client.post("/retrieve", json={"query": "a"})
+            assert refused.status_code == 429 and "bodies of at most 100 bytes at one time" in refused.text
+            end.set()
+            assert (await running).status_code == 200
+            assert (await client.post("/retrieve", json={"query": "a" * 200})).status_code == 200, "one alone is let in"
 
     asyncio.run(go())
 
@@ -210,10 +259,33 @@ def test_a_token_that_nobody_could_send(token: str) -> None:
         toy_app(token=token)
 
 
+# Host
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((name, 200) for name in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000")),
+        *((name, 200) for name in ("search.example", "Search.Example:80")),
+        *((name, 421) for name in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io")),
+        *((name, 421) for name in ("", "[::1", "10.0.0.5:8000", "evil@", "search.example.evil.example", "0.0.0.0")),
+    ],
+)
+@pytest.mark.parametrize("path", ["/retrieve", "/health", "/metrics"])
+def test_a_foreign_host_is_refused_everywhere(host: str, status: int, path: str) -> None:
+    app = create_app(ToyRetriever(), allowed_hosts=["Search.example"])  # type: ignore[arg-type]
+    method = "POST" if path == "/retrieve" else "GET"
+    response = send(app, method, path, json={"query": "a"}, headers={"Host": host})
+    assert response.status_code == status
+    if status == 421:
+        told = response.json()["error"]["message"]
+        assert told == f"Host: expected a name of --allowed_hosts or of loopback, found {host!r}"
+
+
 # Options
 
 
-@pytest.mark.parametrize("name", ["max_top_k", "max_body_bytes", "max_queued_queries", "body_seconds"])
+@pytest.mark.parametrize("name", ["max_top_k", "max_body_bytes", "max_queued_queries", "body_seconds", "head_seconds"])
 def test_limits_are_above_zero(name: str) -> None:
     with pytest.raises(ConfigError, match=f"ServerLimits.{name} is 0: expected a number above 0"):
         ServerLimits(**{name: 0})

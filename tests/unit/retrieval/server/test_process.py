@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import signal
 import socket
 import subprocess
@@ -13,65 +11,22 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
 
 from helpers.passages import ToyRetriever
 from helpers.paths import ROOT
+from helpers.server_process import Server
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.retrieval.remote import RemoteRetriever
 from sdsearch_lightning.retrieval.server import process
 
-SCRIPT = """
-import sys, time
-from sdsearch_lightning.retrieval.server.limits import ServerLimits
-from sdsearch_lightning.retrieval.server.process import serve
-from sdsearch_lightning.types import Passage
-
-class Echo:
-    def prepare(self):
-        print("prepared")
-
-    def search(self, queries, k):
-        time.sleep(float(queries[0]) if queries[0][0].isdigit() else 0.005)
-        return [[Passage(f"{i}", f"{query} {i}") for i in range(k)] for query in queries]
-
-serve(Echo(), port=int(sys.argv[1]), limits=ServerLimits(max_body_bytes=100_000))
-assert "torch" not in sys.modules
-print("ended")
-"""
-
-
-class Server:
-    """A process with the script."""
-
-    def __init__(self, port: int = 0) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", SCRIPT, str(port)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "prepared\n"
-        line = self.process.stdout.readline()
-        ready = re.fullmatch(r"sdsearch: serving Echo at (http://127.0.0.1:(\d+)/retrieve)\n", line)
-        assert ready, line + self.process.communicate(timeout=10)[1]
-        self.url, self.port = ready[1], int(ready[2])
-
-    def end(self, number: int) -> tuple[int, str, str]:
-        """Exit code, the rest of stdout, stderr."""
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=20)
-        return self.process.returncode, out, err
-
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
+    server = Server(max_body_bytes=100_000)
     yield server
     if server.process.poll() is None:
         server.end(signal.SIGKILL)
@@ -106,6 +61,32 @@ def test_a_body_that_is_too_large_gets_its_answer_over_a_real_connection(server:
         assert client.post(server.url, content=pieces).status_code == 413
         assert client.post(server.url, content=b"x" * 10_000_000).status_code == 413
         assert client.post(server.url, json={"query": "Rome"}).status_code == 200
+
+
+def test_a_server_on_loopback_takes_loopbacks_names_only(server: Server) -> None:
+    """A page in a browser could make its own name mean 127.0.0.1, and then read what it searches for."""
+    for host, status in (("evil.example", 421), ("localhost:1", 200)):
+        answer = httpx.post(server.url, json={"query": "Rome"}, headers={"Host": host}, trust_env=False)
+        assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "expected"),
+    [
+        ("127.0.0.1", (), ()),
+        ("127.0.0.1", ("a.example",), ("a.example",)),
+        ("127.0.0.1", ("*",), None),
+        ("0.0.0.0", (), None),
+        ("0.0.0.0", ("a.example",), ("a.example",)),
+    ],
+)
+def test_which_names_a_server_takes(monkeypatch: pytest.MonkeyPatch, host: str, allowed: Any, expected: Any) -> None:
+    seen: list[Any] = []
+    create = process.create_app
+    monkeypatch.setattr(process._Server, "run", lambda self, sockets: None)
+    monkeypatch.setattr(process, "create_app", lambda *args: seen.append(args[4]) or create(*args))
+    process.serve(ToyRetriever(), host=host, port=0, token="t", allowed_hosts=allowed)  # type: ignore[arg-type]
+    assert seen == [expected]
 
 
 def test_bytes_that_are_no_http_are_not_the_servers_end(server: Server) -> None:
@@ -144,7 +125,7 @@ def test_killed_and_started_again_costs_time_only(server: Server) -> None:
     num_before = len(answered)
     time.sleep(1.0)
     assert len(answered) <= num_before + 1 and client.is_alive()
-    again = Server(server.port)
+    again = Server(port=server.port)
     try:
         wait_for(lambda: len(answered) >= num_before + 20 or not client.is_alive())
     finally:
