@@ -17,22 +17,22 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from sdsearch_lightning.checkpoints.writing import retire, save
 from sdsearch_lightning.files import written_whole
-from sdsearch_lightning.runs.folder import RunFolder
+from sdsearch_lightning.runs.folder import RunFolder, RunOptions
 
 
 class RunCheckpoint(Checkpoint):
     """Saves `step_<n>.ckpt` every few steps, at the end of an epoch and of the run, and points `last.ckpt` at it.
 
-    Two checkpoints are kept: should the newest prove damaged, the run goes on from the one before.
+    The newest are kept, two by default: should one prove damaged, the run goes on from the one before.
 
     Args:
         folder: where to save.
-        every_n_steps: steps between two checkpoints.
+        options: how often, and which ones stay.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int = 10) -> None:
+    def __init__(self, folder: Path, options: RunOptions) -> None:
         self.folder = folder
-        self.every_n_steps = every_n_steps
+        self.options = options
         self.is_requested = False
         self._saved: Path | None = None
         self._seconds = 0.0
@@ -51,7 +51,7 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        is_due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.is_last_batch
+        is_due = step % self.options.checkpoint_every == 0 or step == trainer.max_steps or trainer.is_last_batch
         if is_due or self.is_requested:
             self._saved = self.folder / f"step_{step:08d}.ckpt"
             save(trainer, self._saved, self._intact())
@@ -64,8 +64,10 @@ class RunCheckpoint(Checkpoint):
         if self._saved is not None and trainer.is_global_zero:
             with written_whole(self.folder / "last.ckpt") as link:
                 link.symlink_to(self._saved.name)
-            for old in sorted(self.folder.glob("step_*.ckpt"))[:-2]:
-                retire(old)
+            every = self.options.checkpoint_keep_every
+            for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.options.checkpoint_keep]:
+                if every is None or int(old.stem.removeprefix("step_")) % every:
+                    retire(old)
         self._saved, self.is_requested = None, False
 
     def _intact(self) -> str:

@@ -135,7 +135,7 @@ class RunCLI(LightningCLI):
         if run.num_threads is not None:
             torch.set_num_threads(run.num_threads)
         self.folder = RunFolder(Path(run.root) / run.name)
-        self.checkpoint = RunCheckpoint(self.folder.checkpoints, run.checkpoint_every)
+        self.checkpoint = RunCheckpoint(self.folder.checkpoints, run)
         self.stop = GracefulStop(self.checkpoint.request, "The same command goes on from there.")
         self.resumed_step: int | None = None
         self.save_config_callback = None  # `take_folder` saves it

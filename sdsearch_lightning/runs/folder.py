@@ -39,6 +39,9 @@ class RunOptions:
         overwrite: discard the run that is in the folder, instead of resuming or reporting it.
         checkpoint_every: steps between two checkpoints. A killed run loses at most this many steps; Ctrl-C and SIGTERM
             lose none.
+        checkpoint_keep: the newest so many checkpoints stay. With one, a run whose checkpoint a disk has damaged has
+            none to go on from.
+        checkpoint_keep_every: checkpoints of steps that are a multiple of this stay too; null: none of them.
         num_threads: threads of PyTorch's CPU operations; null leaves its default. With one, a small model runs fastest
             and its results do not depend on the number of cores.
     """
@@ -47,6 +50,8 @@ class RunOptions:
     root: str = "runs"
     overwrite: bool = False
     checkpoint_every: int = 10
+    checkpoint_keep: int = 2
+    checkpoint_keep_every: int | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +59,15 @@ class RunOptions:
             raise ConfigError(f"run.num_threads: expected 1 or more, got {self.num_threads}.")
         if self.checkpoint_every < 1:
             raise ConfigError(f"run.checkpoint_every: expected 1 or more steps, got {self.checkpoint_every}.")
+        if self.checkpoint_keep < 1:
+            raise ConfigError(f"run.checkpoint_keep: expected 1 or more checkpoints, got {self.checkpoint_keep}.")
+        if self.checkpoint_keep_every is not None and (
+            self.checkpoint_keep_every < 1 or self.checkpoint_keep_every % self.checkpoint_every
+        ):
+            raise ConfigError(
+                f"run.checkpoint_keep_every: expected a multiple of run.checkpoint_every ({self.checkpoint_every}) or "
+                f"null, got {self.checkpoint_keep_every}; other steps have no checkpoint."
+            )
         if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             raise ConfigError(f"run.name: expected the name of a folder below run.root, got {self.name!r}.")
 

@@ -113,7 +113,17 @@ def test_the_model_folder_is_replaced_whole(folder):
     assert folder.model.is_dir()
 
 
-@pytest.mark.parametrize("options", [{"name": ""}, {"name": "../x"}, {"name": "/x"}, {"checkpoint_every": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": ""},
+        {"name": "../x"},
+        {"name": "/x"},
+        {"checkpoint_every": 0},
+        {"checkpoint_keep": 0},
+        {"checkpoint_keep_every": 15},
+    ],
+)
 def test_run_options_that_cannot_work_are_refused(options):
     with pytest.raises(ConfigError, match=r"^run\."):
         RunOptions(**options)
