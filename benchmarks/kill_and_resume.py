@@ -154,7 +154,7 @@ class Arena:
 
 def contents(folder: Path) -> dict[str, Any]:
     """What is compared of a run folder: hashes by file name, and the names of checkpoints."""
-    files = [*folder.glob("trajectories*.jsonl"), *(folder / "model").glob("*.safetensors")]
+    files = [*folder.glob("trajectories*.jsonl*"), *(folder / "model").glob("*.safetensors")]
     found: dict[str, Any] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -3,7 +3,8 @@
 The file grows, and is cut where a run goes on from an earlier step. A line is complete exactly when it ends in a
 newline: what follows the last newline was cut off by a kill, is never yielded, and is removed before the next append.
 Should a rollout stand there twice, the last line of its (phase, step, instance_id, rollout_index) wins. Ranks write
-their own files beside each other. docs/metrics.md lists the fields.
+their own files beside each other; what has become large is packed into segments (segments.py). docs/metrics.md lists
+the fields.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sdsearch_lightning.errors import DataError
+from sdsearch_lightning.report.segments import numbered_lines, reopen_after
 from sdsearch_lightning.types import Span, TokenCredit, Trajectory
 
 SCHEMA = 1
@@ -133,6 +135,7 @@ def cut_after(path: Path, step: int) -> None:
     Lines stand in the order of their steps, so those are the last ones, and the file is read from its end.
     """
     for file_path in [path, *path.parent.glob(f"{path.stem}.rank*{path.suffix}")]:
+        reopen_after(file_path, step)
         if file_path.is_file() and file_path.stat().st_size:
             cut_torn_line(file_path)
             _cut_file(file_path, step)
@@ -169,12 +172,12 @@ def cut_torn_line(path: Path) -> None:
 
 
 def read_trajectories(path: str | Path) -> Iterator[Record]:
-    """Rollouts of `path` and of the other ranks' files beside it, each once: its last line wins.
+    """Rollouts of `path`, its segments and the other ranks' files beside it, each once: its last line wins.
 
     Streams the files twice, so memory grows with the number of rollouts and not with their length.
 
     Raises:
-        DataError: a complete line that is no JSON object of schema 1; the message names file and line.
+        DataError: a complete line that is no JSON object of schema 1, or a damaged segment; the message names it.
     """
     last = {_key(record): index for index, record in enumerate(_lines(Path(path)))}
     yield from (record for index, record in enumerate(_lines(Path(path))) if last.get(_key(record)) == index)
@@ -186,10 +189,7 @@ def _key(record: Record) -> tuple[Any, ...]:
 
 def _lines(path: Path) -> Iterator[Record]:
     for file in [path, *sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))]:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.endswith(b"\n"):
-                    yield _parse(line, f"{file} line {number}")
+        yield from (_parse(line, place) for line, place in numbered_lines(file) if line.endswith(b"\n"))
 
 
 def _parse(line: bytes, place: str) -> Record:

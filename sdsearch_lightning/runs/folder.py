@@ -170,7 +170,7 @@ class RunFolder:
         """Removes what a run writes, and nothing else that a user may keep there."""
         for name in ("config.yaml", "metrics.csv", "summary.json", "report.html", "checkpoints", "model"):
             remove(self.path / name)
-        for path in self.path.glob("trajectories*.jsonl"):
+        for path in self.path.glob("trajectories*.jsonl*"):
             remove(path)
 
     @rank_zero_only

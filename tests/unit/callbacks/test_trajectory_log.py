@@ -221,3 +221,16 @@ def test_other_ranks_write_their_own_file_and_demonstrations_are_skipped(tmp_pat
 def test_every_n_steps_is_checked() -> None:
     with pytest.raises(ConfigError, match="every_n_steps: expected 1 or more, got 0"):
         TrajectoryLog(every_n_steps=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_large_file_is_packed_between_two_batches(make_trainer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "trajectories.jsonl"
+    fit(make_trainer(TrajectoryLog(segment_mb=1e-3), **FIT), train=3, val=0)
+    assert path.read_bytes() == b"" and len(list(tmp_path.glob("trajectories.0000?.jsonl.gz"))) == 3
+    assert [r["step"] for r in read_trajectories(path)] == [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_segment_mb_is_checked() -> None:
+    with pytest.raises(ConfigError, match="segment_mb: expected a size above 0 MB or null for no segments, got 0"):
+        TrajectoryLog(segment_mb=0)
