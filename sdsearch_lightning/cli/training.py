@@ -136,7 +136,7 @@ class RunCLI(LightningCLI):
         if run.num_threads is not None:
             torch.set_num_threads(run.num_threads)
         self.folder = RunFolder(Path(run.root) / run.name)
-        self.checkpoint = RunCheckpoint(self.folder.checkpoints, run.checkpoint_every)
+        self.checkpoint = RunCheckpoint(self.folder.checkpoints, run)
         self.stop = GracefulStop(self.checkpoint.request, "The same command goes on from there.")
         self.resumed_step: int | None = None
         self.save_config_callback = None  # `take_folder` saves it
@@ -180,7 +180,7 @@ class RunCLI(LightningCLI):
             config = shared_config(self._parser(self.subcommand), self.options)
             write_text(self.folder.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         else:
-            self.folder.clear_after(self.resumed_step)
+            self.folder.clear_after(self.resumed_step, self.checkpoint.options)
             callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             every = next(
                 (log.every_n_steps for log in callbacks if isinstance(log, TrajectoryLog) and not log.path), None
