@@ -36,6 +36,8 @@ examples:
 
 `sdsearch` and `python -m sdsearch_lightning` are the same. SDSEARCH_TRACEBACK=1 shows where an error came from.
 """
+MEANT = {"train": "fit", "sft": "supervise", "eval": "test", "evaluate": "test", "generate": "predict"}
+"""What others call a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sdsearch {__version__}")
         return 0
     if command not in COMMANDS:
-        close = get_close_matches(command, COMMANDS, n=1)
+        close = [MEANT[command]] if command in MEANT else get_close_matches(command, COMMANDS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"error: expected a command first ({', '.join(COMMANDS)}), got {command!r}.{hint}", file=sys.stderr)
         return 2
