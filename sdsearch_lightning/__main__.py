@@ -28,6 +28,7 @@ examples:
   sdsearch supervise --config configs/quickstart_cold_start.yaml
   sdsearch fit --config configs/quickstart.yaml --seed_everything 1 --run.name second
   sdsearch fit --config configs/base.yaml --config mine.yaml --data.batch_size 64
+  sdsearch ask "question e243 the rel8 the rel5 ?" --run runs/quickstart
   sdsearch plan --config configs/base.yaml --config mine.yaml --gpu_memory_gib 80
   sdsearch validate --config configs/quickstart.yaml --ckpt_path last
   sdsearch index --corpus_path corpus.jsonl --index_path index --encoder intfloat/e5-base-v2

@@ -41,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
     """Runs a command of `names.COMMANDS`; returns its exit code."""
     quieten()
     handlers: dict[str, Callable[[Sequence[str]], Any]] = {
+        "ask": _ask,
         "export": _export,
         "report": _report,
         "index": _index,
@@ -74,6 +75,22 @@ def _supervise(argv: Sequence[str]) -> None:
     from sdsearch_lightning.cli.cold_start import SuperviseCLI
 
     SuperviseCLI(["supervise", *argv])
+
+
+def _ask(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.parsers import ask_parser, split_keys
+
+    own, keys = split_keys(argv)
+    options = ask_parser().parse_args(own)
+    if options.question is not None and not options.question.strip():
+        raise ConfigError("question: expected some text, found none.")
+    from sdsearch_lightning.inference.origin import find_origin
+
+    given = [key.removeprefix("--").partition("=")[0] for key in keys]
+    origin = find_origin(options.run, options.model, options.config or (), options.ckpt_path, given)
+    from sdsearch_lightning.cli.ask import answer_all
+
+    answer_all(options, origin, keys)
 
 
 def _plan(argv: Sequence[str]) -> None:
