@@ -115,9 +115,13 @@ def _report(argv: Sequence[str]) -> None:
     from sdsearch_lightning.cli.parsers import report_parser
 
     options = report_parser().parse_args(list(argv))
-    from sdsearch_lightning.report import print_report
+    from sdsearch_lightning.report import compare_runs, print_report
 
-    print_report(Path(options.run))
+    folders = [Path(run) for run in options.run]
+    if len(folders) > 1:
+        compare_runs(folders, Path(options.output or "comparison.html"))
+    else:
+        print_report(folders[0], options.output and Path(options.output))
 
 
 def _index(argv: Sequence[str]) -> None:
