@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from helpers.code_blocks import PAGES, Block, Command, all_commands, blocks, blocks_of, commands_of, link_targets
 from helpers.paths import ROOT
 from sdsearch_lightning.cli.names import COMMANDS
-from sdsearch_lightning.cli.parsers import export_parser, report_parser
+from sdsearch_lightning.cli.parsers import ask_parser, export_parser, report_parser, split_keys
 from sdsearch_lightning.cli.retrieval import _index_parser, _serve_parser
 from sdsearch_lightning.cli.training import METHOD
 from sdsearch_lightning.datamodules import SearchDataModule
@@ -36,10 +36,10 @@ from sdsearch_lightning.runs.folder import RunOptions
 from sdsearch_lightning.training.options import ADAMW
 
 GROUPS = ("run", "model", "data", "rollout", "hindsight", "jsd", "credit", "trainer")
-SMALL = {"index": _index_parser, "serve": _serve_parser, "export": export_parser, "report": report_parser}
+SMALL = {"index": _index_parser, "serve": _serve_parser, "export": export_parser, "report": report_parser, "ask": ask_parser}
 OTHERS = "cat gunzip hf pip python make torchrun srun scontrol show head exit code=$? [ git cd".split()
 """Programs of others that pages may call."""
-RUN = [command for command in all_commands() if command.ours and command.ours[0] in ("fit", "validate", "test")]
+RUN = [command for command in all_commands() if command.ours and command.ours[0] in ("fit", "validate", "test", "predict")]
 BY_NAME = {"QueriesAndLabels": QueriesAndLabels, "SupportedDivergence": SupportedDivergence} | {
     "CopiedTeacher": CopiedTeacher,
     "replace": replace,
@@ -132,6 +132,8 @@ def test_a_command_is_there(command: Command) -> None:
     if command.ours:
         name, *flags = command.ours
         assert name in (*COMMANDS, "--help", "--version")
+        if name == "ask":
+            flags, _ = split_keys(flags)
         if name in SMALL and "--help" not in flags:
             SMALL[name]().parse_args([flag for flag in flags if flag != "&"])
         return
