@@ -47,7 +47,7 @@ LIBRARIES = {
     "httpx": "retrieval.* runs.hub",
     "huggingface_hub": "policy.loading retrieval.* datamodules.* runs.hub runs.model_card",
     "torchmetrics": "scoring.scores",
-    "rich": "report.* retrieval.* cli.*",
+    "rich": "report.* retrieval.* cli.* callbacks.run_progress",
 }
 """The only files that may import a heavy library; type annotations do not count."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -105,19 +105,22 @@ class GroupSampler:
         return requests
 
     def run(
-        self, requests: Sequence[RolloutRequest], show_progress: bool = False, listen: Listen | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        watch: Callable[[RolloutProgress], None] | None = None,
+        listen: Listen | None = None,
     ) -> WindowResult:
         """Run requests to their end, in eval mode and without gradients.
 
         Args:
-            requests: from `requests`.
-            show_progress: on standard error, once it takes a while.
+            requests: to run.
+            watch: told now and then how far they are.
             listen: told of each token, search and passage as it comes; meant for one request.
 
         Raises:
             SDSearchError: on all ranks, where the engine failed on one: the others would wait for it in the next step.
         """
-        progress = RolloutProgress(len(requests), show_progress)
+        progress = RolloutProgress(len(requests), watch)
         converse = Conversation if listen is None else partial(HeardConversation, listen=listen)
         self.engine.attach(
             self.policy,
@@ -125,8 +128,7 @@ class GroupSampler:
             self.searches,
             progress.report,
         )
-        with closing(progress):
-            trajectories = self._together(lambda: run_awake(self.engine, self.policy, requests))
+        trajectories = self._together(lambda: run_awake(self.engine, self.policy, requests))
         return WindowResult(trajectories, progress, self.searches.take_counts())
 
     def credited(self, groups: Sequence[RolloutGroup]) -> tuple[RolloutGroup, ...]:
