@@ -131,8 +131,8 @@ def read_evaluations(run_folder: Path) -> list[tuple[Path, Evaluation]]:
 def tables(evaluation: Evaluation) -> list[tuple[str, Evaluation]]:
     """The tables of an evaluation by their decoding: greedy, and sampled where there is one."""
     sampled = evaluation.get("sampled")
-    drawn = f"sampled, {sampled['samples']} rollouts per question" if sampled else ""
-    return [("greedy", evaluation), *([(drawn, sampled)] if sampled else [])]
+    drawn = f"sampled decoding, {sampled['samples']} per question" if sampled else ""
+    return [("greedy decoding", evaluation), *([(drawn, sampled)] if sampled else [])]
 
 
 def cells(scores: Evaluation) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def caption(evaluation: Evaluation, decoding: str) -> str:
     bounds = [f"at most {limits['max_searches']} searches", f"{limits['top_k']} passages each"]
     part = evaluation.get("limit_per_source")
     subset = f", {part} drawn questions per source at most" if part else ""
-    return f"{decoding} decoding, {', '.join(bounds)}{subset}; intervals: bootstrap over questions"
+    return f"{decoding}, {', '.join(bounds)}{subset}; intervals: bootstrap over questions"
 
 
 def heading(evaluation: Evaluation) -> str:

@@ -81,7 +81,7 @@ def test_a_page_and_a_table() -> None:
 
 def test_sampled_rollouts_have_a_table_of_their_own() -> None:
     text = to_markdown(whole(sampled={"samples": 4, **summarize(ROWS)}))
-    assert text.count("| nq | 100 |") == 2 and "Sampled, 4 rollouts per question decoding" in text
+    assert text.count("| nq | 100 |") == 2 and "Sampled decoding, 4 per question, at most" in text
 
 
 def test_a_sources_name_drives_neither_terminal_nor_table() -> None:
