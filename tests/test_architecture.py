@@ -48,6 +48,8 @@ LIBRARIES = {
     "huggingface_hub": "policy.loading retrieval.* datamodules.* runs.hub runs.model_card runs.eval_results",
     "torchmetrics": "scoring.scores",
     "rich": "report.* retrieval.* cli.* callbacks.run_progress",
+    "jinja2": "report.html",
+    "textual": "report.browse",
 }
 """The only files that may import a heavy library; type annotations do not count."""
 

@@ -13,5 +13,5 @@ COMMANDS = {
     "index": "build a retrieval index of a corpus",
     "serve": "share a retrieval index over HTTP, as Search-R1's server does",
     "export": "turn a checkpoint into a Hugging Face folder or a LoRA adapter; push it to the hub",
-    "report": "print the report of a run again, and rebuild report.html",
+    "report": "print the report of a run again, and rebuild report.html; compare several runs",
 }

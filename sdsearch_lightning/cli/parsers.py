@@ -63,11 +63,17 @@ def split_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def report_parser() -> ShortErrorParser:
-    """The parser of `report`, which takes a run folder."""
+    """The parser of `report`, which takes one run folder or several."""
     parser = ShortErrorParser(
-        prog="sdsearch report", description="Prints the report of a run and writes its report.html anew."
+        prog="sdsearch report",
+        usage="sdsearch report RUN [RUN ...] [--output FILE]",
+        description="Prints the report of a run and writes its report.html anew. Of several runs: a table of all, and "
+        "a page with their curves in the same axes.",
     )
-    parser.add_argument("run", type=str, help="the run folder, such as runs/quickstart")
+    parser.add_argument("run", type=str, nargs="+", help="run folders, such as runs/quickstart")
+    parser.add_argument(
+        "--output", type=str | None, help="the page; default: report.html in the run, comparison.html here for several"
+    )
     return parser
 
 

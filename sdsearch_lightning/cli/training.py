@@ -208,6 +208,8 @@ class RunCLI(LightningCLI):
             own.append(RunProgress())
         replaced = {type(callback) for callback in listed}
         kwargs["callbacks"] = [*(callback for callback in own if type(callback) not in replaced), *listed]
+        if type(config.val_check_interval) is int and config.check_val_every_n_epoch == 1:
+            kwargs["check_val_every_n_epoch"] = None  # so many steps, also where an epoch has fewer
         kwargs["default_root_dir"] = self.metrics.save_dir
         plugins = _as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
