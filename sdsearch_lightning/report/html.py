@@ -27,7 +27,7 @@ from sdsearch_lightning.report.rollouts import Rollouts
 from sdsearch_lightning.report.settings import Settings, differences
 from sdsearch_lightning.report.summary import Summary
 from sdsearch_lightning.report.trajectories import Record
-from sdsearch_lightning.report.views import UNRELIABLE, View
+from sdsearch_lightning.report.views import UNRELIABLE, View, opening
 
 MAX_PAGE = 5_000_000
 """Bytes that a page stays under."""
@@ -76,6 +76,7 @@ def page(runs: Sequence[Run]) -> str:
         scripts=scripts,
         island=Markup(island({
             "runs": [run.name for run in runs],
+            "openings": [opening(run.rollouts.groups) for run in runs],
             "phases": PHASES,
             "labels": LABELS,
             "unreliable": UNRELIABLE,
