@@ -19,7 +19,7 @@ from sdsearch_lightning.report.cells import (
     places,
     transcript,
 )
-from sdsearch_lightning.report.example import printable
+from sdsearch_lightning.report.example import harmless, printable
 from sdsearch_lightning.report.html import PHASES
 from sdsearch_lightning.report.rollouts import Rollouts, read_rollouts
 from sdsearch_lightning.report.views import View, opening
@@ -37,6 +37,8 @@ except ImportError as error:
 BUDGET = 64_000_000
 """Bytes of the groups that are held, as JSON."""
 _T = TypeVar("_T")
+LARGE = 100_000_000
+"""Bytes of a file whose reading takes so long that it is announced."""
 OUTCOMES = ("all", "mixed", "right", "wrong")
 
 
@@ -260,7 +262,10 @@ def browse(run_folder: Path) -> None:
         ConfigError: the run has no rollouts.
         DataError: as `read_trajectories`.
     """
-    rollouts = read_rollouts(run_folder / "trajectories.jsonl", BUDGET)
+    path = run_folder / "trajectories.jsonl"
+    if path.is_file() and path.stat().st_size > LARGE:
+        print(f"reading {harmless(str(path))} ...", flush=True)
+    rollouts = read_rollouts(path, BUDGET)
     if not rollouts.groups:
         raise ConfigError(
             f"expected a run folder with rollouts in trajectories.jsonl, found none in {run_folder}. "
