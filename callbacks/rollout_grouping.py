@@ -27,7 +27,7 @@ from sdsearch_lightning.scoring.query_credit import CreditScale, QueryCredit
 from sdsearch_lightning.scoring.rewards import AutoRefineReward, F1LabelRule, LabelRule, Reward
 from sdsearch_lightning.scoring.scoring import Scoring
 from sdsearch_lightning.training.fsdp2 import gathered
-from sdsearch_lightning.types import Limits, RolloutRequest, Sampling, StepBatch, Trajectory
+from sdsearch_lightning.types import Limits, RolloutRequest, Sampling, StepBatch, StopReason, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -103,6 +103,7 @@ class RolloutGrouping(pl.Callback):
         self._last_error = ""
         self._is_proven = False  # that the engine samples from the policy
         self._is_told = False  # how a rollout begins
+        self._is_advised = False  # that the policy does not act
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Warn of settings that cannot learn, and probe the retriever."""
@@ -219,11 +220,23 @@ class RolloutGrouping(pl.Callback):
             self.scoring.probe(requests[0].question)
             self._tell_beginning(sampler, requests[0])
         self._warn_of_long_prompts(requests)
-        window = sampler.run(requests, trainer.is_global_zero and trainer.progress_bar_callback is not None)
+        window = sampler.run(requests, getattr(trainer.progress_bar_callback, "show_rollouts", None))
+        if trainer.global_step == 0 and not (self._is_advised or trainer.testing or trainer.predicting):
+            self._advise(window.trajectories)
         if window.searches.errors:
             counts, self._last_error = window.searches, window.searches.last_error
             rank_zero_info(f"{counts.errors} of {counts.queries} searches failed; the last one: {counts.last_error}")
         return window
+
+    def _advise(self, rollouts: Sequence[Trajectory]) -> None:
+        """Say what to do where the untrained policy never acts: all rewards will be equal, and nothing is learnt."""
+        acted = [t for t in rollouts if t.queries or t.answer is not None or t.stop_reason is StopReason.MAX_SEARCHES]
+        if rollouts and not acted:
+            self._is_advised = True
+            rank_zero_warn(
+                f"None of the first {len(rollouts)} rollouts holds a search or an answer, so rewards will not differ "
+                "and nothing will be learnt. Teach the model the protocol first: `sdsearch supervise`, the cold start."
+            )
 
     def _warn_of_long_prompts(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from sdsearch_lightning.checkpoints.writing import retire, save, told_by_all
 from sdsearch_lightning.errors import StorageError
 from sdsearch_lightning.files import GO_ON, sync_names, written_whole
-from sdsearch_lightning.runs.folder import RunFolder
+from sdsearch_lightning.runs.folder import RunFolder, RunOptions
 from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 from sdsearch_lightning.trust.secrets import without_secrets
 
@@ -26,16 +26,16 @@ from sdsearch_lightning.trust.secrets import without_secrets
 class RunCheckpoint(Checkpoint):
     """Saves `step_<n>.ckpt` every few steps, at the end of an epoch and of the run, and points `last.ckpt` at it.
 
-    Two checkpoints are kept: should the newest prove damaged, the run goes on from the one before.
+    The newest are kept, two by default: should one prove damaged, the run goes on from the one before.
 
     Args:
         folder: where to save.
-        every_n_steps: steps between two checkpoints.
+        options: how often, and which ones stay.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int = 10) -> None:
+    def __init__(self, folder: Path, options: RunOptions) -> None:
         self.folder = folder
-        self.every_n_steps = every_n_steps
+        self.options = options
         self.is_requested = False
         self._saved: Path | None = None
         self._seconds = 0.0
@@ -54,7 +54,7 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        is_due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.is_last_batch
+        is_due = step % self.options.checkpoint_every == 0 or step == trainer.max_steps or trainer.is_last_batch
         if is_due or self.is_requested:
             self._saved = self.folder / f"step_{step:08d}.ckpt"
             save(trainer, self._saved, self._intact())
@@ -67,7 +67,7 @@ class RunCheckpoint(Checkpoint):
         if self._saved is not None and trainer.is_global_zero:
             with written_whole(self.folder / "last.ckpt") as link:
                 link.symlink_to(self._saved.name)
-            for old in sorted(self.folder.glob("step_*.ckpt"))[:-2]:
+            for old in self.options.outdated(sorted(self.folder.glob("step_*.ckpt"))):
                 retire(old)
                 sync_names(self.folder)
         self._saved, self.is_requested = None, False

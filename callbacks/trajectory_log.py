@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sdsearch_lightning.checkpoints.writing import told_by_all
 from sdsearch_lightning.errors import ConfigError, StorageError
 from sdsearch_lightning.files import GO_ON
+from sdsearch_lightning.report.segments import close_segment
 from sdsearch_lightning.report.trajectories import Record, append_records, cut_torn_line, make_record, rank_file
 from sdsearch_lightning.types import HindsightBlock, RolloutGroup, StepBatch, Trajectory
 
@@ -37,6 +38,8 @@ class TrajectoryLog(Callback):
             so that a few are followed through the run; None: all. The first and the last validation, and `validate`,
             `test` and `predict`, write every rollout.
         top_tokens: how many of the teacher's most probable tokens to write per query token.
+        segment_mb: a file that has grown to so many MB is packed into `trajectories.00001.jsonl.gz` and so on, and
+            begins anew; None: never.
     """
 
     def __init__(
@@ -46,16 +49,20 @@ class TrajectoryLog(Callback):
         max_per_step: int | None = None,
         val_questions: int | None = 16,
         top_tokens: int = 5,
+        segment_mb: float | None = 64,
     ) -> None:
         if every_n_steps < 1:
             raise ConfigError(
                 f"every_n_steps: expected 1 or more, got {every_n_steps}; leave the callback out to log nothing."
             )
+        if segment_mb is not None and not segment_mb > 0:
+            raise ConfigError(f"segment_mb: expected a size above 0 MB or null for no segments, got {segment_mb}.")
         self.path = path
         self.every_n_steps = every_n_steps
         self.max_per_step = max_per_step
         self.val_questions = val_questions
         self.top_tokens = top_tokens
+        self.segment_mb = segment_mb
         self._file: Path | None = None
         self._failure: str | None = None
 
@@ -170,6 +177,8 @@ class TrajectoryLog(Callback):
                     cut_torn_line(file)
                 self._file = file
             append_records(file, records)
+            if self.segment_mb is not None and file.stat().st_size >= self.segment_mb * 1e6:
+                close_segment(file)
         except OSError as error:  # raised where all ranks meet: batches of an evaluation are not as many on each
             self._failure = self._failure or f"{file} could not be written: {error.strerror or error}"
 

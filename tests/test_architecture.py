@@ -46,7 +46,7 @@ LIBRARIES = {
     "httpx": "retrieval.* runs.hub",
     "huggingface_hub": "policy.loading retrieval.* datamodules.* runs.hub runs.model_card",
     "torchmetrics": "scoring.scores",
-    "rich": "report.* retrieval.* cli.*",
+    "rich": "report.* retrieval.* cli.* callbacks.run_progress",
     "jinja2": "report.html",
     "textual": "report.browse",
 }

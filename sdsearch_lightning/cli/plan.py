@@ -16,6 +16,7 @@ from rich.table import Table
 from sdsearch_lightning.cli.training import SearchCLI
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.plan.architecture import find_architecture
+from sdsearch_lightning.plan.disk import Disk, disk_of
 from sdsearch_lightning.plan.memory import GIB, Part, Settings, plan_parts
 from sdsearch_lightning.plan.settings import settings_of
 
@@ -69,7 +70,33 @@ def plan(own: argparse.Namespace, keys: Sequence[str]) -> None:
     settings = settings_of(cli.options, cli.made, make_model, capacity)
     parts = plan_parts(settings)
     print_plan(settings, parts, f"{cli.options.trainer.precision or '32-true'}, shape from {source}", capacity)
+    print_disk(planned_disk(cli, settings))
     check_fit(settings, parts, capacity)
+
+
+def planned_disk(cli: PlanCLI, settings: Settings) -> Disk:
+    """What the run of these keys writes."""
+    options, rollout = cli.options, cli.made.rollout
+    per_process = options.data.get("init_args", {}).get("batch_size", 256) * rollout.group_size
+    steps = options.trainer.max_steps
+    num_steps = steps if steps and steps > 0 else None
+    run = options.run
+    return disk_of(
+        settings,
+        per_process * settings.num_gpus,
+        rollout.limits.max_tokens,
+        num_steps,
+        run.checkpoint_keep,
+        run.checkpoint_keep_every,
+    )
+
+
+def print_disk(disk: Disk) -> None:
+    """Print what a run takes on disk, in GB, as file systems count."""
+    each = f"{disk.num_checkpoints} x {disk.checkpoint / 1e9:.3g} GB"
+    print(f"disk: checkpoints {each} (run.checkpoint_keep), one more with best.ckpt")
+    every = "" if disk.rollouts is None else f", {disk.rollouts / 1e9:.3g} GB packed for all {disk.num_steps}"
+    print(f"disk: rollouts up to {disk.step / 1e9:.3g} GB a step{every} (docs/running.md)")
 
 
 def print_plan(settings: Settings, parts: Sequence[Part], origin: str, capacity: float) -> None:

@@ -19,6 +19,7 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -31,6 +32,7 @@ from sdsearch_lightning.callbacks import (
     TrajectoryLog,
 )
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
+from sdsearch_lightning.callbacks.run_progress import RunProgress
 from sdsearch_lightning.callbacks.run_start import RunStart
 from sdsearch_lightning.checkpoints.writing import PlainFiles
 from sdsearch_lightning.cli.common import link_seed, say, shared_config
@@ -134,7 +136,7 @@ class RunCLI(LightningCLI):
         if run.num_threads is not None:
             torch.set_num_threads(run.num_threads)
         self.folder = RunFolder(Path(run.root) / run.name)
-        self.checkpoint = RunCheckpoint(self.folder.checkpoints, run.checkpoint_every)
+        self.checkpoint = RunCheckpoint(self.folder.checkpoints, run)
         self.stop = GracefulStop(self.checkpoint.request, "The same command goes on from there.")
         self.resumed_step: int | None = None
         self.save_config_callback = None  # `take_folder` saves it
@@ -178,7 +180,7 @@ class RunCLI(LightningCLI):
             config = shared_config(self._parser(self.subcommand), self.options)
             write_text(self.folder.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         else:
-            self.folder.clear_after(self.resumed_step)
+            self.folder.clear_after(self.resumed_step, self.checkpoint.options)
             callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             every = next(
                 (log.every_n_steps for log in callbacks if isinstance(log, TrajectoryLog) and not log.path), None
@@ -198,6 +200,8 @@ class RunCLI(LightningCLI):
         own = [] if config.fast_dev_run else self.own_callbacks()  # they write
         if self.is_training_run and config.enable_checkpointing is not False:
             own.append(self.checkpoint)
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in listed):
+            own.append(RunProgress())
         replaced = {type(callback) for callback in listed}
         kwargs["callbacks"] = [*(callback for callback in own if type(callback) not in replaced), *listed]
         kwargs["default_root_dir"] = self.metrics.save_dir

@@ -38,7 +38,7 @@ BUDGET = 64_000_000
 """Bytes of the groups that are held, as JSON."""
 _T = TypeVar("_T")
 LARGE = 100_000_000
-"""Bytes of a file whose reading takes so long that it is announced."""
+"""Bytes of files whose reading takes so long that it is announced."""
 OUTCOMES = ("all", "mixed", "right", "wrong")
 
 
@@ -263,7 +263,7 @@ def browse(run_folder: Path) -> None:
         DataError: as `read_trajectories`.
     """
     path = run_folder / "trajectories.jsonl"
-    if path.is_file() and path.stat().st_size > LARGE:
+    if sum(file.stat().st_size for file in run_folder.glob(f"{path.stem}*")) > LARGE:
         print(f"reading {harmless(str(path))} ...", flush=True)
     rollouts = read_rollouts(path, BUDGET)
     if not rollouts.groups:

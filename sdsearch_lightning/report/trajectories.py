@@ -3,7 +3,8 @@
 The file grows, and is cut where a run goes on from an earlier step. A line is complete exactly when it ends in a
 newline: what follows the last newline was cut off by a kill, is never yielded, and is removed before the next append.
 Should a rollout stand there twice, the last line of its (phase, step, instance_id, rollout_index) wins. Ranks write
-their own files beside each other. docs/metrics.md lists the fields.
+their own files beside each other; what has become large is packed into segments (segments.py). docs/metrics.md lists
+the fields.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.files import append_lines
+from sdsearch_lightning.report.segments import numbered_lines, reopen_after, step_of
 from sdsearch_lightning.types import Span, TokenCredit, Trajectory
 
 SCHEMA = 1
@@ -144,9 +146,12 @@ def cut_after(path: Path, step: int, every_n_steps: int | None = None) -> list[s
     expected = 0 if every_n_steps is None else (step - 1) // every_n_steps * every_n_steps + 1
     told = []
     for file_path in [path, *sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))]:
-        if file_path.is_file() and file_path.stat().st_size:
+        packed, lost = reopen_after(file_path, step)
+        told += lost
+        if file_path.is_file():
             cut_torn_line(file_path)
             last, damaged = _cut_file(file_path, step)
+            last = max(packed, last)
             if damaged or (file_path == path and last < expected):
                 told.append(
                     f"{file_path} ends with step {last}, the run goes on after step {step}: rows between are lost "
@@ -165,14 +170,12 @@ def _cut_file(path: Path, step: int) -> tuple[int, int]:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
             while end > 0:
                 start = lines.rfind(b"\n", 0, end - 1) + 1
-                try:
-                    found = int(json.loads(lines[start:end])["step"])
-                except (ValueError, TypeError, LookupError):
+                found = step_of(lines[start:end])
+                if found is None:
                     damaged += 1
-                else:
-                    if found <= step:
-                        last = found
-                        break
+                elif found <= step:
+                    last = found
+                    break
                 end = start
         file.truncate(end)
     return last, damaged
@@ -194,12 +197,12 @@ def cut_torn_line(path: Path) -> None:
 
 
 def read_trajectories(path: str | Path) -> Iterator[Record]:
-    """Rollouts of `path` and of the other ranks' files beside it, each once: its last line wins.
+    """Rollouts of `path`, its segments and the other ranks' files beside it, each once: its last line wins.
 
     Streams the files twice, so memory grows with the number of rollouts and not with their length.
 
     Raises:
-        DataError: a complete line that is no JSON object of schema 1; the message names file and line.
+        DataError: a complete line that is no JSON object of schema 1, or a damaged segment; the message names it.
     """
     last = {_key(record): index for index, record in enumerate(_lines(Path(path)))}
     yield from (record for index, record in enumerate(_lines(Path(path))) if last.get(_key(record)) == index)
@@ -211,10 +214,7 @@ def _key(record: Record) -> tuple[Any, ...]:
 
 def _lines(path: Path) -> Iterator[Record]:
     for file in [path, *sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))]:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.endswith(b"\n"):
-                    yield _parse(line, f"{file} line {number}")
+        yield from (_parse(line, place) for line, place in numbered_lines(file) if line.endswith(b"\n"))
 
 
 def _parse(line: bytes, place: str) -> Record:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -102,21 +102,26 @@ class GroupSampler:
                 requests.append(RolloutRequest(question, instance_id, index, prompt_ids, seed, drawn))
         return requests
 
-    def run(self, requests: Sequence[RolloutRequest], show_progress: bool = False) -> WindowResult:
+    def run(
+        self, requests: Sequence[RolloutRequest], watch: Callable[[RolloutProgress], None] | None = None
+    ) -> WindowResult:
         """Run requests to their end, in eval mode and without gradients.
+
+        Args:
+            requests: to run.
+            watch: told now and then how far they are.
 
         Raises:
             SDSearchError: on all ranks, where the engine failed on one: the others would wait for it in the next step.
         """
-        progress = RolloutProgress(len(requests), show_progress)
+        progress = RolloutProgress(len(requests), watch)
         self.engine.attach(
             self.policy,
             lambda request: Conversation(request, self.protocol, self.codec, self.limits),
             self.searches,
             progress.report,
         )
-        with closing(progress):
-            trajectories = self._together(lambda: run_awake(self.engine, self.policy, requests))
+        trajectories = self._together(lambda: run_awake(self.engine, self.policy, requests))
         return WindowResult(trajectories, progress, self.searches.take_counts())
 
     def credited(self, groups: Sequence[RolloutGroup]) -> tuple[RolloutGroup, ...]:

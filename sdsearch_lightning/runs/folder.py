@@ -7,7 +7,7 @@ with another run or overwritten.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ class RunOptions:
         overwrite: discard the run that is in the folder, instead of resuming or reporting it.
         checkpoint_every: steps between two checkpoints. A killed run loses at most this many steps; Ctrl-C and SIGTERM
             lose none.
+        checkpoint_keep: the newest so many checkpoints stay. With one, a run whose checkpoint a disk has damaged has
+            none to go on from.
+        checkpoint_keep_every: checkpoints of steps that are a multiple of this stay too; null: none of them.
         num_threads: threads of PyTorch's CPU operations; null leaves its default. With one, a small model runs fastest
             and its results do not depend on the number of cores.
     """
@@ -50,6 +53,8 @@ class RunOptions:
     root: str = "runs"
     overwrite: bool = False
     checkpoint_every: int = 10
+    checkpoint_keep: int = 2
+    checkpoint_keep_every: int | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +62,21 @@ class RunOptions:
             raise ConfigError(f"run.num_threads: expected 1 or more, got {self.num_threads}.")
         if self.checkpoint_every < 1:
             raise ConfigError(f"run.checkpoint_every: expected 1 or more steps, got {self.checkpoint_every}.")
+        if self.checkpoint_keep < 1:
+            raise ConfigError(f"run.checkpoint_keep: expected 1 or more checkpoints, got {self.checkpoint_keep}.")
+        if self.checkpoint_keep_every is not None and (
+            self.checkpoint_keep_every < 1 or self.checkpoint_keep_every % self.checkpoint_every
+        ):
+            raise ConfigError(
+                f"run.checkpoint_keep_every: expected a multiple of run.checkpoint_every ({self.checkpoint_every}) or "
+                f"null, got {self.checkpoint_keep_every}; other steps have no checkpoint."
+            )
         check_name(self.root, self.name)
+
+    def outdated(self, checkpoints: Sequence[Path]) -> list[Path]:
+        """Which of these `step_<n>.ckpt`, oldest first, do not stay."""
+        every = self.checkpoint_keep_every
+        return [path for path in checkpoints[: -self.checkpoint_keep] if every is None or _step(path) % every]
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ class RunFolder:
         """The step that last.ckpt stands at; None where no step was published."""
         if not self.last_checkpoint.is_symlink():
             return None
-        return int(self.last_checkpoint.readlink().stem.removeprefix("step_"))
+        return _step(self.last_checkpoint.readlink())
 
     @property
     def way_on(self) -> str:
@@ -168,24 +187,28 @@ class RunFolder:
         """Removes what a run writes, and nothing else that a user may keep there."""
         for name in WRITTEN:
             remove(self.path / name)
-        for path in self.path.glob("trajectories*.jsonl"):
+        for path in [*self.path.glob("trajectories*.jsonl*"), *self.path.glob(".trajectories*.draft")]:
             remove(path)
 
     @rank_zero_only
-    def clear_after(self, step: int) -> None:
+    def clear_after(self, step: int, options: RunOptions) -> None:
         """Removes checkpoints of steps after `step`: they were never completed, and the run will reach them again.
 
-        So it does with those older than the two that are kept, which a kill or a power cut may have left.
+        So it does with those that do not stay, and with drafts, which a kill or a power cut may have left.
         """
         paths = sorted(self.checkpoints.glob("step_*.ckpt"))
-        done = [path for path in paths if int(path.stem.removeprefix("step_")) <= step]
-        for path in {*paths} - {*done[-2:]}:
+        done = [path for path in paths if _step(path) <= step]
+        for path in [*paths[len(done) :], *options.outdated(done)]:
             remove(path)
-        for draft in self.checkpoints.glob(".*.draft"):
+        for draft in [*self.checkpoints.glob(".*.draft"), *self.path.glob(".trajectories*.draft")]:
             remove(draft)
 
 
 _WAY_OUT = "Choose another folder with --run.name NAME, or discard that run with --run.overwrite true."
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("step_"))
 
 
 def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
+from sdsearch_lightning.runs.folder import RunOptions
 from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 
 
@@ -58,8 +59,12 @@ class Probe(pl.Callback):
 
 @pytest.fixture
 def trained(tmp_path):
+    return train(tmp_path)
+
+
+def train(tmp_path, **options):
     checkpoint, logger, probe = (
-        RunCheckpoint(tmp_path / "checkpoints", every_n_steps=2),
+        RunCheckpoint(tmp_path / "checkpoints", RunOptions(checkpoint_every=2, **options)),
         MetricsLogger(tmp_path / "metrics.csv"),
         Probe(tmp_path),
     )
@@ -103,8 +108,21 @@ class TestTraining:
         assert files == ["last.ckpt", "step_00000006.ckpt", "step_00000007.ckpt"]
         assert torch.load(trained[0] / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
 
+    @pytest.mark.parametrize(
+        ("options", "steps"),
+        [
+            ({"checkpoint_keep": 1}, [7]),
+            ({"checkpoint_keep": 3}, [4, 6, 7]),
+            ({"checkpoint_keep": 1, "checkpoint_keep_every": 4}, [4, 7]),
+            ({"checkpoint_keep_every": 2}, [2, 4, 6, 7]),
+        ],
+    )
+    def test_which_checkpoints_stay_is_a_choice(self, tmp_path, options, steps):
+        folder = train(tmp_path, **options)[0] / "checkpoints"
+        assert sorted(path.name for path in folder.glob("step_*")) == [f"step_{step:08d}.ckpt" for step in steps]
+
     def test_seconds_go_on_after_a_resume(self, trained):
-        resumed = RunCheckpoint(trained[0])
+        resumed = RunCheckpoint(trained[0], RunOptions())
         resumed.load_state_dict({"seconds": 100.0})
         assert 100.0 <= resumed.seconds < 101.0
         assert resumed.state_dict()["seconds"] >= 100.0

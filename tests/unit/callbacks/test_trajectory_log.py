@@ -241,3 +241,16 @@ def test_a_full_disk_ends_the_run_where_all_ranks_meet(tmp_path: Path) -> None:
         told = str(raised.value)
         assert told.startswith(f"{disk}/trajectories.rank2.jsonl could not be written: No space left on device (")
         assert told.endswith("Free some space and run the same command again.") and "\n" not in told
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_large_file_is_packed_between_two_batches(make_trainer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "trajectories.jsonl"
+    fit(make_trainer(TrajectoryLog(segment_mb=1e-3), **FIT), train=3, val=0)
+    assert path.read_bytes() == b"" and len(list(tmp_path.glob("trajectories.0000?.jsonl.gz"))) == 3
+    assert [r["step"] for r in read_trajectories(path)] == [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_segment_mb_is_checked() -> None:
+    with pytest.raises(ConfigError, match="segment_mb: expected a size above 0 MB or null for no segments, got 0"):
+        TrajectoryLog(segment_mb=0)

@@ -84,3 +84,16 @@ def test_keys_are_those_of_fit(small: Path, capsys: pytest.CaptureFixture[str]) 
     assert "ddp and fsdp2" in line
     (line,) = refusal(capsys, "--gpu_memory_gib", "much")
     assert "--gpu_memory_gib" in line and "'much'" in line
+
+
+def test_disk_is_told_in_two_lines(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ("--rollout.max_tokens", 1000, "--rollout.group_size", 5, "--data.batch_size", 20)
+    keep = ("--run.checkpoint_keep", 3, "--run.checkpoint_keep_every", 50)
+    plan("--model.model_name_or_path", small, *limits, *keep, "--trainer.max_steps", 200)
+    checkpoints, rollouts = [line for line in capsys.readouterr().out.splitlines() if line.startswith("disk:")]
+    weights = 2 * 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    size = f"{weights * 4 * 3 / 1e9:.3g}"  # AdamW's two moments in float32
+    assert checkpoints == f"disk: checkpoints 8 x {size} GB (run.checkpoint_keep), one more with best.ckpt"
+    assert rollouts == "disk: rollouts up to 0.003 GB a step, 0.24 GB packed for all 200 (docs/running.md)"
+    plan("--model.model_name_or_path", small, *limits)
+    assert "packed" not in capsys.readouterr().out

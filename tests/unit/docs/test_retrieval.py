@@ -11,6 +11,7 @@ from helpers.paths import ROOT
 from sdsearch_lightning.cli.retrieval import _index_parser, _serve_parser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.retrieval import DenseRetriever, Retriever
+from sdsearch_lightning.retrieval.server.limits import ServerLimits
 
 PAGES = [(ROOT / name).read_text() for name in ("docs/retrieval.md", "README.md")]
 SNIPPETS = re.findall(r"```yaml\n(data:.*?)```", PAGES[0], re.DOTALL)
@@ -33,6 +34,12 @@ def test_a_command_has_these_flags(command):
     name, *flags = shlex.split(command)
     options = {"index": _index_parser, "serve": _serve_parser}[name]().parse_args(flags)
     assert options.corpus_path and options.index_path
+
+
+def test_flags_have_the_defaults_of_the_limits():
+    options = _serve_parser().parse_args(["--corpus_path", "c", "--index_path", "i"])
+    for name in ("max_request_passages", "max_client_connections"):
+        assert getattr(options, name) == getattr(ServerLimits(), name)
 
 
 def test_something_was_found():

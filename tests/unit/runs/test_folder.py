@@ -114,20 +114,35 @@ def test_clearing_leaves_what_a_user_keeps_there(folder):
 
 def test_steps_after_the_restored_one_are_removed(folder):
     save(folder, 2, 4, 6, last=2)
-    folder.clear_after(4)
+    folder.clear_after(4, RunOptions())
     assert sorted(path.name for path in folder.checkpoints.glob("step_*")) == [
         "step_00000002.ckpt",
         "step_00000004.ckpt",
     ]
 
 
-def test_older_ones_than_two_that_a_cut_left_are_removed(folder):
-    save(folder, 2, 4, 6, 8, last=6)
-    folder.clear_after(6)
-    assert sorted(path.name for path in folder.checkpoints.glob("step_*")) == [
-        "step_00000004.ckpt",
-        "step_00000006.ckpt",
-    ]
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, [40, 60]),
+        ({"checkpoint_keep": 3}, [20, 40, 60]),
+        ({"checkpoint_keep": 1, "checkpoint_keep_every": 20}, [20, 40, 60]),
+        ({"checkpoint_keep": 1, "checkpoint_keep_every": 40}, [40, 60]),
+    ],
+)
+def test_older_ones_that_a_cut_left_are_removed_unless_they_are_to_stay(folder, options, steps):
+    save(folder, 20, 40, 60, 80, last=60)
+    folder.clear_after(60, RunOptions(**options))
+    assert sorted(path.name for path in folder.checkpoints.glob("step_*")) == [f"step_{n:08d}.ckpt" for n in steps]
+
+
+def test_drafts_that_a_kill_left_are_removed(folder):
+    save(folder, 2, last=2)
+    drafts = [folder.checkpoints / ".step_00000004.ckpt.draft", folder.path / ".trajectories.00001.jsonl.gz.draft"]
+    for draft in drafts:
+        draft.touch()
+    folder.clear_after(2, RunOptions())
+    assert not any(draft.exists() for draft in drafts)
 
 
 def test_the_model_folder_is_replaced_whole(folder):
@@ -145,7 +160,17 @@ def test_the_model_folder_is_replaced_whole(folder):
     assert folder.model.is_dir()
 
 
-@pytest.mark.parametrize("options", [{"name": ""}, {"name": "../x"}, {"name": "/x"}, {"checkpoint_every": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": ""},
+        {"name": "../x"},
+        {"name": "/x"},
+        {"checkpoint_every": 0},
+        {"checkpoint_keep": 0},
+        {"checkpoint_keep_every": 15},
+    ],
+)
 def test_run_options_that_cannot_work_are_refused(options):
     with pytest.raises(ConfigError, match=r"^run\."):
         RunOptions(**options)

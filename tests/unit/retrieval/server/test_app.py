@@ -123,6 +123,11 @@ def test_return_scores_as_search_r1s_server_reads_it(app: FastAPI, given: Any, h
         ({"queries": ["a"], "query": "a"}, 422, "found both"),
         ({"topk": 3}, 422, "found neither"),
         (["a"], 400, "expected a JSON object with the key 'queries', found a list of 1"),
+        (
+            {"queries": ["a"] * 200, "topk": 1000},
+            413,
+            "16384 (max_request_passages), found 200 x 1000 = 200000.",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused(app: FastAPI, body: Any, status: int, message: str) -> None:
