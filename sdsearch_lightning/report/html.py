@@ -27,7 +27,7 @@ from sdsearch_lightning.report.rollouts import Rollouts
 from sdsearch_lightning.report.settings import Settings, differences
 from sdsearch_lightning.report.summary import Summary
 from sdsearch_lightning.report.trajectories import Record
-from sdsearch_lightning.report.views import UNRELIABLE, View, opening
+from sdsearch_lightning.report.views import MAX_OTHER_TEXT, UNRELIABLE, View, opening
 
 MAX_PAGE = 5_000_000
 """Bytes that a page stays under."""
@@ -152,13 +152,13 @@ def _shown(record: Record, when: str) -> View:
         "step": record["step"],
         "verdict": verdict_of(record)[0],
         "outcome": "right" if is_correct(record) else "wrong",
-        "rows": [(row.label, row.kind, _cut(row.text) if row.kind == "OBSERVATION" else row.text)
-                 for row in rows(record)],
+        "rows": [(row.label, row.kind, _cut(row.kind, row.text)) for row in rows(record)],
     }  # fmt: skip
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= OBSERVATION_LENGTH else text[:OBSERVATION_LENGTH] + " ..."
+def _cut(kind: str, text: str) -> str:
+    limit = OBSERVATION_LENGTH if kind == "OBSERVATION" else MAX_OTHER_TEXT
+    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def _left_out(run: Run, is_single: bool) -> list[str]:
