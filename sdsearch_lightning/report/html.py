@@ -110,7 +110,6 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "number": number,
-        "signed": lambda value: number(value, signed=True),
         "sd_line": self_distillation_line,
         "svg": Markup,  # of charts.py, which escapes the one text that it is given
     }
