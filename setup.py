@@ -79,7 +79,14 @@ setup(
         # Other implementations: tests/parity compares numbers with them, `make bench` times.
         "parity": ["trl", "liger-kernel", "psutil", "scipy"],
         "dev": [
-            *("pytest", "pytest-timeout", "pytest-xdist", "pyte", "ruff", "mypy", "scipy", "setuptools>=77"),
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "pyte",
+            "ruff",
+            "mypy",
+            "scipy",
+            "setuptools>=77",
             "textual>=8,<9",
         ],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],

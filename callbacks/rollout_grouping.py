@@ -203,21 +203,39 @@ class RolloutGrouping(pl.Callback):
         *_: object,
     ) -> None:
         """Run greedy rollouts, and `eval_samples` sampled ones, with the same seeds in every evaluation."""
-        sampler, asked = self.sampler(trainer, pl_module), (batch.questions, batch.instance_ids)
-        greedy = sampler.requests(*asked, 1, "eval", sampling=GREEDY)
-        drawn = sampler.requests(*asked, self.eval_samples, "eval")
-        trajectories = self._run(trainer, sampler, [*greedy, *drawn]).trajectories
-        batch.groups = self.scoring.groups(trajectories[: len(greedy)], 1)
-        if self.eval_samples:
-            batch.sampled_groups = self.scoring.groups(trajectories[len(greedy) :], self.eval_samples)
+        self._evaluate(trainer, pl_module, batch)
 
     on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
-    on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
 
-    def _run(self, trainer: pl.Trainer, sampler: GroupSampler, requests: Sequence[RolloutRequest]) -> WindowResult:
+    def on_predict_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: SDSearchModule,  # type: ignore[override]
+        batch: StepBatch,
+        batch_idx: int,
+        *_: object,
+    ) -> None:
+        """As in evaluation; rollouts of a question without gold answers stay unscored."""
+        self._evaluate(trainer, pl_module, batch, need_answers=False)
+
+    def _evaluate(
+        self, trainer: pl.Trainer, module: SDSearchModule, batch: StepBatch, need_answers: bool = True
+    ) -> None:
+        sampler, asked = self.sampler(trainer, module), (batch.questions, batch.instance_ids)
+        greedy = sampler.requests(*asked, 1, "eval", sampling=GREEDY)
+        drawn = sampler.requests(*asked, self.eval_samples, "eval")
+        trajectories = self._run(trainer, sampler, [*greedy, *drawn], need_answers).trajectories
+        batch.groups = self.scoring.groups(trajectories[: len(greedy)], 1, need_answers)
+        if self.eval_samples:
+            batch.sampled_groups = self.scoring.groups(trajectories[len(greedy) :], self.eval_samples, need_answers)
+
+    def _run(
+        self, trainer: pl.Trainer, sampler: GroupSampler, requests: Sequence[RolloutRequest], need_answers: bool = True
+    ) -> WindowResult:
         """Run requests; tell of prompts that leave no room, and of searches that failed."""
         if requests and not self._is_told:
-            self.scoring.probe(requests[0].question)
+            if need_answers or requests[0].question.answers:
+                self.scoring.probe(requests[0].question)
             self._tell_beginning(sampler, requests[0])
         self._warn_of_long_prompts(requests)
         window = sampler.run(requests, getattr(trainer.progress_bar_callback, "show_rollouts", None))

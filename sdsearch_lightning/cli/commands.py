@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdsearch_lightning.cli.config_files import check_config_files
 from sdsearch_lightning.cli.errors import fail
-from sdsearch_lightning.errors import ConfigError, SDSearchError, StorageError
+from sdsearch_lightning.errors import ConfigError, SDSearchError, StorageError, first_line
 from sdsearch_lightning.files import FULL, GO_ON
 
 NOISE = re.compile(
@@ -32,12 +33,15 @@ IDLE_WARNINGS = (
     "Be aware that when using `ckpt_path`",  # evaluation needs no checkpoint callback
     "Found .* in eval mode at the start of training",  # the frozen reference model
 )
+_MAKING = re.compile(r"Problem with given class_path '([^']+)'")
+"""How jsonargparse begins, where the class of a key raised an error."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs a command of `names.COMMANDS`; returns its exit code."""
     quieten()
     handlers: dict[str, Callable[[Sequence[str]], Any]] = {
+        "ask": _ask,
         "export": _export,
         "report": _report,
         "browse": _browse,
@@ -47,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
         "supervise": _supervise,
     }
     try:
+        check_config_files(argv)
         handlers[argv[0]](argv[1:]) if argv[0] in handlers else _search(argv)
     except Exception as error:
         told = _told(error) if isinstance(error, (ValueError, OSError, *_refusals())) else None
@@ -71,6 +76,22 @@ def _supervise(argv: Sequence[str]) -> None:
     from sdsearch_lightning.cli.cold_start import SuperviseCLI
 
     SuperviseCLI(["supervise", *argv])
+
+
+def _ask(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.parsers import ask_parser, split_keys
+
+    own, keys = split_keys(argv)
+    options = ask_parser().parse_args(own)
+    if options.question is not None and not options.question.strip():
+        raise ConfigError("question: expected some text, found none.")
+    from sdsearch_lightning.inference.origin import find_origin
+
+    given = [key.removeprefix("--").partition("=")[0] for key in keys]
+    origin = find_origin(options.run, options.model, options.config or (), options.ckpt_path, given)
+    from sdsearch_lightning.cli.ask import answer_all
+
+    answer_all(options, origin, keys)
 
 
 def _plan(argv: Sequence[str]) -> None:
@@ -135,9 +156,14 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def _told(error: BaseException | None) -> BaseException | None:
     """The error meant for the user, where `error` is it or came of it: jsonargparse wraps what an `__init__` raises."""
+    named = ""
     while error is not None and not isinstance(error, _refusals()):
         if isinstance(error, OSError) and error.errno in FULL:
             return StorageError(f"{error.filename or 'a file'} could not be written: {error.strerror}. {GO_ON}")
+        if named and isinstance(error, (ImportError, OSError)):
+            return ConfigError(f"{named} cannot be made: {first_line(error)}.")
+        if given := _MAKING.match(str(error)):
+            named = given[1]
         error = error.__cause__
     return error
 
