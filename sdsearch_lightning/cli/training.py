@@ -181,6 +181,8 @@ class RunCLI(LightningCLI):
             self.folder.path.mkdir(parents=True, exist_ok=True)
             config = shared_config(self._parser(self.subcommand), self.options)
             write_text(self.folder.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            for logger in self.trainer.loggers:
+                logger.log_hyperparams(config)
         else:
             self.folder.clear_after(self.resumed_step, self.checkpoint.options)
             callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
