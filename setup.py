@@ -23,6 +23,7 @@ setup(
         "sdsearch_lightning.checkpoints",
         "sdsearch_lightning.cli",
         "sdsearch_lightning.hindsight",
+        "sdsearch_lightning.inference",
         "sdsearch_lightning.losses",
         "sdsearch_lightning.plan",
         "sdsearch_lightning.policy",
