@@ -22,7 +22,7 @@ from sdsearch_lightning.report.summary import Summary, build_summary, read_summa
 from sdsearch_lightning.report.trajectories import read_trajectories
 from sdsearch_lightning.report.versus import names_of, print_comparison, print_page
 
-OTHERS = 250_000
+OTHERS = 350_000
 """Bytes of a page for what each run has beside its rollouts: curves above all."""
 
 __all__ = ["compare_runs", "finish_run", "print_report", "read_trajectories"]
