@@ -10,7 +10,8 @@ Next: callbacks/rollout_grouping.py, which turns each StepBatch into rollouts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,7 +23,7 @@ from sdsearch_lightning.datamodules.sources import Files, check_weights, find_fi
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval import Retriever
 from sdsearch_lightning.retrieval.text import is_whole
-from sdsearch_lightning.scoring.rewards import normalize_answer
+from sdsearch_lightning.scoring.normalization import normalize_answer
 from sdsearch_lightning.types import Demonstration, Question, StepBatch
 
 
@@ -49,6 +50,8 @@ class SearchDataModule(pl.LightningDataModule):
         eval_batch_size: questions per process and evaluation batch.
         seed: decides the order of every epoch, and what is held out.
         limit: read at most this many rows of each file; null: all.
+        normalization: rule by which rewards, scores and evidence compare answers: english as Search-R1 does; unicode
+            does the same for other scripts, and gives the same on ASCII text.
     """
 
     shuffle_demonstrations = True
@@ -68,6 +71,7 @@ class SearchDataModule(pl.LightningDataModule):
         eval_batch_size: int = 256,
         seed: int = 0,
         limit: int | None = None,
+        normalization: Literal["english", "unicode"] = "english",
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("limit", limit)):
@@ -76,6 +80,7 @@ class SearchDataModule(pl.LightningDataModule):
         if holdout < 0 or (holdout and val_files):
             found = f"{holdout} beside data.val_files {val_files}" if val_files else holdout
             raise ConfigError(f"data.holdout: expected 0, or a number of questions without val_files, found {found}.")
+        normalize_answer("", normalization)  # raises where there is no such rule
         check_weights(train_files, "train")
         self.files: dict[str, Files] = {"train": train_files, "val": val_files, "test": test_files}
         self.columns, self.hub, self.holdout = check_columns(columns), hub, holdout
@@ -85,6 +90,7 @@ class SearchDataModule(pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.limit = limit
+        self.normalization = normalization
         self._read: dict[str, Sequence[Any]] = {}
 
     @property
@@ -104,7 +110,7 @@ class SearchDataModule(pl.LightningDataModule):
             read_questions(file.path, self.limit, {} if file.is_benchmark else self.columns, file.source)
             for file in files
         ]
-        rows = [question for part in parts for question in part]
+        rows = [replace(question, normalization=self.normalization) for part in parts for question in part]
         return Mixture(rows, [len(part) for part in parts], [file.weight for file in files])
 
     def demonstrations(self) -> Sequence[Demonstration]:
@@ -197,7 +203,11 @@ class SearchDataModule(pl.LightningDataModule):
                 raise DataError(f"{split} question {question.id!a}: expected text, found half a character in it.")
 
     def _warn_of_vanishing_golds(self, split: str) -> None:
-        lost = [q for q in self._rows(split) if q.answers and not any(map(normalize_answer, q.answers))]
+        lost = [
+            question
+            for question in self._rows(split)
+            if question.answers and not any(normalize_answer(gold, question.normalization) for gold in question.answers)
+        ]
         if lost:
             rank_zero_warn(
                 f"{len(lost)} of {len(self._rows(split))} {split} questions have gold answers of which normalising "
