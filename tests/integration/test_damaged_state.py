@@ -67,6 +67,15 @@ def test_a_full_disk_ends_a_run_in_one_line_whatever_it_was_writing(workplace, k
         assert len(done.stderr.splitlines()) <= 2 and not list(disk.rglob("*.draft"))
 
 
+def test_a_full_disk_ends_an_export_in_one_line_and_leaves_nothing(workplace):
+    with small_disk(workplace.path / "small", 40) as disk:
+        last = str(workplace.run("rl") / "checkpoints" / "last.ckpt")
+        done = workplace.sdsearch("export", "--ckpt_path", last, "--output", "small/model")
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and "small/model could not be written: No space left on device (" in line
+        assert not list(disk.iterdir())
+
+
 TWO = ("fit", "--config", "fit.yaml", "--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy", "ddp")
 
 
