@@ -54,6 +54,10 @@ class RunStart(pl.Callback):
                 )
         self._begin(trainer)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A run that goes on after its last step has no step to begin, and may have what a cut left.
+        self._begin(trainer)
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin(trainer)
 

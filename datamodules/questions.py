@@ -10,8 +10,9 @@ Next: callbacks/rollout_grouping.py, which turns each StepBatch into rollouts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,7 +24,7 @@ from sdsearch_lightning.datamodules.sources import BENCHMARKS, Files, check_weig
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval import Retriever
 from sdsearch_lightning.retrieval.text import is_whole
-from sdsearch_lightning.scoring.rewards import normalize_answer
+from sdsearch_lightning.scoring.normalization import normalize_answer
 from sdsearch_lightning.types import Demonstration, Question, StepBatch
 
 
@@ -52,6 +53,8 @@ class SearchDataModule(pl.LightningDataModule):
         limit: read at most this many rows of each file, the first ones; null: all.
         limit_per_source: evaluate at most this many questions of each source, drawn at random; the same ones whatever
             the seed, so that runs compare. null: all.
+        normalization: rule by which rewards, scores and evidence compare answers: english as Search-R1 does; unicode
+            does the same for other scripts, and gives the same on ASCII text.
     """
 
     shuffle_demonstrations = True
@@ -72,6 +75,7 @@ class SearchDataModule(pl.LightningDataModule):
         seed: int = 0,
         limit: int | None = None,
         limit_per_source: int | None = None,
+        normalization: Literal["english", "unicode"] = "english",
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
@@ -81,6 +85,7 @@ class SearchDataModule(pl.LightningDataModule):
         if holdout < 0 or (holdout and val_files):
             found = f"{holdout} beside data.val_files {val_files}" if val_files else holdout
             raise ConfigError(f"data.holdout: expected 0, or a number of questions without val_files, found {found}.")
+        normalize_answer("", normalization)  # raises where there is no such rule
         check_weights(train_files, "train")
         self.files: dict[str, Files] = {"train": train_files, "val": val_files, "test": test_files}
         self.columns, self.hub, self.holdout = check_columns(columns), hub, holdout
@@ -90,6 +95,7 @@ class SearchDataModule(pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.limit, self.limit_per_source = limit, limit_per_source
+        self.normalization = normalization
         self._read: dict[str, Sequence[Any]] = {}
 
     @property
@@ -112,7 +118,7 @@ class SearchDataModule(pl.LightningDataModule):
             read_questions(file.path, self.limit, {} if file.is_benchmark else self.columns, file.source, need_answers)
             for file in files
         ]
-        rows = [question for part in parts for question in part]
+        rows = [replace(question, normalization=self.normalization) for part in parts for question in part]
         return Mixture(rows, [len(part) for part in parts], [file.weight for file in files])
 
     def demonstrations(self) -> Sequence[Demonstration]:
@@ -215,7 +221,11 @@ class SearchDataModule(pl.LightningDataModule):
                 raise DataError(f"{split} question {question.id!a}: expected text, found half a character in it.")
 
     def _warn_of_vanishing_golds(self, split: str) -> None:
-        lost = [q for q in self._rows(split) if q.answers and not any(map(normalize_answer, q.answers))]
+        lost = [
+            question
+            for question in self._rows(split)
+            if question.answers and not any(normalize_answer(gold, question.normalization) for gold in question.answers)
+        ]
         if lost:
             rank_zero_warn(
                 f"{len(lost)} of {len(self._rows(split))} {split} questions have gold answers of which normalising "

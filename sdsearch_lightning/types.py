@@ -29,6 +29,7 @@ class Question:
     text: str
     answers: tuple[str, ...]
     source: str = "default"
+    normalization: str = field(default="english", repr=False)  # of answers; checkpoints know a question by the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,7 @@ class Demonstration:
 
     question: Question
     turns: tuple[tuple[SpanKind, str], ...]
-    siblings: tuple[SiblingRecord, ...] = ()
-    """Where not empty, the prompt holds the hindsight block of these siblings."""
+    siblings: tuple[SiblingRecord, ...] = ()  # where not empty, the prompt holds the hindsight block of these
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from sdsearch_lightning.callbacks import (
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
 from sdsearch_lightning.callbacks.run_progress import RunProgress
 from sdsearch_lightning.callbacks.run_start import RunStart
-from sdsearch_lightning.checkpoints.writing import PlainFiles
+from sdsearch_lightning.checkpoints.writing import PlainFiles, by_rank_0
 from sdsearch_lightning.cli.common import say, shared_config
 from sdsearch_lightning.cli.evaluation import EvaluationCommands, weights_name
 from sdsearch_lightning.cli.processes import ending_together, watch_processes
@@ -234,10 +234,8 @@ class RunCLI(LightningCLI):
 
     def save_model(self) -> None:
         """Writes the trained model into the run folder; all ranks call it."""
-        weights = self.model.whole_weights()
-        if self.trainer.is_global_zero:
-            save = partial(self.model.save_pretrained, weights=weights)
-            write_model(self.folder, save, self.trainer.global_step, self.facts)
+        save = partial(self.model.save_pretrained, weights=self.model.whole_weights())
+        by_rank_0(self.trainer, lambda: write_model(self.folder, save, self.trainer.global_step, self.facts))
 
     def report(self) -> None:
         """Tells the result of a finished run."""
@@ -282,8 +280,7 @@ class SearchCLI(EvaluationCommands, RunCLI):
         if not self.trainer.strategy.broadcast(is_validated):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         self.save_model()
-        if self.trainer.is_global_zero:
-            finish_run(self.folder.path, self.facts)
+        by_rank_0(self.trainer, lambda: finish_run(self.folder.path, self.facts))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -302,15 +302,30 @@ def test_a_snippet_of_the_documentation_can_be_used(snippet):
     config = yaml.safe_load(snippet)
     made = parse(config)
     assert made.files["train"] or made.files["test"]
-    for option in ("holdout", "hub", "limit", "columns"):
+    for option in ("holdout", "hub", "limit", "columns", "normalization"):
         assert getattr(made, option) == config["data"].get(option, getattr(SearchDataModule(), option))
 
 
 def test_a_snippet_that_cannot_be_used_would_be_noticed():
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
     for wrong in ({"train_file": "a.jsonl"}, {"train_files": {"a.jsonl": "x"}}, {"columns": ["q"]}):
         with pytest.raises(ArgumentError):
             parse({"data": wrong})
+
+
+def test_questions_carry_the_rule_by_which_their_answers_are_compared(tmp_path):
+    path = tmp_path / "signs.jsonl"
+    path.write_text(json.dumps({"question": "which?", "golden_answers": ["、"]}) + "\n")
+    options = {"train_files": str(path), "retriever": OnePassage(), "batch_size": 1}
+    for rule, lost in (("english", 0), ("unicode", 1)):
+        data = SearchDataModule(**options, normalization=rule)
+        assert [question.normalization for question in data.questions("train")] == [rule]
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            data.setup("fit")
+        assert len(told) == lost, "the sign is punctuation, by that rule"
+    with pytest.raises(ConfigError, match="normalization: expected one of english, unicode, found 'latin'"):
+        SearchDataModule(normalization="latin")
 
 
 def test_golds_that_vanish_are_counted(tmp_path):
