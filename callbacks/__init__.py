@@ -10,6 +10,7 @@ from sdsearch_lightning.callbacks.graceful_stop import GracefulStop
 from sdsearch_lightning.callbacks.hindsight_construction import HindsightConstruction
 from sdsearch_lightning.callbacks.jsd_weight_scheduler import JSDWeightScheduler
 from sdsearch_lightning.callbacks.rollout_grouping import RolloutGrouping
+from sdsearch_lightning.callbacks.run_progress import RunProgress
 from sdsearch_lightning.callbacks.teacher_diagnostics import TeacherDiagnostics
 from sdsearch_lightning.callbacks.training_health import TrainingHealth
 from sdsearch_lightning.callbacks.trajectory_log import TrajectoryLog
@@ -21,6 +22,7 @@ __all__ = [
     "HindsightConstruction",
     "JSDWeightScheduler",
     "RolloutGrouping",
+    "RunProgress",
     "TeacherDiagnostics",
     "TrainingHealth",
     "TrajectoryLog",

@@ -22,7 +22,7 @@ METRICS = {
     "gold_in_query gold_in_correct_query cut_passages tagged_query_rate seconds tokens_per_second",
     "search": "queries unique errors seconds",
     "train": "loss policy_loss kl entropy query_entropy entropy_loss skipped_updates clip_fraction logprob_gap "
-    "policy_tokens grad_norm update_ratio lr",
+    "policy_tokens grad_norm update_ratio lr teacher_seconds student_seconds optimizer_seconds",
     "distill": "weight groups groups_without_queries groups_over_budget dropped_entries teacher_rows loss jsd jsd_p95 "
     "effective_weight student_logprob teacher_logprob student_entropy teacher_entropy entropy_gap "
     "environment_mass_student environment_mass_teacher policy_tag_mass_student policy_tag_mass_teacher "

@@ -27,7 +27,7 @@ from sdsearch_lightning.scoring.query_credit import CreditScale, QueryCredit
 from sdsearch_lightning.scoring.rewards import AutoRefineReward, F1LabelRule, LabelRule, Reward
 from sdsearch_lightning.scoring.scoring import Scoring
 from sdsearch_lightning.training.fsdp2 import gathered
-from sdsearch_lightning.types import Limits, RolloutRequest, Sampling, StepBatch, Trajectory
+from sdsearch_lightning.types import Limits, RolloutRequest, Sampling, StepBatch, StopReason, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -103,6 +103,7 @@ class RolloutGrouping(pl.Callback):
         self._last_error = ""
         self._is_proven = False  # that the engine samples from the policy
         self._is_told = False  # how a rollout begins
+        self._is_advised = False  # that the policy does not act
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Warn of settings that cannot learn, and probe the retriever."""
@@ -202,28 +203,58 @@ class RolloutGrouping(pl.Callback):
         *_: object,
     ) -> None:
         """Run greedy rollouts, and `eval_samples` sampled ones, with the same seeds in every evaluation."""
-        sampler, asked = self.sampler(trainer, pl_module), (batch.questions, batch.instance_ids)
-        greedy = sampler.requests(*asked, 1, "eval", sampling=GREEDY)
-        drawn = sampler.requests(*asked, self.eval_samples, "eval")
-        trajectories = self._run(trainer, sampler, [*greedy, *drawn]).trajectories
-        batch.groups = self.scoring.groups(trajectories[: len(greedy)], 1)
-        if self.eval_samples:
-            batch.sampled_groups = self.scoring.groups(trajectories[len(greedy) :], self.eval_samples)
+        self._evaluate(trainer, pl_module, batch)
 
     on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
-    on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
 
-    def _run(self, trainer: pl.Trainer, sampler: GroupSampler, requests: Sequence[RolloutRequest]) -> WindowResult:
+    def on_predict_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: SDSearchModule,  # type: ignore[override]
+        batch: StepBatch,
+        batch_idx: int,
+        *_: object,
+    ) -> None:
+        """As in evaluation; rollouts of a question without gold answers stay unscored."""
+        self._evaluate(trainer, pl_module, batch, need_answers=False)
+
+    def _evaluate(
+        self, trainer: pl.Trainer, module: SDSearchModule, batch: StepBatch, need_answers: bool = True
+    ) -> None:
+        sampler, asked = self.sampler(trainer, module), (batch.questions, batch.instance_ids)
+        greedy = sampler.requests(*asked, 1, "eval", sampling=GREEDY)
+        drawn = sampler.requests(*asked, self.eval_samples, "eval")
+        trajectories = self._run(trainer, sampler, [*greedy, *drawn], need_answers).trajectories
+        batch.groups = self.scoring.groups(trajectories[: len(greedy)], 1, need_answers)
+        if self.eval_samples:
+            batch.sampled_groups = self.scoring.groups(trajectories[len(greedy) :], self.eval_samples, need_answers)
+
+    def _run(
+        self, trainer: pl.Trainer, sampler: GroupSampler, requests: Sequence[RolloutRequest], need_answers: bool = True
+    ) -> WindowResult:
         """Run requests; tell of prompts that leave no room, and of searches that failed."""
         if requests and not self._is_told:
-            self.scoring.probe(requests[0].question)
+            if need_answers or requests[0].question.answers:
+                self.scoring.probe(requests[0].question)
             self._tell_beginning(sampler, requests[0])
         self._warn_of_long_prompts(requests)
-        window = sampler.run(requests, trainer.is_global_zero and trainer.progress_bar_callback is not None)
+        window = sampler.run(requests, getattr(trainer.progress_bar_callback, "show_rollouts", None))
+        if trainer.global_step == 0 and not (self._is_advised or trainer.testing or trainer.predicting):
+            self._advise(window.trajectories)
         if window.searches.errors:
             counts, self._last_error = window.searches, window.searches.last_error
             rank_zero_info(f"{counts.errors} of {counts.queries} searches failed; the last one: {counts.last_error}")
         return window
+
+    def _advise(self, rollouts: Sequence[Trajectory]) -> None:
+        """Say what to do where the untrained policy never acts: all rewards will be equal, and nothing is learnt."""
+        acted = [t for t in rollouts if t.queries or t.answer is not None or t.stop_reason is StopReason.MAX_SEARCHES]
+        if rollouts and not acted:
+            self._is_advised = True
+            rank_zero_warn(
+                f"None of the first {len(rollouts)} rollouts holds a search or an answer, so rewards will not differ "
+                "and nothing will be learnt. Teach the model the protocol first: `sdsearch supervise`, the cold start."
+            )
 
     def _warn_of_long_prompts(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:

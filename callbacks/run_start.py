@@ -54,7 +54,9 @@ class RunStart(pl.Callback):
         self._begin(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)  # a run that goes on after its last step has no step to begin, and may have what a cut left
+        self._begin(
+            trainer
+        )  # a run that goes on after its last step has no step to begin, and may have what a cut left
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin(trainer)

@@ -103,11 +103,14 @@ class SearchDataModule(pl.LightningDataModule):
         self._retriever = None if found is None else Retriever.adopt(found)
 
     def questions(self, split: str) -> Sequence[Question]:
-        """The questions of "train", "val", "test" or "predict", in a fixed order; empty where there are none."""
-        split = {"predict": "test"}.get(split, split)
+        """The questions of "train", "val", "test" or "predict", in a fixed order; empty where there are none.
+
+        Those of "predict" are of the test files, and need no gold answers.
+        """
+        need_answers, split = split != "predict", {"predict": "test"}.get(split, split)
         files = find_files(self.files[split], split, self.hub)
         parts = [
-            read_questions(file.path, self.limit, {} if file.is_benchmark else self.columns, file.source)
+            read_questions(file.path, self.limit, {} if file.is_benchmark else self.columns, file.source, need_answers)
             for file in files
         ]
         rows = [replace(question, normalization=self.normalization) for part in parts for question in part]

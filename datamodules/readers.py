@@ -29,7 +29,11 @@ _TURN_KINDS = tuple(kind for kind in SpanKind if kind not in (SpanKind.PROMPT, S
 
 
 def read_questions(
-    path: str | Path, limit: int | None = None, columns: Mapping[str, str] | None = None, source: str | None = None
+    path: str | Path,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    source: str | None = None,
+    need_answers: bool = True,
 ) -> list[Question]:
     """The questions of a file, in order.
 
@@ -39,6 +43,7 @@ def read_questions(
         columns: names of the file's own columns, see `parse_question`.
         source: what rows without a `data_source` belong to; by default the file's name, or the folder's where the file
             is called like a split.
+        need_answers: refuse a row without gold answers; else its question has none.
 
     Raises:
         DataError: a missing file, an unknown suffix, no rows, or a row without question or answers.
@@ -46,7 +51,8 @@ def read_questions(
     path, columns = Path(path), check_columns(columns)
     source = source or _source_of(path)
     without = () if any(name.split(".")[0] in _BULKY for name in columns.values()) else _BULKY
-    return [parse_question(row.values, row.where, source, columns) for row in _some_rows(path, limit, without)]
+    rows = _some_rows(path, limit, without)
+    return [parse_question(row.values, row.where, source, columns, need_answers) for row in rows]
 
 
 def read_demonstrations(path: str | Path, limit: int | None = None) -> list[Demonstration]:
@@ -86,7 +92,11 @@ def check_columns(columns: Mapping[str, str] | None) -> Mapping[str, str]:
 
 
 def parse_question(
-    values: dict[str, Any], where: str, source: str, columns: Mapping[str, str] | None = None
+    values: dict[str, Any],
+    where: str,
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    need_answers: bool = True,
 ) -> Question:
     """The question that a row describes. Ids need not be unique: groups are keyed by instance_id, never by them.
 
@@ -95,13 +105,14 @@ def parse_question(
         where: file and row, with which an error begins.
         source: the benchmark, where the row has no `data_source`.
         columns: for each of COLUMNS that lies elsewhere, its column; a dot leads into a nested one.
+        need_answers: see `read_questions`.
 
     Raises:
         DataError: no text, no answers, or no column of a name in `columns`.
     """
     columns = columns or {}
     text = _text_of(values, where, columns)
-    answers = _answers_of(values, where, columns)
+    answers = _answers_of(values, where, columns, need_answers)
     if "source" in columns:
         source = str(_column(values, columns["source"], where))
     elif (found := values.get("data_source")) is not None:
@@ -139,9 +150,9 @@ def _asked_in(messages: Any) -> str | None:
     return None
 
 
-def _answers_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) -> tuple[str, ...]:
+def _answers_of(values: dict[str, Any], where: str, columns: Mapping[str, str], need_answers: bool) -> tuple[str, ...]:
     if name := columns.get("answers"):
-        gold = _column(values, name, where)
+        gold = _column(values, name, where) if need_answers else _look(values, name)
     else:
         name = next((name for name in _ANSWERS if _look(values, name)), None)
         name = name or next((name for name in _ANSWERS if name in values), "answers")
@@ -151,10 +162,10 @@ def _answers_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) 
     if any(text is None for text in texts) and found is not None:
         raise DataError(f"{where}: expected texts or numbers under '{name}', found {gold!r}. List each by itself.")
     answers = tuple(text for text in texts if text and text.strip())
-    if not answers:
+    if not answers and need_answers:
         raise DataError(
             f"{where}: expected a non-empty list under '{name}', found {gold!r}. "
-            "Every question needs at least one gold answer."
+            "Every question needs at least one gold answer, but for `predict`."
         )
     return answers
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["SDSearchModule", "SupervisedModule", "__version__"]
+__all__ = ["Asker", "SDSearchModule", "SupervisedModule", "__version__"]
 
 
 class _Checkout:
@@ -37,7 +37,8 @@ sys.meta_path.append(_Checkout)  # last: a wheel's own folders and an editable i
 
 def __getattr__(name: str) -> Any:
     # Lazy: `import sdsearch_lightning` (and so --help) must not pay for torch, lightning and transformers.
-    home = {"SDSearchModule": "module", "SupervisedModule": "supervised"}.get(name)
+    homes = {"Asker": "inference.asker", "SDSearchModule": "module", "SupervisedModule": "supervised"}
+    home = homes.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"sdsearch_lightning.{home}"), name)

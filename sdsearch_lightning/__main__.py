@@ -28,14 +28,18 @@ examples:
   sdsearch supervise --config configs/quickstart_cold_start.yaml
   sdsearch fit --config configs/quickstart.yaml --seed_everything 1 --run.name second
   sdsearch fit --config configs/base.yaml --config mine.yaml --data.batch_size 64
+  sdsearch ask "question e243 the rel8 the rel5 ?" --run runs/quickstart
   sdsearch plan --config configs/base.yaml --config mine.yaml --gpu_memory_gib 80
   sdsearch validate --config configs/quickstart.yaml --ckpt_path last
   sdsearch index --corpus_path corpus.jsonl --index_path index --encoder intfloat/e5-base-v2
   sdsearch serve --corpus_path corpus.jsonl --index_path index --port 8000
+  sdsearch report runs/quickstart runs/second
   sdsearch export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output my_model
 
 `sdsearch` and `python -m sdsearch_lightning` are the same. SDSEARCH_TRACEBACK=1 shows where an error came from.
 """
+MEANT = {"train": "fit", "sft": "supervise", "eval": "test", "evaluate": "test", "generate": "predict"}
+"""What others call a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sdsearch {__version__}")
         return 0
     if command not in COMMANDS:
-        close = get_close_matches(command, COMMANDS, n=1)
+        close = [MEANT[command]] if command in MEANT else get_close_matches(command, COMMANDS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"error: expected a command first ({', '.join(COMMANDS)}), got {command!r}.{hint}", file=sys.stderr)
         return 2

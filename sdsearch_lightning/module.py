@@ -183,7 +183,7 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             share = slice(*(len(groups) * i // self.num_updates for i in (update, update + 1)))
             micro_batches = self.micro_batches(groups[share], blocks[share], update == 0, known)
             self.backward_all(micro_batches, lambda micro: self._loss(micro, tally, credits))
-            done = self.apply_gradients(last=update == self.num_updates - 1)
+            done = self.clock.timed("optimizer", self.apply_gradients, update == self.num_updates - 1)
             if tally.count(done.norm, done.ratio):
                 self.teacher.after_update(self.policy)
         for copy in (self.reference, self.teacher_policy):
@@ -247,13 +247,14 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
 
     def _loss(self, micro: _MicroBatch, tally: StepTally, credits: Credits) -> Tensor:
         """The micro-batch's share of the loss; adds its sums to `tally` and its verdicts to `credits`."""
-        teacher = self.teacher_step(micro.batch) if micro.batch.teacher is not None else None
-        sums = self.student_step(micro.batch, teacher)
+        batch = micro.batch
+        teacher = None if batch.teacher is None else self.clock.timed("teacher", self.teacher_step, batch)
+        sums = self.student_step(batch, teacher)
         loss = total_loss(sums.terms, self.policy_terms.coefficients(self.jsd_weight))
         tally.add({"loss": loss, **sums.terms._asdict(), **sums.metrics})
         if sums.credit is not None:
             tally.jsd.append(sums.credit.jsd)
-            credits |= credit_rollouts(micro.rollouts, micro.batch.taught, sums.credit)
+            credits |= credit_rollouts(micro.rollouts, batch.taught, sums.credit)
         return loss
 
     @torch.no_grad()
@@ -296,4 +297,4 @@ class SDSearchModule(EvaluationSteps, PolicyModule):
             "distill/groups": float(sum(block is not None for block in blocks)),
             "distill/effective_weight": self.jsd_weight * sum(b.weight for b in blocks if b) / len(blocks),
         }
-        self.log_dict(means, batch_size=len(blocks))
+        self.log_dict(means | self.clock.take(), batch_size=len(blocks))

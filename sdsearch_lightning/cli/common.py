@@ -1,4 +1,4 @@
-"""What commands with a trainer and commands without one share: one seed for everything, and a line of progress."""
+"""What commands with a trainer and commands without one share: their keys without secrets, and a line of progress."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from sdsearch_lightning.trust.secrets import without_secrets
-
-
-def link_seed(parser: LightningArgumentParser) -> None:
-    """One seed for everything: `seed_everything` reaches the data module and the module."""
-    parser.link_arguments("seed_everything", "data.init_args.seed", int)
-    parser.link_arguments("seed_everything", "model.seed", int)
 
 
 def shared_config(parser: LightningArgumentParser, options: Any) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class ShortErrorParser(ArgumentParser):
         group, _, rest = unknown.partition(".")
         if rest and group not in groups:
             return [f"{name}.{rest}" for name in groups]
+        if elsewhere := [key for key in keys if not rest and key.rpartition(".")[2] == unknown]:
+            return elsewhere
         same_group = [key for key in keys if key.startswith(f"{group}.")]
         # Without the common beginning, which would make any two keys of a group look alike.
         close = get_close_matches(rest, [key.partition(".")[2] for key in same_group], n=1, cutoff=0.7)
@@ -122,6 +124,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    if within := [other for other in candidates if other.endswith(f".{name}")]:
+        return " Did you mean " + " or ".join(f"'{other}'" for other in within) + "?"
     close = get_close_matches(name, sorted(set(candidates)), n=1, cutoff=0.7)
     return f" Did you mean '{close[0]}'?" if close else ""
 

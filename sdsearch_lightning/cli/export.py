@@ -9,24 +9,19 @@ Invariant: under the name that was asked for there is a whole folder or none.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
 
-from sdsearch_lightning.checkpoints.reading import StoredCheckpoint, named_checkpoint
-from sdsearch_lightning.cli.common import link_seed, say
-from sdsearch_lightning.datamodules import SearchDataModule
+from sdsearch_lightning.checkpoints.reading import named_checkpoint
+from sdsearch_lightning.cli.common import say
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.files import written_whole
-from sdsearch_lightning.module import SDSearchModule
+from sdsearch_lightning.inference.building import build_module, restore
 from sdsearch_lightning.report.summary import read_summary
 from sdsearch_lightning.runs.folder import RunFolder, warn
 from sdsearch_lightning.runs.hub import check_name, push
 from sdsearch_lightning.runs.model_card import Training, write_card
-from sdsearch_lightning.supervised import SupervisedModule
-from sdsearch_lightning.training.policy_module import PolicyModule
 
 
 def export(options: Any) -> None:
@@ -69,38 +64,3 @@ def _run_of(path: Path) -> RunFolder:
             "Leave checkpoints in their run folder: config.yaml tells what they belong to."
         )
     return found
-
-
-def build_module(config: dict[str, Any]) -> Any:
-    """The module that a saved configuration describes, with its model, without a trainer, reference and teacher."""
-    module_class: type[PolicyModule] = SDSearchModule if "rollout" in config else SupervisedModule
-    parser = LightningArgumentParser()
-    parser.add_argument("--seed_everything", type=int)
-    parser.add_lightning_class_args(module_class, "model")
-    parser.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
-    link_seed(parser)
-    groups = {key: config[key] for key in ("seed_everything", "model", "data")}
-    if module_class is SDSearchModule:
-        rest = {key: value for key, value in config["model"].items() if key != "teacher"}
-        groups["model"] = rest | {"kl_coef": 0.0}
-    trainer = config.get("trainer") or {}
-    if trainer.get("precision") == "bf16-true" and "fsdp2" not in str(trainer.get("strategy")).lower():
-        groups["model"] = groups["model"] | {"dtype": "bfloat16"}  # what it was trained in; shards stay float32
-    built = parser.instantiate_classes(parser.parse_object(groups))
-    # A from-scratch model asks the trainer for the vocabulary.
-    built.model.trainer = SimpleNamespace(datamodule=built.data, precision_plugin=None)
-    built.model.configure_model()
-    return built.model
-
-
-def restore(module: PolicyModule, checkpoint: StoredCheckpoint) -> None:
-    """Give `module` the policy's weights.
-
-    Raises:
-        ConfigError: they are another model's, or cannot be read.
-    """
-    policy = "policy."
-    weights = {name: weight for name, weight in module.state_dict().items() if name.startswith(policy)}
-    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(policy)}
-    module.check_checkpoint(checkpoint.facts, shapes, weights)
-    checkpoint.read({name: weight for name, weight in weights.items() if module.is_saved(name)})

@@ -7,10 +7,11 @@ COMMANDS = {
     "fit": "SD-Search training; starts, resumes or reports the run in runs/<name>/",
     "validate": "evaluate on the validation questions",
     "test": "evaluate on the test questions, per source",
-    "predict": "write the rollouts of the test questions",
+    "predict": "answer the test questions, gold answers or not; writes predictions.jsonl",
+    "ask": "answer a question with a trained model, searches and passages shown as they come",
     "plan": "memory per GPU by part, of a fit that has not begun; refuses what cannot fit",
     "index": "build a retrieval index of a corpus",
     "serve": "share a retrieval index over HTTP, as Search-R1's server does",
     "export": "turn a checkpoint into a Hugging Face folder or a LoRA adapter; push it to the hub",
-    "report": "print the report of a run again, and rebuild report.html",
+    "report": "print the report of a run again, and rebuild report.html; compare several runs",
 }

@@ -1,4 +1,4 @@
-"""The options of `export`, `plan` and `report`, apart from what these commands import: no torch for a `--help`.
+"""The options of `ask`, `export`, `plan` and `report`, apart from what these commands import: no torch for a `--help`.
 
 Those of `index` and `serve` are in retrieval.py, which needs none either.
 """
@@ -6,6 +6,7 @@ Those of `index` and `serve` are in retrieval.py, which needs none either.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import NoReturn
 
 from sdsearch_lightning.cli.errors import ShortErrorParser, fail
@@ -17,12 +18,62 @@ lists them.
 """
 
 
-def report_parser() -> ShortErrorParser:
-    """The parser of `report`, which takes a run folder."""
+KEYS = ("model", "data", "rollout", "seed_everything")
+"""Groups of `fit` whose keys `ask` takes too."""
+
+
+def ask_parser() -> ShortErrorParser:
+    """The parser of what `ask` takes beside keys of `fit`."""
     parser = ShortErrorParser(
-        prog="sdsearch report", description="Prints the report of a run and writes its report.html anew."
+        prog="sdsearch ask",
+        usage="sdsearch ask [QUESTION] (--run RUN | --model FOLDER) [--key value ...]",
+        description="Answers a question by searching, and shows how; without QUESTION it reads them line by line. "
+        "Keys of fit that begin with model., data. or rollout. are taken too, such as --rollout.max_searches 2.",
     )
-    parser.add_argument("run", type=str, help="the run folder, such as runs/quickstart")
+    add = parser.add_argument
+    add("question", type=str | None, nargs="?", help="the question; left out: those of standard input")
+    add("--run", type=str | None, help="run folder, or its name below runs/: its model, protocol and retriever")
+    add("--model", type=str | None, help="model folder, adapter folder or hub name, in place of a run")
+    add("--config", type=str, action="append", help="a YAML file of keys; may be given several times, later ones win")
+    add("--ckpt_path", type=str | None, help="checkpoint of the run, or last; null: its model, or its last checkpoint")
+    add("--json", action="store_true", help="print one JSON object for each question and nothing else")
+    add("--temperature", type=float, default=0.0, help="temperature of sampling; 0 is greedy")
+    add("--seed", type=int, default=0, help="seed of sampling, where it is not greedy")
+    add("--device", type=str | None, help="where the model runs, such as cpu; null: a GPU where there is one")
+    return parser
+
+
+def split_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments of `ask` itself, and the keys of `fit` among them as `--key=value`."""
+    own: list[str] = []
+    keys: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, is_whole, _ = argument.removeprefix("--").partition("=")
+        is_key = argument.startswith("--") and ("." in name or name in ("data", "seed_everything"))
+        if not is_key or name.split(".")[0] not in KEYS:
+            own.append(argument)
+        elif is_whole:
+            keys.append(argument)
+        elif (value := next(arguments, None)) is None:
+            fail(f"--{name}: expected one argument")
+        else:
+            keys.append(f"{argument}={value}")
+    return own, keys
+
+
+def report_parser() -> ShortErrorParser:
+    """The parser of `report`, which takes one run folder or several."""
+    parser = ShortErrorParser(
+        prog="sdsearch report",
+        usage="sdsearch report RUN [RUN ...] [--output FILE]",
+        description="Prints the report of a run and writes its report.html anew. Of several runs: a table of all, and "
+        "a page with their curves in the same axes.",
+    )
+    parser.add_argument("run", type=str, nargs="+", help="run folders, such as runs/quickstart")
+    parser.add_argument(
+        "--output", type=str | None, help="the page; default: report.html in the run, comparison.html here for several"
+    )
     return parser
 
 

@@ -6,6 +6,7 @@ The same parser as `fit` reads the same files and keys, so what is planned is wh
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,14 +65,15 @@ def plan(own: argparse.Namespace, keys: Sequence[str]) -> None:
         own: options of `plan_parser`.
         keys: those of `fit`, as they were given.
     """
-    capacity = (own.gpu_memory_gib or _detected_gib()) * GIB
     cli = PlanCLI(["fit", *keys])
+    on_cpu = cli.options.trainer.accelerator == "cpu"
+    capacity = (own.gpu_memory_gib or _detected_gib(on_cpu)) * GIB
     make_model, source = find_architecture(cli.options.model.model_name_or_path, own.model_config)
     settings = settings_of(cli.options, cli.made, make_model, capacity)
-    parts = plan_parts(settings)
-    print_plan(settings, parts, f"{cli.options.trainer.precision or '32-true'}, shape from {source}", capacity)
+    parts, told = plan_parts(settings), f"{cli.options.trainer.precision or '32-true'}, shape from {source}"
+    print_plan(settings, parts, told, capacity, ("process", "this machine") if on_cpu else ("GPU", "one GPU"))
     print_disk(planned_disk(cli, settings))
-    check_fit(settings, parts, capacity)
+    check_fit(settings, parts, capacity, "process" if on_cpu else "GPU")
 
 
 def planned_disk(cli: PlanCLI, settings: Settings) -> Disk:
@@ -99,14 +101,21 @@ def print_disk(disk: Disk) -> None:
     print(f"disk: rollouts up to {disk.step / 1e9:.3g} GB a step{every} (docs/running.md)")
 
 
-def print_plan(settings: Settings, parts: Sequence[Part], origin: str, capacity: float) -> None:
-    """Print the table of parts, in GiB per GPU at each moment."""
-    model, console = settings.model, Console(width=110, highlight=False)
-    gpus = "1 GPU" if settings.num_gpus == 1 else f"{settings.num_gpus} GPUs, {settings.parallel}"
+def print_plan(
+    settings: Settings,
+    parts: Sequence[Part],
+    origin: str,
+    capacity: float,
+    device: tuple[str, str] = ("GPU", "one GPU"),
+) -> None:
+    """Print the table of parts, in GiB per device at each moment."""
+    (name, owner), model, console = device, settings.model, Console(width=110, highlight=False)
+    count = f"{settings.num_gpus} {name}{'es' if name.endswith('s') else 's'}, {settings.parallel}"
+    gpus = f"1 {name}" if settings.num_gpus == 1 else count
     numbers = f"{model.num_parameters / 1e9:.3g} B parameters, {model.num_trained / 1e9:.3g} B trained"
     console.print(f"{numbers}; {gpus}, {origin}\n", markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("GiB per GPU", no_wrap=True)
+    table.add_column(f"GiB per {name}", no_wrap=True)
     for title in MOMENTS.values():
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("what")
@@ -115,10 +124,10 @@ def print_plan(settings: Settings, parts: Sequence[Part], origin: str, capacity:
     sums = sums_of(parts)
     table.add_row("sum", *(_gib(size) for size in sums.values()), f"peak {_gib(max(sums.values()))}", style="bold")
     console.print(table)
-    console.print(f"\none GPU: {capacity / GIB:.1f} GiB. A retriever or encoder on the same GPU comes on top.")
+    console.print(f"\n{owner}: {capacity / GIB:.1f} GiB. A retriever or encoder there comes on top.")
 
 
-def check_fit(settings: Settings, parts: Sequence[Part], capacity: float) -> None:
+def check_fit(settings: Settings, parts: Sequence[Part], capacity: float, name: str = "GPU") -> None:
     """Refuses a peak above the capacity.
 
     Raises:
@@ -133,7 +142,7 @@ def check_fit(settings: Settings, parts: Sequence[Part], capacity: float) -> Non
     told = ", ".join(f"{name} {_gib(sizes[name])}" for name in ordered[:4])
     ways = dict.fromkeys(_way(settings, name) for name in ordered)
     raise ConfigError(
-        f"plan: expected at most {capacity / GIB:.1f} GiB per GPU, found {sums[moment] / GIB:.1f} at the peak "
+        f"plan: expected at most {capacity / GIB:.1f} GiB per {name}, found {sums[moment] / GIB:.1f} at the peak "
         f"({MOMENTS[moment]}).\nLargest parts: {told} GiB.\nWhat helps: {'; '.join(list(ways)[:4])}."
     )
 
@@ -157,7 +166,9 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size else "-"
 
 
-def _detected_gib() -> float:
+def _detected_gib(on_cpu: bool) -> float:
+    if on_cpu:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     if not torch.cuda.is_available():
         return DEFAULT_GPU_GIB
     return torch.cuda.get_device_properties(0).total_memory / GIB

@@ -25,6 +25,11 @@ def find_checkpoint(command: str, options: Any, folder: RunFolder, is_evaluation
     """
     path, last = options.ckpt_path, folder.last_checkpoint
     if path == "last":
+        if not last.exists():
+            raise ConfigError(
+                f"ckpt_path: expected the last checkpoint of a run, found none at {last}. Leave --ckpt_path out to "
+                "take the weights of model:, or name another run with --run.name."
+            )
         path = options.ckpt_path = str(last) if is_evaluation else None
     if path is None and is_evaluation and last.exists():
         say(f"{command} takes the initial weights of model:; --ckpt_path last takes those of this run")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -30,16 +31,19 @@ from sdsearch_lightning.callbacks import (
     RolloutGrouping,
     TrajectoryLog,
 )
+from sdsearch_lightning.callbacks.predictions import Predictions
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
+from sdsearch_lightning.callbacks.run_progress import RunProgress
 from sdsearch_lightning.callbacks.run_start import RunStart
 from sdsearch_lightning.checkpoints.writing import PlainFiles, by_rank_0
-from sdsearch_lightning.cli.common import link_seed, say, shared_config
+from sdsearch_lightning.cli.common import say, shared_config
 from sdsearch_lightning.cli.processes import ending_together, watch_processes
 from sdsearch_lightning.cli.resume import explaining_loads, find_checkpoint
 from sdsearch_lightning.cli.run_parser import RunParser, parser_settings, read_field_texts
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.files import remove, write_text
+from sdsearch_lightning.inference.building import link_seed
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report import finish_run, print_report
 from sdsearch_lightning.report.trajectories import cut_after
@@ -198,8 +202,12 @@ class RunCLI(LightningCLI):
         own = [] if config.fast_dev_run else self.own_callbacks()  # they write
         if self.is_training_run and config.enable_checkpointing is not False:
             own.append(self.checkpoint)
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in listed):
+            own.append(RunProgress())
         replaced = {type(callback) for callback in listed}
         kwargs["callbacks"] = [*(callback for callback in own if type(callback) not in replaced), *listed]
+        if type(config.val_check_interval) is int and config.check_val_every_n_epoch == 1:
+            kwargs["check_val_every_n_epoch"] = None  # so many steps, also where an epoch has fewer
         kwargs["default_root_dir"] = self.metrics.save_dir
         plugins = _as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -250,7 +258,19 @@ class SearchCLI(RunCLI):
         parser.link_arguments("rollout.temperature", "model.temperature")
 
     def own_callbacks(self) -> list[pl.Callback]:
-        return [*super().own_callbacks(), TrajectoryLog()]
+        predictions = [self.predictions] if self.subcommand == "predict" else []
+        return [*super().own_callbacks(), TrajectoryLog(), *predictions]
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        """What writes the result of `predict`."""
+        return Predictions()
+
+    def predict(self, **kwargs: Any) -> None:
+        """Answers, and tells where the answers are."""
+        self.trainer.predict(**kwargs | {"return_predictions": False})  # they are in a file
+        if not self.options.trainer.fast_dev_run:
+            say(f"a line for each question: {self.predictions.file(self.trainer)}")
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -81,10 +81,12 @@ def load_skeleton(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedMode
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model  # type: ignore[no-any-return]
 
-    return _load(name_or_path, make)
+    return _load(name_or_path, make, has_weights=False)
 
 
-def _load(name_or_path: str, make: Callable[[str], PreTrainedModel]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    name_or_path: str, make: Callable[[str], PreTrainedModel], has_weights: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoTokenizer
 
     looks_local = name_or_path.startswith((".", "/", "~", "runs/")) or name_or_path.count("/") > 1
@@ -100,8 +102,30 @@ def _load(name_or_path: str, make: Callable[[str], PreTrainedModel]) -> tuple[Pr
             "adapter's base there, and the adapter as model.lora.adapter."
         )
     advice = "" if looks_local else "There is no such folder, and no such name at hand: name a folder."
+    if Path(folder).is_dir():
+        check_model_folder(Path(folder), has_weights)
+        advice = ""
     with reading_foreign(f"model.model_name_or_path: cannot load {name_or_path!r}", advice=advice):
         return make(folder), AutoTokenizer.from_pretrained(folder, **SAFE)
+
+
+def check_model_folder(folder: Path, has_weights: bool = True) -> None:
+    """Say which part of a Hugging Face folder is missing, which transformers tells at length or not at all.
+
+    Raises:
+        ConfigError: there is no config, no weights or no tokenizer.
+    """
+    wanted = {
+        "config.json": ("config.json",),
+        "weights (model.safetensors)": ("*.safetensors", "*.safetensors.index.json") if has_weights else ("*",),
+        "tokenizer (tokenizer.json)": ("tokenizer*", "vocab.*", "*.model", "tekken.json"),
+    }
+    for what, patterns in wanted.items():
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise ConfigError(
+                f"model.model_name_or_path: expected a Hugging Face folder, found no {what} in {str(folder)!r}. Name a "
+                "folder that `save_pretrained` of model and tokenizer, or `sdsearch export`, wrote."
+            )
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Hand-written SVG line charts: no plotting package, no script, colours from the page's CSS variables.
 
-A chart is a title, a legend and axes that hold zero. Points carry a native tooltip. Long curves are thinned to the
-means of equal stretches, noisy ones drawn faint under their running mean.
+A chart is a title, a legend and axes that hold zero. Long curves are thinned to the means of equal stretches, noisy
+ones drawn faint under their running mean.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from html import escape
 
 from sdsearch_lightning.report.metrics import Point
 
-WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 38, 10, 8, 24
-MAX_POINTS = 400
+WIDTH, HEIGHT = 340, 200
+LEFT, RIGHT, TOP, BOTTOM = 38, 10, 8, 34
+MAX_POINTS = 200
 """Points drawn per curve: more than the pixels of a chart help nobody and swell the page."""
 SMOOTHING = 5
 """Points of the running mean, centred so that it does not lag behind."""
 MAX_DOTS = 30
-"""A curve of more points shows its dots only under the pointer."""
+"""A curve of more points has no dots."""
+DASHES = ("", "5 4")
+"""Strokes of the first and second quantity where a colour is a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,37 @@ class Curve:
     """A CSS variable of the page, such as `--first`."""
     is_noisy: bool = False
     """Measured on a few rollouts per step: shown with its running mean."""
+    dash: int = 0
+    """Place in `DASHES`."""
 
 
-def chart(title: str, unit: str, curves: Sequence[Curve], *, last_step: int = 0, top: float | None = None) -> str:
-    """An HTML figure, or an empty string where no curve has a finite point.
+@dataclass(frozen=True, slots=True)
+class Legend:
+    """What a chart's legend says of a curve, and the points that are drawn."""
+
+    label: str
+    color: str
+    dash: str
+    last: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart: its words, which the page escapes, and its SVG element."""
+
+    title: str
+    unit: str
+    legend: Sequence[Legend]
+    svg: str
+    last_step: int
+    """Where the horizontal axis ends."""
+
+
+def figure(
+    title: str, unit: str, curves: Sequence[Curve], *, last_step: int = 0, top: float | None = None
+) -> Figure | None:
+    """A chart, or None where no curve has a finite point.
 
     Args:
         title: what is shown.
@@ -47,20 +76,16 @@ def chart(title: str, unit: str, curves: Sequence[Curve], *, last_step: int = 0,
     """
     drawn = _drawn(curves)
     if not drawn:
-        return ""
-    legend = "".join(
-        f'<span><i style="background:var({curve.color})"></i>{escape(curve.label)} '
-        f"<b>{_short(points[-1].value)}</b></span>"
-        for curve, points in drawn
-    )
-    return (
-        f"<figure><figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>"
-        f'<div class="legend">{legend}</div>{drawing(title, curves, last_step=last_step, top=top)}</figure>'
-    )
+        return None
+    legend = [
+        Legend(curve.label, curve.color, DASHES[curve.dash], short(points[-1].value), points) for curve, points in drawn
+    ]
+    svg = drawing(title, curves, last_step=last_step, top=top)
+    return Figure(title, unit, legend, svg, max(last_step, 1, *(points[-1].step for _, points in drawn)))
 
 
 def drawing(title: str, curves: Sequence[Curve], *, last_step: int = 0, top: float | None = None) -> str:
-    """The SVG element of a chart, without caption and legend; arguments as of `chart`, some point finite."""
+    """The SVG element of a chart, without caption and legend; arguments as of `figure`, some point finite."""
     drawn = _drawn(curves)
     everything = [point for _, points in drawn for point in points]
     last_step = max(last_step, 1, *(point.step for point in everything))
@@ -130,31 +155,36 @@ def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], scale: _Scale) -> 
         parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_tick(tick)}</text>')
     for tick in x_ticks:
-        parts.append(f'<text x="{scale.x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_tick(tick)}</text>')
+        parts.append(f'<text x="{scale.x(tick):.1f}" y="{HEIGHT - 19}" text-anchor="middle">{_tick(tick)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle:g}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
     return "".join(parts)
 
 
 def _line(curve: Curve, points: Sequence[Point], scale: _Scale) -> str:
     mean = _running_mean(points) if curve.is_noisy and len(points) > SMOOTHING else []
-    lines = _path(points, curve.color, scale, "faint" if mean else "line")
+    lines = _path(points, curve, scale, "faint" if mean else "line")
     if mean:
-        lines += _path(mean, curve.color, scale, "line")
-    dot = 'class="hit" r="4"' if mean or len(points) > MAX_DOTS else 'class="dot" r="2.2"'
+        lines += _path(mean, curve, scale, "line")
+    if mean or len(points) > MAX_DOTS:
+        return lines
     return lines + "".join(
-        f'<circle {dot} cx="{scale.x(point.step):.1f}" cy="{scale.y(point.value):.1f}" style="fill:var({curve.color})">'
-        f"<title>{escape(curve.label)}, step {point.step}: {_short(point.value)}</title></circle>"
+        f'<circle class="dot" r="2.2" cx="{scale.x(point.step):.1f}" cy="{scale.y(point.value):.1f}" '
+        f'style="fill:var({curve.color})"/>'
         for point in points
     )
 
 
-def _path(points: Sequence[Point], color: str, scale: _Scale, kind: str) -> str:
+def _path(points: Sequence[Point], curve: Curve, scale: _Scale, kind: str) -> str:
     corners = " ".join(f"{scale.x(point.step):.1f},{scale.y(point.value):.1f}" for point in points)
-    return f'<polyline class="{kind}" style="stroke:var({color})" points="{corners}"/>'
+    dash = f";stroke-dasharray:{DASHES[curve.dash]}" if curve.dash else ""
+    return f'<polyline class="{kind}" style="stroke:var({curve.color}){dash}" points="{corners}"/>'
 
 
 def _tick(value: float) -> str:
-    return f"{value:g}" if value < 1e4 else f"{value / 1000:g}k"
+    return f"{value:g}" if abs(value) < 1e4 else f"{value / 1000:g}k"
 
 
-def _short(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+def short(value: float) -> str:
+    """A value in a legend: three decimals, none where it is large."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""What the reports show of trajectories.jsonl: one held-out question before and after, and two taught groups.
+"""One held-out question before and after, and how a rollout's text is made fit to be shown.
 
 The choice is a rule, told to the reader, and the same on every call. Text from rollouts is made printable here, so that
 a passage cannot drive a terminal; escaping for HTML is the page's own.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sdsearch_lightning.report.trajectories import Record, read_trajectories
 from sdsearch_lightning.scoring.rewards import exact_match
@@ -19,7 +18,6 @@ from sdsearch_lightning.scoring.rewards import exact_match
 LABELS = {"REASONING": "think", "QUERY": "search", "OBSERVATION": "read", "REFINE": "refine", "ANSWER": "answer"}
 """Shown span kinds. The prompt stands above the rollouts; SCAFFOLD is the tags, which the labels replace."""
 _OUTER_TAG = re.compile(r"^<([^<>\s]+)>(.*)</\1>$")
-_GroupKey = tuple[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +39,6 @@ class Example:
     after: tuple[Record, ...] = ()
     choice: str = ""
     """Why this question."""
-    taught: tuple[tuple[Record, ...], ...] = ()
-    """The G rollouts of a group that the teacher read: one early, one late."""
 
 
 def is_correct(record: Record) -> bool:
@@ -73,35 +69,48 @@ def rows(record: Record) -> list[Row]:
     return shown
 
 
-def choose_example(path: Path, *, with_taught: bool = True) -> Example:
-    """What to show of a trajectories.jsonl; empty where it holds no such rollouts.
+class QuestionChoice:
+    """Chooses the question that reports show, from one pass over the rollouts.
 
-    The question is the first one, in order of evaluation, that greedy decoding answers wrongly at the first validation
-    and rightly, with two searches or more, at the last; failing that with any number of searches; failing that the
-    first one that both hold. A taught group has the teacher's verdict, or credit per query; mixed ones come first.
+    It is the first one, in order of evaluation, that greedy decoding answers wrongly at the first validation and
+    rightly, with two searches or more, at the last; failing that with any number of searches; failing that the first
+    one that both hold.
     """
+
+    def __init__(self) -> None:
+        self._greedy: dict[int, dict[tuple[int, ...], tuple[bool, int]]] = defaultdict(dict)
+
+    def add(self, record: Record) -> None:
+        """Takes note of a rollout."""
+        if record["phase"] == "val":
+            instance = tuple(record["instance_id"])
+            self._greedy[record["step"]][instance] = (is_correct(record), len(record["queries"]))
+
+    def example(self, records: Iterable[Record]) -> Example:
+        """The chosen question's rollouts.
+
+        Args:
+            records: a second pass over the same rollouts, or those of validations.
+        """
+        first, last = min(self._greedy, default=0), max(self._greedy, default=0)
+        question, choice = _question(self._greedy[first], self._greedy[last])
+        wanted = [record for record in records if is_of(record, question) and record["step"] in (first, last)]
+        return Example(_at(wanted, first) if first < last else (), _at(wanted, last), choice)
+
+
+def is_of(record: Record, question: tuple[int, ...] | None) -> bool:
+    """Whether a rollout answers `question` in a validation."""
+    return record["phase"] in ("val", "val_sampled") and tuple(record["instance_id"]) == question
+
+
+def choose_example(path: Path) -> Example:
+    """What to show of a trajectories.jsonl, by `QuestionChoice`; empty where it holds no validation."""
     if not path.is_file():
         return Example()
-    greedy: dict[int, dict[tuple[int, ...], tuple[bool, int]]] = defaultdict(dict)
-    outcomes: dict[_GroupKey, set[Any]] = defaultdict(set)
+    choice = QuestionChoice()
     for record in read_trajectories(path):
-        instance = tuple(record["instance_id"])
-        if record["phase"] == "val":
-            greedy[record["step"]][instance] = (is_correct(record), len(record["queries"]))
-        elif (
-            with_taught and record["phase"] == "train" and (record["credit"] is not None or record.get("query_credit"))
-        ):
-            outcomes[record["step"], instance] |= {record["label"]} - {None}
-    first, last = min(greedy, default=0), max(greedy, default=0)
-    question, choice = _question(greedy[first], greedy[last])
-    groups = _taught_groups(outcomes)
-    wanted = [record for record in read_trajectories(path) if _is_wanted(record, first, last, question, groups)]
-    return Example(
-        before=_at(wanted, first) if first < last else (),
-        after=_at(wanted, last),
-        choice=choice,
-        taught=tuple(_group(wanted, group) for group in groups),
-    )
+        choice.add(record)
+    return choice.example(read_trajectories(path))
 
 
 def _question(
@@ -117,28 +126,8 @@ def _question(
     return next(iter(common), None), "the first one: none turned from wrong to right"
 
 
-def _taught_groups(outcomes: dict[_GroupKey, set[Any]]) -> list[_GroupKey]:
-    mixed = sorted(group for group, labels in outcomes.items() if len(labels) > 1)
-    candidates = mixed or sorted(outcomes)
-    return sorted({candidates[0], candidates[-1]}) if candidates else []
-
-
-def _is_wanted(
-    record: Record, first: int, last: int, question: tuple[int, ...] | None, groups: Collection[_GroupKey]
-) -> bool:
-    instance = tuple(record["instance_id"])
-    if record["phase"] == "train":
-        return (record["step"], instance) in groups
-    return record["phase"] in ("val", "val_sampled") and instance == question and record["step"] in (first, last)
-
-
 def _at(wanted: Iterable[Record], step: int) -> tuple[Record, ...]:
     """The greedy rollout of a validation and the first sampled one."""
-    found = [record for record in wanted if record["phase"] != "train" and record["step"] == step]
+    found = [record for record in wanted if record["step"] == step]
     found.sort(key=lambda record: record["rollout_index"], reverse=True)
     return tuple(record for _, record in sorted({record["phase"]: record for record in found}.items()))
-
-
-def _group(wanted: Iterable[Record], group: _GroupKey) -> tuple[Record, ...]:
-    found = [r for r in wanted if r["phase"] == "train" and (r["step"], tuple(r["instance_id"])) == group]
-    return tuple(sorted(found, key=lambda record: record["rollout_index"]))

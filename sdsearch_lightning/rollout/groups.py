@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from sdsearch_lightning.errors import RolloutError, SDSearchError
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Conversation
+from sdsearch_lightning.protocol.heard import HeardConversation, Listen
 from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout.engine import Engine, run_awake
@@ -102,21 +104,31 @@ class GroupSampler:
                 requests.append(RolloutRequest(question, instance_id, index, prompt_ids, seed, drawn))
         return requests
 
-    def run(self, requests: Sequence[RolloutRequest], show_progress: bool = False) -> WindowResult:
+    def run(
+        self,
+        requests: Sequence[RolloutRequest],
+        watch: Callable[[RolloutProgress], None] | None = None,
+        listen: Listen | None = None,
+    ) -> WindowResult:
         """Run requests to their end, in eval mode and without gradients.
+
+        Args:
+            requests: to run.
+            watch: told now and then how far they are.
+            listen: told of each token, search and passage as it comes; meant for one request.
 
         Raises:
             SDSearchError: on all ranks, where the engine failed on one: the others would wait for it in the next step.
         """
-        progress = RolloutProgress(len(requests), show_progress)
+        progress = RolloutProgress(len(requests), watch)
+        converse = Conversation if listen is None else partial(HeardConversation, listen=listen)
         self.engine.attach(
             self.policy,
-            lambda request: Conversation(request, self.protocol, self.codec, self.limits),
+            lambda request: converse(request, self.protocol, self.codec, self.limits),
             self.searches,
             progress.report,
         )
-        with closing(progress):
-            trajectories = self._together(lambda: run_awake(self.engine, self.policy, requests))
+        trajectories = self._together(lambda: run_awake(self.engine, self.policy, requests))
         return WindowResult(trajectories, progress, self.searches.take_counts())
 
     def credited(self, groups: Sequence[RolloutGroup]) -> tuple[RolloutGroup, ...]:

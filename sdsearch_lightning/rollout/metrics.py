@@ -67,7 +67,7 @@ def window_metrics(progress: RolloutProgress, counts: SearchCounts) -> dict[str,
 def window_totals(progress: RolloutProgress, counts: SearchCounts) -> dict[str, float]:
     """What a rank's window did, a sum over ranks: speed and `search/*`."""
     return {
-        "rollout/tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "rollout/tokens_per_second": progress.tokens_per_second,
         "search/queries": float(counts.queries),
         "search/unique": float(counts.unique),
         "search/errors": float(counts.errors),

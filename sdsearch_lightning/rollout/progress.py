@@ -1,28 +1,22 @@
-"""A line that moves while a rollout window runs: rollouts done, searches, tokens per second."""
+"""What a rollout window has done so far: rollouts, searches, tokens."""
 
 from __future__ import annotations
 
-import sys
 import time
-from typing import TextIO
+from collections.abc import Callable
 
 
 class RolloutProgress:
-    """Shows progress of one rollout window, once it has run for a while.
+    """Counts while one rollout window runs.
 
     Args:
         total: rollouts to run.
-        enabled: False on ranks other than 0 and where progress bars are off.
-        stream: where to write; a terminal gets one line that is rewritten, anything else a line now and then.
+        watch: called with these counts after each change; a progress bar, for instance.
     """
 
-    def __init__(self, total: int, enabled: bool = True, stream: TextIO | None = None) -> None:
-        self._total, self._enabled = total, enabled
-        self._stream = stream or sys.stderr
-        self._interval = 0.5 if self._stream.isatty() else 30.0
+    def __init__(self, total: int, watch: Callable[[RolloutProgress], None] | None = None) -> None:
+        self.total, self._watch = total, watch
         self._started = time.perf_counter()
-        self._shown = self._started + 2.0 - self._interval  # short windows stay silent
-        self._drew = False
         self.done = self.searches = self.tokens = 0
 
     @property
@@ -30,26 +24,15 @@ class RolloutProgress:
         """Seconds since the window opened."""
         return time.perf_counter() - self._started
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Sampled tokens per second since the window opened."""
+        return self.tokens / max(self.seconds, 1e-9)
+
     def report(self, done: int, searches: int, tokens: int) -> None:
-        """Add what happened since the last call; draw where it is time."""
+        """Add what happened since the last call."""
         self.done += done
         self.searches += searches
         self.tokens += tokens
-        now = time.perf_counter()
-        if self._enabled and now - self._shown >= self._interval:
-            self._shown = now
-            self._draw()
-
-    def _draw(self) -> None:
-        rate = self.tokens / max(self.seconds, 1e-9)
-        line = f"rollouts {self.done}/{self._total}, {self.searches} searches, {rate:.0f} tokens/s"
-        terminal = self._stream.isatty()
-        self._stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
-        self._stream.flush()
-        self._drew = terminal
-
-    def close(self) -> None:
-        """Wipe the line from the terminal, where one was drawn."""
-        if self._drew:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+        if self._watch is not None:
+            self._watch(self)

@@ -64,9 +64,23 @@ class Scoring:
         ]
         return RolloutGroup(rollouts[0].question, rollouts[0].instance_id, tuple(scored))
 
-    def groups(self, trajectories: Sequence[Trajectory], size: int) -> tuple[RolloutGroup, ...]:
-        """Groups of `size` rollouts, in the order in which they were asked for."""
-        return tuple(self.group(trajectories[at : at + size]) for at in range(0, len(trajectories), size))
+    def groups(
+        self, trajectories: Sequence[Trajectory], size: int, need_answers: bool = True
+    ) -> tuple[RolloutGroup, ...]:
+        """Groups of `size` rollouts, in the order in which they were asked for.
+
+        Args:
+            trajectories: those of one question stand together.
+            size: rollouts per question.
+            need_answers: False leaves the rollouts of a question without gold answers unscored.
+        """
+        parts = [trajectories[at : at + size] for at in range(0, len(trajectories), size)]
+        return tuple(
+            self.group(part)
+            if need_answers or part[0].question.answers
+            else RolloutGroup(part[0].question, part[0].instance_id, tuple(part))
+            for part in parts
+        )
 
     def probe(self, question: Question) -> RolloutGroup:
         """Try reward and label on two made-up rollouts of a question, before time is spent on real ones.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
@@ -20,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.training.master_weights import MasterWeights
+from sdsearch_lightning.training.step_clock import StepClock
 
 MicroBatch = TypeVar("MicroBatch")
 
@@ -45,6 +47,11 @@ class ManualStep(pl.LightningModule):
     policy: Policy
     gradient_clip_val: float | None
 
+    @cached_property
+    def clock(self) -> StepClock:
+        """Measures the parts of a step; what `train/*_seconds` say."""
+        return StepClock()
+
     def equalize(self, micro_batches: Sequence[MicroBatch], filler: MicroBatch) -> list[MicroBatch]:
         """`micro_batches` and as many `filler` as it takes to have at least one and the same number on every rank."""
         most = len(micro_batches)
@@ -61,7 +68,7 @@ class ManualStep(pl.LightningModule):
             loss: the micro-batch's share of the loss over all ranks.
         """
         for position, micro_batch in enumerate(micro_batches):
-            with self._no_sync(enabled=position < len(micro_batches) - 1):
+            with self.clock.part("student"), self._no_sync(enabled=position < len(micro_batches) - 1):
                 # Strategies average gradients over ranks, while our token weights already are those of the joint batch.
                 self.manual_backward(loss(micro_batch) * self.trainer.world_size)
 

@@ -53,6 +53,8 @@ class GroupingRun:
             world_size=1,
             is_global_zero=True,
             progress_bar_callback=None,
+            testing=False,
+            predicting=False,
             precision_plugin=Precision(),
             datamodule=SimpleNamespace(retriever=retriever or ToyRetriever()),
         )

@@ -136,6 +136,14 @@ def test_configurations_compose_and_the_later_one_wins(workplace):
     assert config["jsd"] == {"weight": 0.1, "warmup_steps": 7, "schedule": None}
 
 
+def test_validations_come_every_so_many_steps_also_where_an_epoch_has_fewer(workplace):
+    done = workplace.sdsearch(
+        "fit", "--config", "fit.yaml", "--trainer.check_val_every_n_epoch", "1", "--run.name", "by_steps"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert workplace.metrics("by_steps") == workplace.metrics("rl")
+
+
 @pytest.mark.parametrize("command, rows", [("validate", "val/exact_match"), ("test", "test/"), ("predict", None)])
 def test_evaluation_takes_the_weights_that_are_asked_for_and_keeps_out_of_the_run(workplace, command, rows):
     before = workplace.metrics("rl")

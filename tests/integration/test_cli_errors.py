@@ -21,6 +21,8 @@ ON_THE_COMMAND_LINE = [
     (["--data.num_entities", "many"], "data: num_entities: expected int, got many"),
     (["--seed_everything", "x"], "seed_everything: expected bool or int, got x"),
     (["--trainer.max_steps"], "--trainer.max_steps: expected one argument"),
+    (["--max_steps", "5"], "unknown key 'max_steps'. Did you mean 'trainer.max_steps'?"),
+    (["--group_size", "5"], "unknown key 'group_size'. Did you mean 'rollout.group_size'?"),
     (["extra"], "unrecognized arguments: extra"),
     (["--data", "SyntheticWorldDataModul"], "data: there is no class 'SyntheticWorldDataModul'. Did you"),
     (["--rollout.reward", "F1Rewar"], "rollout.reward: there is no class 'F1Rewar'. Did you mean 'F1Reward'?"),
@@ -38,6 +40,7 @@ ON_THE_COMMAND_LINE = [
     (["--rollout.temperature", "0"], "rollout.temperature"),
     (["--run.name", "../elsewhere"], "run.name: expected a folder below run.root, such as mine"),
     (["--data.batch_size", "0"], "data.batch_size: expected at least 1, found 0."),  # from its __init__
+    (["--ckpt_path", "last"], "ckpt_path: expected the last checkpoint of a run, found none at runs/"),
     (["--ckpt_path", "nope.ckpt"], "expected a checkpoint (a file, or a folder of shards), found none at nope.ckpt."),
     (["--trainer.strategy", "fsdp"], "FSDP1 cannot train with manual optimisation. Use fsdp2."),
     (["--trainer.strategy", "FSDPStrategy"], "fsdp2"),
@@ -57,7 +60,10 @@ IN_YAML = [
     ("model: {scratch: {model_typ: x}}", "Did you mean 'model_type'?"),
     ("rollout: {group_size: five}", "rollout.group_size: expected int, got five"),
     ("data: {seed: 3}", 'Linked "data.seed" must be given via "seed_everything".'),
-    ("model: [", "parsing"),
+    ("model: [", "config.yaml, line 1: this is no YAML"),
+    ("model: {}\nmodel: {}", "config.yaml, line 2: the key 'model' stands in line 1 already"),
+    ("", "config.yaml: expected keys"),
+    ("trainer: {logger: {class_path: WandbLogger}}", ".WandbLogger cannot be made: Requirement"),
 ]  # fmt: skip
 
 
@@ -112,6 +118,12 @@ def test_a_misspelt_command_needs_no_import(capfd):
     assert main(["superwise"]) == 2
     out, err = capfd.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and "Did you mean 'supervise'?" in err
+
+
+@pytest.mark.parametrize("said, meant", [("train", "fit"), ("eval", "test"), ("sft", "supervise")])
+def test_a_command_by_the_name_that_others_give_it(capfd, said, meant):
+    assert main([said]) == 2
+    assert f"Did you mean {meant!r}?" in capfd.readouterr().err
 
 
 def test_no_command_shows_the_help(capfd):

@@ -245,6 +245,20 @@ def test_an_exported_adapter_is_gone_on_from_on_its_base_only(workplace: Any, ru
     assert len(done.stderr.splitlines()) == 2
 
 
+def test_an_exported_adapter_answers_on_its_base(workplace: Any, run: Path, tmp_path: Path) -> None:
+    assert export(workplace, run / "checkpoints/last.ckpt", tmp_path / "adapter", "--adapter", "true").returncode == 0
+    asked = ("ask", "question e1 the rel1 ?", "--json", "--rollout.max_searches", "1")
+    merged, adapter = (
+        workplace.sdsearch(*asked, *origin) for origin in (("--run", "lora"), ("--model", str(tmp_path / "adapter")))
+    )
+    assert (adapter.returncode, adapter.stderr) == (0, "")
+    assert json.loads(adapter.stdout) == json.loads(merged.stdout)
+    done = workplace.sdsearch(
+        *asked, "--model", str(tmp_path / "adapter"), "--model.model_name_or_path", "runs/rl/model"
+    )
+    assert done.returncode == 2 and "trained on another base, runs/cold/model (fingerprint" in done.stderr
+
+
 def test_without_an_adapter_there_is_none_to_export(workplace: Any, tmp_path: Path) -> None:
     done = export(workplace, "runs/rl/checkpoints/last.ckpt", tmp_path / "model", "--adapter", "true")
     assert done.returncode == 2 and "it has no adapter. Leave --adapter out." in done.stderr

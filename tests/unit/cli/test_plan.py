@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def test_the_table_has_parts_and_their_sum(small: Path, capsys: pytest.CaptureFi
     for name in ("weights", "reference copy", "optimizer state", "gradients", "activations", "keys and values", "sum"):
         assert f"\n{name}" in told
     assert "one GPU: 40.0 GiB" in told and "assumed" in told and max(map(len, told.splitlines()[1:])) <= 110
+
+
+def test_on_the_cpu_memory_is_that_of_the_machine(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan("--model.model_name_or_path", small, "--trainer.accelerator", "cpu")
+    told = capsys.readouterr().out
+    assert "GPU" not in told and "1 process," in told and "GiB per process" in told
+    assert f"this machine: {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB" in told
 
 
 def test_what_cannot_fit_is_refused_with_its_largest_parts(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,14 @@ def test_flashrag_rows(tmp_path):
     assert read_questions(write(tmp_path / "nq.jsonl", row)) == [Question("test_0", "who ?", ("A", "B"), "nq")]
 
 
+@pytest.mark.parametrize("row", [{}, {"answers": [""]}, {"golden_answers": []}, {"answers": None}])
+@pytest.mark.parametrize("columns", [{}, {"answers": "gold.text"}])
+def test_answers_may_be_missing_where_nobody_scores(tmp_path, row, columns):
+    path = write(tmp_path / "open.jsonl", {"question": "who ?"} | row, GOOD | {"gold": {"text": "A"}})
+    found = read_questions(path, columns=columns, need_answers=False)
+    assert [question.answers for question in found] == [(), ("A",)]
+
+
 def test_simple_rows_and_sources(tmp_path):
     rows = [GOOD, GOOD | {"answers": "B"}, GOOD | {"id": 7, "answers": ["", "C"], "data_source": "hotpotqa"}]
     path = write(tmp_path / "my.set.jsonl.gz", *rows)
@@ -53,7 +61,7 @@ def test_a_row_without_answers_is_named(tmp_path, key, gold):
         read_questions(path)
     assert str(error.value) == (
         f"{path} line 2: expected a non-empty list under '{key}', found {gold!r}. "
-        "Every question needs at least one gold answer."
+        "Every question needs at least one gold answer, but for `predict`."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,32 @@ def test_a_missing_folder_is_named(name: str, tmp_path: Path, monkeypatch: pytes
         models.load(name, torch.float32)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"model_name_or_path: cannot load '{tmp_path}': ") as caught:
-        models.load(str(tmp_path), torch.float32)
+@pytest.mark.parametrize(
+    "missing, told",
+    [
+        ("*", "found no config.json in"),
+        ("config.json", "found no config.json in"),
+        ("*.safetensors", r"found no weights \(model.safetensors\) in"),
+        ("tokenizer*", r"found no tokenizer \(tokenizer.json\) in"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused_by_its_name(
+    folder: Path, tmp_path: Path, missing: str, told: str
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for path in list(copy.glob(missing)):
+        path.unlink()
+    with pytest.raises(ConfigError, match=rf"{told} '{copy}'\. Name a folder") as caught:
+        models.load(str(copy), torch.float32)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"model_name_or_path: cannot load '{copy}': ") as caught:
+        models.load(str(copy), torch.float32)
+    assert len(str(caught.value).splitlines()) == 1 and "no such folder" not in str(caught.value)
 
 
 def test_a_hub_name_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

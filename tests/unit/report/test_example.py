@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers.reports import REPORT_TOKENIZER, city_rollout, credit, write_records, write_run
+from helpers.reports import REPORT_TOKENIZER, city_rollout, write_records, write_run
 from sdsearch_lightning.report.example import Example, choose_example, printable, rows
 from sdsearch_lightning.report.trajectories import make_record
 
 
-def test_the_question_that_was_learnt_is_chosen_with_its_taught_group(tmp_path: Path) -> None:
+def test_the_question_that_was_learnt_is_chosen(tmp_path: Path) -> None:
     example = choose_example(write_run(tmp_path) / "trajectories.jsonl")
     assert [(r["phase"], r["step"], r["instance_id"]) for r in example.before] == [
         ("val", 0, [0, 1]),
@@ -15,8 +15,6 @@ def test_the_question_that_was_learnt_is_chosen_with_its_taught_group(tmp_path: 
     ]
     assert [r["answer"] for r in example.after] == ["Rome", "Rome"]
     assert example.choice == "the first that turned from wrong to right"
-    (group,) = example.taught
-    assert [r["rollout_index"] for r in group] == [0, 1]
 
 
 def test_a_learnt_question_with_two_searches_comes_first(tmp_path: Path) -> None:
@@ -51,20 +49,11 @@ def test_only_the_first_sampled_rollout_is_shown(tmp_path: Path) -> None:
     assert [(r["phase"], r["rollout_index"]) for r in choose_example(path).after] == [("val", 0), ("val_sampled", 1)]
 
 
-def test_mixed_taught_groups_come_first_and_at_most_two_are_shown(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    for step, answers in enumerate((("Rome", "Rome"), ("Rome", "Oslo"), ("Rome", "Oslo"), ("Oslo", "Rome"))):
-        for index, answer in enumerate(answers):
-            trajectory = city_rollout(answer, instance_id=(0, step), index=index)
-            write_records(path, [trajectory], "train", step, block="b", credit=credit(trajectory))
-    assert [group[0]["step"] for group in choose_example(path).taught] == [1, 3]
-
-
 def test_no_file_and_no_evaluation_give_nothing(tmp_path: Path) -> None:
     assert choose_example(tmp_path / "absent.jsonl") == Example()
     write_records(tmp_path / "t.jsonl", [city_rollout()], "test", 0)
     example = choose_example(tmp_path / "t.jsonl")
-    assert (example.before, example.after, example.taught) == ((), (), ())
+    assert (example.before, example.after) == ((), ())
 
 
 def test_rows_leave_out_prompt_tags_and_blanks() -> None:
