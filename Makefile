@@ -7,9 +7,12 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 VLLM_VENV ?= .venv-vllm
 VLLM_PYTHON := $(VLLM_VENV)/bin/python
-TESTED_EXTRAS := serve,bm25,data,milvus,lora
+DOCS_VENV ?= .venv-docs
+DOCS_PACKAGES := mkdocs-material 'mkdocstrings[python]'
+TESTED_EXTRAS := serve,bm25,data,milvus,lora,loggers
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VLLM_VENV)/.installed
+DOCS_STAMP := $(DOCS_VENV)/.installed
 RUN := $(PYTHON) -m sdsearch_lightning
 
 .PHONY: help setup quickstart quickstart-smoke test test-real test-vllm gpu check lint types clean
@@ -67,14 +70,28 @@ lint: $(STAMP) ## ruff: rules and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# Type checkers do not follow the mapping of callbacks/ and datamodules/ into the package: a tree of links shows it to them.
-types: $(STAMP) ## mypy
+# Tools that read source do not follow the mapping of callbacks/ and datamodules/ into the package: a tree of links shows
+# it to them.
+.PHONY: links
+links:
 	rm -rf .typecheck && mkdir -p .typecheck/sdsearch_lightning
 	ln -s $(CURDIR)/sdsearch_lightning/* $(CURDIR)/callbacks $(CURDIR)/datamodules .typecheck/sdsearch_lightning/
+
+types: $(STAMP) links ## mypy
 	MYPYPATH=.typecheck $(PYTHON) -m mypy -p sdsearch_lightning
 
+# An environment of its own, of the extra `docs` alone: docstrings are read, not imported, so no torch is needed (30 MB).
+$(DOCS_STAMP): Makefile constraints.txt
+	test -x $(DOCS_VENV)/bin/python || $(BASE_PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(DOCS_PACKAGES)
+	touch $(DOCS_STAMP)
+
+.PHONY: docs
+docs: $(DOCS_STAMP) links ## the documentation as a site, in site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
+
 clean: ## remove caches and builds; environments and runs/ stay
-	rm -rf build dist *.egg-info .typecheck .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site *.egg-info .typecheck .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 .PHONY: study-core

@@ -24,6 +24,7 @@ COLUMNS = ("question", "answers", "id", "source")
 _ANSWERS = ("golden_answers", "answers", "reward_model.ground_truth", "reward_spec.ground_truth", "ground_truth")
 _INSTRUCTIONS = re.compile(r"(?:(?:.|\n)*?[.!?\n]\s*)?Question: ")
 """What stands before a question, which begins a sentence: a question may quote "Question: " itself."""
+_INTO_LIST = re.compile(r"\.-?\d+(\.|$)")
 _BULKY = ("metadata",)  # ten paragraphs per question in HotpotQA's files, and nothing that is read here
 _TURN_KINDS = tuple(kind for kind in SpanKind if kind not in (SpanKind.PROMPT, SpanKind.SCAFFOLD))
 
@@ -129,6 +130,8 @@ def _text_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) -> 
     if name := columns.get("question"):
         text = _column(values, name, where)
         text = _asked_in(text) if isinstance(text, list) else text
+        if isinstance(text, str) and _INTO_LIST.search(name):  # a message of a prompt, which has instructions
+            text = _without_instructions(text)
     else:
         text = _look(values, name := "question") or _look(values, "extra_info.question")
         text = text or _asked_in(_look(values, "prompt"))
@@ -145,9 +148,13 @@ def _asked_in(messages: Any) -> str | None:
     for message in reversed(messages if isinstance(messages, list) else []):
         match message:
             case {"role": "user", "content": str(content)}:
-                instructions = _INSTRUCTIONS.match(content)
-                return content[instructions.end() if instructions else 0 :].strip()
+                return _without_instructions(content)
     return None
+
+
+def _without_instructions(content: str) -> str:
+    instructions = _INSTRUCTIONS.match(content)
+    return content[instructions.end() if instructions else 0 :].strip()
 
 
 def _answers_of(values: dict[str, Any], where: str, columns: Mapping[str, str], need_answers: bool) -> tuple[str, ...]:
@@ -189,10 +196,19 @@ def _as_text(value: object) -> str | None:
 
 
 def _look(values: Any, path: str) -> Any:
-    """What a row holds in a column, or at a dotted path; a numpy array as list, None where there is nothing."""
+    """What a row holds in a column, or at a dotted path, whose numbers lead into lists (`prompt.0.content`).
+
+    A numpy array comes back as a list, None where there is nothing.
+    """
     for name in [path] if isinstance(values, dict) and path in values else path.split("."):
-        values = values.get(name) if isinstance(values, dict) else None
-    return values.tolist() if hasattr(values, "tolist") else values
+        if isinstance(values, dict):
+            values = values.get(name)
+        elif isinstance(values, list) and re.fullmatch(r"-?\d+", name) and -len(values) <= int(name) < len(values):
+            values = values[int(name)]
+        else:
+            values = None
+        values = values.tolist() if hasattr(values, "tolist") else values
+    return values
 
 
 def _column(values: dict[str, Any], path: str, where: str) -> Any:

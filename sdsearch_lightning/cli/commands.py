@@ -44,8 +44,10 @@ def run(argv: Sequence[str]) -> int:
         "ask": _ask,
         "export": _export,
         "report": _report,
+        "browse": _browse,
         "index": _index,
         "serve": _serve,
+        "completion": _completion,
         "plan": _plan,
         "supervise": _supervise,
     }
@@ -124,6 +126,17 @@ def _report(argv: Sequence[str]) -> None:
         print_report(folders[0], options.output and Path(options.output))
 
 
+def _browse(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.parsers import browse_parser
+
+    options = browse_parser().parse_args(list(argv))
+    from sdsearch_lightning.report.browse import browse
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError("sdsearch browse needs a terminal. sdsearch report writes the same as a page, report.html.")
+    browse(Path(options.run))
+
+
 def _index(argv: Sequence[str]) -> None:
     from sdsearch_lightning.cli.retrieval import index
 
@@ -134,6 +147,13 @@ def _serve(argv: Sequence[str]) -> None:
     from sdsearch_lightning.cli.retrieval import serve
 
     serve(argv)
+
+
+def _completion(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.completion import completion_script
+    from sdsearch_lightning.cli.parsers import completion_parser
+
+    print(completion_script(completion_parser().parse_args(list(argv)).shell, run), end="")
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -46,6 +46,26 @@ def files(tmp_path):
     return {name: str(path) for name, path in made.items()}
 
 
+def test_a_subset_is_drawn_per_source_and_is_the_same_whatever_the_seed(files):
+    def subset(split, count, seed=0, **options):
+        data = SearchDataModule(
+            test_files=list(files.values()), val_files=files["nq"], retriever=OnePassage(), seed=seed,
+            limit_per_source=count, **options,
+        )  # fmt: skip
+        loader = {"test": data.test_dataloader, "val": data.val_dataloader, "predict": data.predict_dataloader}[split]()
+        return [(q.source, q.id) for batch in loader for q in batch.questions]
+
+    drawn = subset("test", 4)
+    assert Counter(source for source, _ in drawn) == {"nq": 4, "hotpotqa": 4}
+    assert drawn == subset("test", 4, seed=7) == subset("predict", 4)
+    assert drawn[:4] == subset("val", 4), "a source's draw depends on its own questions alone"
+    assert [i for _, i in drawn[:4]] != [str(i) for i in range(4)], "not the first rows"
+    assert drawn[:4] == sorted(drawn[:4], key=lambda pair: int(pair[1])), "in the order of the file"
+    assert len(subset("test", 12)) == 22, "a source with fewer gives all"
+    with pytest.raises(ConfigError, match="data.limit_per_source: expected at least 1, found 0"):
+        SearchDataModule(limit_per_source=0)
+
+
 # --- the data module ------------------------------------------------------------------------------------------------
 
 

@@ -313,3 +313,31 @@ def test_the_question_of_a_prompt_is_whole(content: str, question: str) -> None:
     assert parse_question(row, "f row 1", "s").text == question
     moved = {"asked": row["prompt"], "answers": ["Bo"]}
     assert parse_question(moved, "f row 1", "s", {"question": "asked"}).text == question
+
+
+# --- prompts alone, and columns inside of lists ----------------------------------------------------------------------
+
+
+def asked(content, **options):
+    row = {"prompt": np.array([{"role": "user", "content": content}]), "reward_model": {"ground_truth": "Bo"}}
+    return parse_question(row, "x.parquet row 1", "x", **options).text
+
+
+@pytest.mark.parametrize("columns", [None, {"question": "prompt.0.content"}, {"question": "prompt.-1.content"}])
+def test_a_prompt_alone_is_the_question(columns):
+    assert asked("capital of kenya", columns=columns) == "capital of kenya"
+    quoted = 'who said "Question: why" in the play'
+    assert asked(quoted, columns=columns) == quoted
+    assert asked(SEARCH_R1_PROMPT.replace("{question}", quoted), columns=columns) == quoted
+    assert asked(INSTRUCTIONS + "Question: what is it?", columns=columns) == "Question: what is it?"
+
+
+def test_a_column_may_lie_in_a_list(tmp_path):
+    row = {"turns": [{"text": "hello"}, {"text": "who ?"}], "gold": [["A", "B"], ["C"]], "keys": {"0": "k"}}
+    columns = {"question": "turns.1.text", "answers": "gold.0", "id": "keys.0"}
+    assert read_questions(write(tmp_path / "m.parquet", row), columns=columns) == [
+        Question("k", "who ?", ("A", "B"), "m")
+    ]
+    for name in ("turns.2.text", "turns.text", "turns.x.text", "gold.0.0.0"):
+        with pytest.raises(DataError, match=f"expected a value in the column '{name}'"):
+            read_questions(write(tmp_path / "m.jsonl", row), columns=columns | {"question": name})

@@ -43,4 +43,4 @@ def test_flags_have_the_defaults_of_the_limits():
 
 
 def test_something_was_found():
-    assert len(SNIPPETS) == 3 and len(COMMANDS) == 5
+    assert len(SNIPPETS) == 3 and len(COMMANDS) == 3
