@@ -32,17 +32,20 @@ from sdsearch_lightning.retrieval.server.process import serve
 from sdsearch_lightning.types import Passage
 
 HOST, TIMEOUT = "127.0.0.1", 30.0
-SECONDS_PER_QUERY, QUERIES_PER_REQUEST, QUEUED_QUERIES = 0.0025, 4, 256
+QUERIES_PER_REQUEST, QUEUED_QUERIES = 4, 256
 WARM_UP, CALIBRATION = 20.0, 5.0  # seconds
 MAX_GROWTH, MIN_RATE = 8.0, 0.9  # MB after the warm-up; share of the capacity
 TEXT = '"A title"\n' + "A sentence of the usual length, as an encyclopedia has it. " * 10
 
 
 class PacedRetriever:
-    """Takes `SECONDS_PER_QUERY` for each query and finds passages of the usual length."""
+    """Takes a fixed time for each query and finds passages of the usual length."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        time.sleep(SECONDS_PER_QUERY * len(queries))
+        time.sleep(len(queries) / self.rate)
         return [[Passage(str(rank), f"{TEXT}{query}", 1.0 / (1 + rank)) for rank in range(k)] for query in queries]
 
 
@@ -169,7 +172,7 @@ async def load(url: str, process_id: int, options: argparse.Namespace, report: R
     own = httpx.get(url.replace("/retrieve", "/metrics"), trust_env=False).json()
     answered = outcomes.statuses["200"] * QUERIES_PER_REQUEST / options.seconds
     note = f"{QUERIES_PER_REQUEST} queries each"
-    report.add("capacity", Bar.counted("queries per s, closed loop", capacity), f"{1 / SECONDS_PER_QUERY:g} by design")
+    report.add("capacity", Bar.counted("queries per s, closed loop", capacity), f"{options.rate:g} by design")
     report.add("load", Bar.counted("requests per s, offered", sum(outcomes.statuses.values()) / options.seconds), note)
     for status, count in sorted(outcomes.statuses.items()):
         report.add("load", Bar.counted(f"requests with {status}", count))
@@ -185,9 +188,9 @@ async def load(url: str, process_id: int, options: argparse.Namespace, report: R
 
 
 @contextmanager
-def server_process() -> Iterator[tuple[str, int]]:
+def server_process(rate: float) -> Iterator[tuple[str, int]]:
     """URL and process id of a server with `PacedRetriever`."""
-    command = [sys.executable, "-m", "benchmarks.load_server", "--serve"]
+    command = [sys.executable, "-m", "benchmarks.load_server", "--serve", "--rate", str(rate)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None, "asked for"
     try:
@@ -211,13 +214,14 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--load", type=float, default=2.0, help="offered rate over measured capacity")
+    parser.add_argument("--rate", type=float, default=400.0, help="queries per second that the retriever can answer")
     parser.add_argument("--serve", action="store_true", help="be the server (what this script starts)")
     options = parser.parse_args()
     if options.serve:
-        serve(PacedRetriever(), port=0, limits=ServerLimits(max_queued_queries=QUEUED_QUERIES))
+        serve(PacedRetriever(options.rate), port=0, limits=ServerLimits(max_queued_queries=QUEUED_QUERIES))
         return 0
     report = Report("load_server", vars(options))
-    with server_process() as (url, process_id):
+    with server_process(options.rate) as (url, process_id):
         asyncio.run(load(url, process_id, options, report))
     return report.finish()
 
