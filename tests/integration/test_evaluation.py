@@ -84,6 +84,21 @@ def test_two_checkpoints_of_one_run_are_both_found_and_told_by_their_step(workpl
     assert not any("validate" in name for name in workplace.contents("judged")["file names"]), "no part of the run"
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("command, file", [("test", "evaluation.json"), ("predict", "predictions.jsonl")])
+def test_two_processes_write_what_one_writes(workplace: Any, run: Path, command: str, file: str) -> None:
+    two = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
+    asked = (command, "--config", "fit.yaml", "--run.name", "judged", "--ckpt_path", "last")
+    written = []
+    for processes in ((), two):
+        done = workplace.start("-m", "sdsearch_lightning", *asked, *processes)
+        assert (done.returncode, done.stderr) == (0, "")
+        (path,) = (run / command).glob(f"*/{file}")
+        written.append(path.read_bytes())
+        path.unlink()
+    assert written[0] == written[1] != b""
+
+
 def test_the_card_of_an_export_has_the_evaluation_of_its_weights(workplace: Any, run: Path, tmp_path: Path) -> None:
     judge(workplace, "test", "--ckpt_path", "last")
     outputs = {}
