@@ -36,10 +36,18 @@ from sdsearch_lightning.runs.folder import RunOptions
 from sdsearch_lightning.training.options import ADAMW
 
 GROUPS = ("run", "model", "data", "rollout", "hindsight", "jsd", "credit", "trainer")
-SMALL = {"index": _index_parser, "serve": _serve_parser, "export": export_parser, "report": report_parser, "ask": ask_parser}
+SMALL = {
+    "index": _index_parser,
+    "serve": _serve_parser,
+    "export": export_parser,
+    "report": report_parser,
+    "ask": ask_parser,
+}
 OTHERS = "cat gunzip hf pip python make torchrun srun scontrol show head exit code=$? [ git cd".split()
 """Programs of others that pages may call."""
-RUN = [command for command in all_commands() if command.ours and command.ours[0] in ("fit", "validate", "test", "predict")]
+RUN = [
+    command for command in all_commands() if command.ours and command.ours[0] in ("fit", "validate", "test", "predict")
+]
 BY_NAME = {"QueriesAndLabels": QueriesAndLabels, "SupportedDivergence": SupportedDivergence} | {
     "CopiedTeacher": CopiedTeacher,
     "replace": replace,
