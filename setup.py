@@ -23,6 +23,7 @@ setup(
         "sdsearch_lightning.checkpoints",
         "sdsearch_lightning.cli",
         "sdsearch_lightning.hindsight",
+        "sdsearch_lightning.inference",
         "sdsearch_lightning.losses",
         "sdsearch_lightning.plan",
         "sdsearch_lightning.policy",
@@ -70,6 +71,7 @@ setup(
         # The client alone talks to a cluster; milvus-lite is the embedded form, and brings faiss-cpu along.
         "milvus": ["pymilvus>=3,<4", "milvus-lite>=3.2,<4"],
         "browse": ["textual>=8,<9"],
+        "loggers": ["tensorboard", "wandb", "mlflow-skinny>=3"],  # Lightning's; the tests log to each of them
         "lora": ["peft>=0.20,<0.22"],
         "vllm": ["vllm"],
         # Pretrained parts for tests and examples: a small language model, a sentence encoder, facts about the world.

@@ -68,7 +68,7 @@ TARGETS = {
 TIMINGS = ("seconds", "tokens_per_second")
 OTHERS = ("validate", "test", "predict")  # folders beside a run's own files, by the commands that wrote them
 LIMIT = 240.0
-"""Seconds after which a run hangs."""
+"""Seconds after which a run hangs, where nothing else is busy."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class Arena:
     """That the whole run took."""
     whole: dict[str, Any] = field(default_factory=dict)
     """What it left."""
+    limit: float = LIMIT
+    """Seconds after which a run hangs."""
 
     @property
     def fit(self) -> list[str]:
@@ -113,11 +115,15 @@ class Arena:
         several = ["--trainer.strategy", self.strategy, "--trainer.devices", "2", "--data.batch_size", "2"]
         return ["fit", "--config", "fit.yaml", *(several if self.strategy else [])]
 
-    def prepare(self) -> None:
-        """The model of the cold start and the run that is never killed."""
+    def write(self) -> None:
+        """The two configurations, cold.yaml and fit.yaml."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "cold.yaml").write_text(COLD_START)
         (self.path / "fit.yaml").write_text(FIT)
+
+    def prepare(self) -> None:
+        """The model of the cold start and the run that is never killed."""
+        self.write()
         self.start(["supervise", "--config", "cold.yaml"], check=True)
         started = time.monotonic()
         self.start([*self.fit, "--run.name", "whole", "--run.overwrite", "true"], check=True)
@@ -136,9 +142,9 @@ class Arena:
             if kill is not None and kill.target == "time":
                 _wait(process, kill.delay)
                 _kill(process.pid, kill.whole_group)
-            if not _wait(process, LIMIT):
+            if not _wait(process, self.limit):
                 os.killpg(process.pid, signal.SIGKILL)
-                raise SystemExit(f"{' '.join(command)} hangs after {kill}: no end in {LIMIT:.0f} s")
+                raise SystemExit(f"{' '.join(command)} hangs after {kill}: no end in {self.limit:.0f} s")
             is_left = _wait_for_group(process.pid)
             output.seek(0)
             told = output.read()
@@ -244,11 +250,12 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--strategy", choices=["ddp", "fsdp2"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which a run hangs")
     parser.add_argument("--folder", type=Path, help="where the runs stay; a temporary folder by default")
     options = parser.parse_args()
     equal, hit, dice = 0, 0, random.Random(options.seed)
     with tempfile.TemporaryDirectory() as temporary:
-        arena = Arena(options.folder or Path(temporary), options.strategy)
+        arena = Arena(options.folder or Path(temporary), options.strategy, limit=options.limit)
         arena.prepare()
         print(f"whole run: {arena.seconds:.1f} s, {options.strategy or 'one process'}", flush=True)
         for number in range(1, options.runs + 1):

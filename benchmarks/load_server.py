@@ -61,15 +61,20 @@ class Outcomes:
 
 
 class Connections:
-    """HTTP/1.1 in its plainest form. With hundreds of requests under way, a full client costs more than the server."""
+    """HTTP/1.1 in its plainest form. With hundreds of requests under way, a full client costs more than the server.
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    Args:
+        port: of the server.
+        address: that the client has, one of loopback's.
+    """
+
+    def __init__(self, port: int, address: str) -> None:
+        self._port, self._address = port, address
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, body: bytes) -> tuple[int, bytes]:
         """Status and body of the answer to POST /retrieve."""
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(HOST, self._port)
+        reader, writer = self._idle.pop() if self._idle else await self._open()
         try:
             head = f"POST /retrieve HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
@@ -79,8 +84,14 @@ class Connections:
         except BaseException:
             writer.close()
             raise
-        self._idle.append((reader, writer))
+        if "connection: close" in answer:
+            writer.close()
+        else:
+            self._idle.append((reader, writer))
         return found
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(HOST, self._port, local_addr=(self._address, 0))
 
     def close(self) -> None:
         """Closes what is idle."""
@@ -89,18 +100,19 @@ class Connections:
 
 
 class Clients:
-    """Requests to one server; no query is asked twice, so that none is answered for free."""
+    """Requests to one server, each client from its own address; no query is asked twice: none is free."""
 
-    def __init__(self, connections: Connections) -> None:
-        self._connections, self._numbers = connections, itertools.count()
+    def __init__(self, port: int, count: int) -> None:
+        self.connections = [Connections(port, f"127.0.{1 + index // 250}.{1 + index % 250}") for index in range(count)]
+        self._numbers = itertools.count()
 
-    async def ask(self, outcomes: Outcomes) -> None:
+    async def ask(self, outcomes: Outcomes, client: int) -> None:
         """One request."""
         queries = [f"query {next(self._numbers)}" for _ in range(QUERIES_PER_REQUEST)]
         started = time.perf_counter()
         body = json.dumps({"queries": queries, "topk": 3, "return_scores": True}).encode()
         try:
-            status, answer = await asyncio.wait_for(self._connections.post(body), TIMEOUT)
+            status, answer = await asyncio.wait_for(self.connections[client].post(body), TIMEOUT)
         except (OSError, EOFError, TimeoutError) as error:
             outcomes.statuses[type(error).__name__] += 1
             return
@@ -109,30 +121,30 @@ class Clients:
         if status == 200:
             outcomes.milliseconds.append(1e3 * (time.perf_counter() - started))
 
-    async def closed_loop(self, num_clients: int, seconds: float) -> float:
+    async def closed_loop(self, seconds: float) -> float:
         """Queries per second of clients that each wait for their answer."""
         outcomes, end = Outcomes(), time.perf_counter() + seconds
 
-        async def ask_on() -> None:
+        async def ask_on(client: int) -> None:
             while time.perf_counter() < end:
-                await self.ask(outcomes)
+                await self.ask(outcomes, client)
 
-        await asyncio.gather(*(ask_on() for _ in range(num_clients)))
+        await asyncio.gather(*map(ask_on, range(len(self.connections))))
         return outcomes.statuses["200"] * QUERIES_PER_REQUEST / seconds
 
-    async def open_loop(self, num_clients: int, seconds: float, requests_per_second: float) -> Outcomes:
+    async def open_loop(self, seconds: float, requests_per_second: float) -> Outcomes:
         """Requests that arrive as a Poisson process, split between the clients."""
         outcomes, start = Outcomes(), time.perf_counter()
         running: set[asyncio.Task[None]] = set()
 
-        async def arrive(chance: random.Random) -> None:
-            due = start
-            while (due := due + chance.expovariate(requests_per_second / num_clients)) < start + seconds:
+        async def arrive(client: int) -> None:
+            due, chance = start, random.Random(client)
+            while (due := due + chance.expovariate(requests_per_second / len(self.connections))) < start + seconds:
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                running.add(task := asyncio.create_task(self.ask(outcomes)))
+                running.add(task := asyncio.create_task(self.ask(outcomes, client)))
                 task.add_done_callback(running.discard)
 
-        await asyncio.gather(*(arrive(random.Random(index)) for index in range(num_clients)))
+        await asyncio.gather(*map(arrive, range(len(self.connections))))
         await asyncio.gather(*running)
         return outcomes
 
@@ -140,9 +152,8 @@ class Clients:
 async def load(url: str, process_id: int, options: argparse.Namespace, report: Report) -> None:
     """Measures the capacity, drives the load and adds what was found to the report."""
     memory = [resident(process_id)]
-    connections = Connections(httpx.URL(url).port or 80)
-    clients = Clients(connections)
-    capacity = await clients.closed_loop(options.clients, CALIBRATION)
+    clients = Clients(httpx.URL(url).port or 80, options.clients)
+    capacity = await clients.closed_loop(CALIBRATION)
 
     async def watch() -> None:
         await asyncio.sleep(min(WARM_UP, options.seconds / 3))
@@ -150,10 +161,11 @@ async def load(url: str, process_id: int, options: argparse.Namespace, report: R
 
     watching = asyncio.create_task(watch())
     rate = options.load * capacity / QUERIES_PER_REQUEST
-    outcomes = await clients.open_loop(options.clients, options.seconds, rate)
+    outcomes = await clients.open_loop(options.seconds, rate)
     await watching
     memory.append(resident(process_id))
-    connections.close()
+    for connections in clients.connections:
+        connections.close()
     own = httpx.get(url.replace("/retrieve", "/metrics"), trust_env=False).json()
     answered = outcomes.statuses["200"] * QUERIES_PER_REQUEST / options.seconds
     note = f"{QUERIES_PER_REQUEST} queries each"

@@ -1,17 +1,20 @@
 """Cuts the power of runs at random moments, starts them again, and compares with a run that was never cut.
 
-    python -m benchmarks.power_cut --runs 20
+    python -m benchmarks.power_cut --runs 20                      # one process
+    python -m benchmarks.power_cut --runs 5 --strategy ddp        # two processes; or fsdp2
 
-The run is that of kill_and_resume.py, in one process. What a disk promises is kept beside it: contents of a file as
-they were when it was flushed (fsync), names in a folder as they were when that was. At a random flush the folder is
+The run is that of kill_and_resume.py. What a disk promises is kept beside it: contents of a file as they were when it
+was flushed (fsync), names in a folder as they were when that was. At a random flush, of any process, the folder is
 rebuilt from that alone, or with a part of what was not flushed yet, or with zeros in its place, as a journal without
-data leaves them; then the process is killed. The same command has to go on to the end and leave the same, bit for bit;
-what it says is lost is counted. Exit code 1 tells that some run differed.
+data leaves them; then all processes are killed. The same command has to go on to the end and leave the same, bit for
+bit; what it says is lost is counted. Exit code 1 tells that some run differed.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import json
 import os
 import random
 import shutil
@@ -19,7 +22,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.kill_and_resume import LIMIT, Arena, contents, differences
@@ -29,26 +33,38 @@ Entries = dict[str, "int | str"]
 
 
 class Disk:
-    """What is on the disk of a run folder, whatever its files look like.
+    """What is on the disk of a run folder, whatever its files look like; all processes of a run share it.
 
     Args:
-        root: the run folder; what is in it now is on the disk.
-        store: where contents are kept.
+        root: the run folder; what is in it is on the disk when the store is made.
+        store: a folder where contents are kept, on the same file system; made where it is not there.
     """
 
     def __init__(self, root: Path, store: Path) -> None:
         self.root, self.store = root, store
-        self.folders: dict[int, Entries] = {}
+        if store.is_dir():
+            return
         store.mkdir()
         for path in [root, *root.rglob("*")] if root.is_dir() else []:
             if not path.is_symlink():
                 self.flushed(path)
 
+    @contextmanager
+    def alone(self) -> Iterator[int]:
+        """One process at a time flushes; yields how many times any did, this one included."""
+        calls = os.open(self.store / "calls", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        try:
+            fcntl.flock(calls, fcntl.LOCK_EX)
+            os.write(calls, b".")
+            yield os.fstat(calls).st_size
+        finally:
+            os.close(calls)
+
     def flushed(self, path: Path) -> None:
         """Keeps a file or the names in a folder as they are now."""
         number = path.stat().st_ino
         if path.is_dir():
-            self.folders[number] = entries_of(path)
+            self._names(number).write_text(json.dumps(entries_of(path)))
             return
         if not (alive := self.store / f"{number}.alive").exists():
             os.link(path, alive)  # or the number would be another's once the file is removed
@@ -67,7 +83,8 @@ class Disk:
 
     def _folder(self, number: int, now: Path | None, target: Path, dice: random.Random, mixed: bool) -> None:
         target.mkdir()
-        entries = self.folders.get(number, {})
+        names = self._names(number)
+        entries: Entries = json.loads(names.read_text()) if names.is_file() else {}
         if now is not None and mixed and dice.random() < 0.5:
             entries = entries_of(now)
         for name, entry in entries.items():
@@ -76,10 +93,13 @@ class Disk:
                 continue
             same = now is not None and os.path.lexists(now / name) and (now / name).lstat().st_ino == entry
             current = now / name if now is not None and same else None
-            if entry in self.folders or (current is not None and current.is_dir()):
+            if self._names(entry).is_file() or (current is not None and current.is_dir()):
                 self._folder(entry, current, target / name, dice, mixed)
             else:
                 (target / name).write_bytes(self._contents(entry, current, dice, mixed))
+
+    def _names(self, number: int) -> Path:
+        return self.store / f"{number}.names"
 
     def _contents(self, number: int, now: Path | None, dice: random.Random, mixed: bool) -> bytes:
         kept = self.store / str(number)
@@ -98,65 +118,72 @@ def entries_of(folder: Path) -> Entries:
 
 
 def victim(name: str, nth: str, seed: str, *argv: str) -> int:
-    """The command line, cut at the `nth` flush in its run folder; 0: never, and the flushes are counted."""
+    """The command line, cut at the `nth` flush of its processes in their run folder; 0: never."""
     root = Path("runs", name).absolute()
-    dice, calls, flush = random.Random(int(seed)), 0, os.fsync
-    with tempfile.TemporaryDirectory(dir=".") as store:  # on the same file system, for links
-        disk = Disk(root, Path(store) / "disk")
+    dice, flush = random.Random(int(seed)), os.fsync
+    disk = Disk(root, Path(f"{name}.disk").absolute())
 
-        def counted(number: int) -> None:
-            nonlocal calls
-            path = Path(os.readlink(f"/proc/self/fd/{number}"))
+    def counted(number: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{number}"))
+        if not path.is_relative_to(root):
             flush(number)
-            if not path.is_relative_to(root):
-                return
-            calls += 1
+            return
+        with disk.alone() as calls:
+            flush(number)
             if calls == int(nth):  # in half of the cases just before it
                 if is_after := dice.random() < 0.5:
                     disk.flushed(path)
                 disk.rebuild(root.with_name(f"{name}.after"), dice, mixed=dice.random() < 0.5 or is_after)
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.killpg(0, signal.SIGKILL)
             disk.flushed(path)
 
-        os.fsync = counted
-        from sdsearch_lightning.__main__ import main as command_line
+    os.fsync = counted
+    from sdsearch_lightning.__main__ import main as command_line
 
-        code = command_line(argv)
-        os.fsync = flush
-    Path("flushes").write_text(str(calls))
-    return code
+    return command_line(argv)
 
 
-def start(arena: Arena, name: str, nth: int, seed: int) -> tuple[bool, str]:
-    """Runs a command under a `Disk`: whether it came to its end, and what it said on standard error and output."""
+def start(arena: Arena, name: str, nth: int, seed: int) -> tuple[bool, str, int]:
+    """Runs a command under a `Disk`: whether it came to its end, what it said on both outputs, and its flushes."""
     command = ["-m", "benchmarks.power_cut", "--victim", name, str(nth), str(seed), *arena.fit, "--run.name", name]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
-    process = subprocess.run(
-        [sys.executable, *command], cwd=arena.path, env=environment, capture_output=True, text=True, timeout=LIMIT
-    )
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=arena.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        told, _ = process.communicate(timeout=arena.limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise SystemExit(f"{' '.join(command)} hangs: no end in {arena.limit:.0f} s") from None
+    calls = arena.path / f"{name}.disk" / "calls"
+    flushes = calls.stat().st_size if calls.is_file() else 0
+    shutil.rmtree(calls.parent)
     if (after := arena.path / "runs" / f"{name}.after").is_dir():
         shutil.rmtree(arena.path / "runs" / name)
         after.rename(arena.path / "runs" / name)
-    return process.returncode == 0, process.stdout + process.stderr
+    return process.returncode == 0, told, flushes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line per run and a verdict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--strategy", choices=["ddp", "fsdp2"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which a run hangs")
     options = parser.parse_args(argv)
     dice, equal, told_lost = random.Random(options.seed), 0, 0
     with tempfile.TemporaryDirectory() as temporary:
-        arena = Arena(Path(temporary), None)
+        arena = Arena(Path(temporary), options.strategy, limit=options.limit)
         arena.prepare()
-        assert start(arena, "counted", 0, 0)[0]
-        flushes = int((arena.path / "flushes").read_text())
-        print(f"a run flushes {flushes} times", flush=True)
+        done, told, flushes = start(arena, "counted", 0, 0)
+        assert done, told
+        print(f"a run flushes {flushes} times, {options.strategy or 'one process'}", flush=True)
         for number in range(1, options.runs + 1):
             name, nth = f"cut{number}", dice.randint(1, flushes)
             start(arena, name, nth, dice.randrange(1 << 30))
-            done, told = start(arena, name, 0, 0)
+            done, told, _ = start(arena, name, 0, 0)
             left = contents(arena.path / "runs" / name) if done else {}
             different = differences(left, arena.whole) if done else [f"did not go on: {told[-300:]}"]
             if "file names" in different:

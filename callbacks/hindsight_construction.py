@@ -9,6 +9,7 @@ import inspect
 from dataclasses import replace
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.hindsight import BlockBudget, BlockBuilder, QueriesAndLabels, sibling_records
@@ -29,6 +30,9 @@ class HindsightConstruction(pl.Callback):
         max_block_tokens: whole entries are dropped from the end of a block until it has at most so many tokens; a group
             whose first entry alone is longer is not taught. Both are logged. Rollouts are never cut. null: no limit.
     """
+
+    writes_hindsight = True
+    """For others, which look for such a callback."""
 
     def __init__(
         self, groups: GroupsRule = "all", block: BlockBuilder | None = None, max_block_tokens: int | None = None
@@ -53,7 +57,14 @@ class HindsightConstruction(pl.Callback):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: SDSearchModule) -> None:  # type: ignore[override]
-        """Try the block on a made-up group, before time is spent on rollouts."""
+        """Try the block on a made-up group, before time is spent on rollouts; warn where no weight makes it count."""
+        callbacks = trainer.callbacks if isinstance(pl_module, SDSearchModule) else []  # type: ignore[attr-defined]
+        has_weight = any(hasattr(callback, "sets_jsd_weight") for callback in callbacks)
+        if callbacks and not has_weight and not pl_module.jsd_weight:
+            rank_zero_warn(
+                "hindsight: no JSDWeightScheduler is among the trainer's callbacks, so the JSD weight stays 0 and "
+                "nothing is distilled. Add it after HindsightConstruction."
+            )
         right, wrong = made_up_rollouts(Question("made-up", "where is it", ("there",)))
         rollouts = replace(right, label=Label.CORRECT, reward=1.0), replace(wrong, label=Label.INCORRECT, reward=0.0)
         group, name = RolloutGroup(right.question, right.instance_id, rollouts), type(self.block).__name__

@@ -22,13 +22,22 @@ class JSDWeightScheduler(pl.Callback):
             step function of `warmup_steps`.
     """
 
+    sets_jsd_weight = True
+    """For others, which look for such a callback."""
+
     def __init__(self, weight: float = 1e-3, warmup_steps: int = 50, schedule: Schedule | None = None) -> None:
         super().__init__()
         self.weight, self.warmup_steps = weight, warmup_steps
         self.schedule = checked_schedule("jsd", weight, warmup_steps, schedule)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of a warm-up that never ends."""
+        """Warn of a weight that never counts: nobody writes what the teacher reads, or the warm-up never ends."""
+        callbacks = trainer.callbacks if isinstance(pl_module, SDSearchModule) and self.weight > 0 else []  # type: ignore[attr-defined]
+        if callbacks and not any(hasattr(callback, "writes_hindsight") for callback in callbacks):
+            rank_zero_warn(
+                f"jsd: the weight is {self.weight:g}, but no HindsightConstruction is among the trainer's callbacks, "
+                "so the first taught step will have nothing to read. Add it before JSDWeightScheduler."
+            )
         steps = trainer.max_steps
         if self.weight > 0 and steps > 0 and all(self.schedule.factor(step) == 0 for step in range(steps)):
             rank_zero_warn(

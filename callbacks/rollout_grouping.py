@@ -112,7 +112,13 @@ class RolloutGrouping(pl.Callback):
                 "rollout.group_size is 1: a group of one has no advantage, so the policy gradient is zero and only "
                 "KL and JSD train. Use 2 or more."
             )
-        retriever = getattr(getattr(trainer, "datamodule", None), "retriever", None)
+        datamodule = getattr(trainer, "datamodule", None)
+        if datamodule is None:
+            raise ConfigError(
+                "trainer: expected datamodule=SearchDataModule(...), which brings questions and the retriever, "
+                "found a loader or nothing."
+            )
+        retriever = getattr(datamodule, "retriever", None)
         if retriever is None:
             raise ConfigError("data.retriever is empty: rollouts need something to search. Set it, or use a world.")
         check_retriever(retriever, self.top_k)
@@ -249,7 +255,7 @@ class RolloutGrouping(pl.Callback):
     def _advise(self, rollouts: Sequence[Trajectory]) -> None:
         """Say what to do where the untrained policy never acts: all rewards will be equal, and nothing is learnt."""
         acted = [t for t in rollouts if t.queries or t.answer is not None or t.stop_reason is StopReason.MAX_SEARCHES]
-        if rollouts and not acted:
+        if any(any(t.policy_mask) for t in rollouts) and not acted:
             self._is_advised = True
             rank_zero_warn(
                 f"None of the first {len(rollouts)} rollouts holds a search or an answer, so rewards will not differ "

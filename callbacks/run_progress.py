@@ -57,7 +57,8 @@ class RunProgress(ProgressBar):
         self._first_step, self._began = 0, 0.0
         self._last: dict[str, float] = {}
         self._validation = ""
-        self._told = 0.0
+        self._window: RolloutProgress | None = None
+        self._next_word = 0.0
 
     def disable(self) -> None:
         """Show nothing: ranks other than 0."""
@@ -75,7 +76,7 @@ class RunProgress(ProgressBar):
         self._begin("training", trainer.global_step, _last_step(trainer))
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._phase, self._told = "", time.monotonic()
+        self._phase = ""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
         self._done = trainer.global_step
@@ -92,7 +93,7 @@ class RunProgress(ProgressBar):
             self._begin("", trainer.global_step, _last_step(trainer))
 
     def on_validation_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int, *_: Any) -> None:
-        self._phase, self._told = f"validation, batch {index + 1} of {trainer.num_val_batches[0]:g}", time.monotonic()
+        self._phase = f"validation, batch {index + 1} of {trainer.num_val_batches[0]:g}"
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._phase = ""
@@ -136,9 +137,10 @@ class RunProgress(ProgressBar):
         if self._live is not None:
             prefix = f"{self._phase.split(': ')[0]}: " if self._phase.startswith("validation") else ""
             self._phase = f"{prefix}{phase}"
-        elif (now := time.monotonic()) - self._told >= QUIET:
-            self._told = now
-            print(f"{self._step()}: {phase}", flush=True)
+        elif window is not self._window or window.seconds >= self._next_word:
+            if window is self._window:
+                print(f"{self._step()}: {phase}", flush=True)
+            self._window, self._next_word = window, window.seconds + QUIET
 
     def _begin(self, phase: str, done: int, total: float) -> None:
         self._phase, self._done, self._total = phase, done, total

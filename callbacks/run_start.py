@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint
@@ -53,6 +54,10 @@ class RunStart(pl.Callback):
                 )
         self._begin(trainer)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A run that goes on after its last step has no step to begin, and may have what a cut left.
+        self._begin(trainer)
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin(trainer)
 
@@ -66,6 +71,9 @@ class RunStart(pl.Callback):
         if self.is_taken:
             return
         self.is_taken = True
+        if self.given is not None and trainer.state.fn != TrainerFn.FITTING:
+            # Lightning loads weights alone for an evaluation; whatever is logged belongs to the checkpoint's step.
+            trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.given.step
         failure: Exception | None = None
         if trainer.is_global_zero:
             try:

@@ -126,7 +126,8 @@ class TeacherDiagnostics(pl.Callback):
             for who, offset in (("student", 0), ("teacher", 1)):
                 if index:
                     metrics[f"teacher/{who}_em_{name}"] = fmean(
-                        exact_match(t.answer, t.question.answers) for t in (rollouts[2 * i + offset] for i in index)
+                        exact_match(t.answer, t.question.answers, t.question.normalization)
+                        for t in (rollouts[2 * i + offset] for i in index)
                     )
         return metrics
 

@@ -122,6 +122,19 @@ def hold_out(questions: Sequence[Question], count: int, seed: int) -> tuple[Mixt
     return rows.select(kept), [rows[index] for index in sorted(first.values())]
 
 
+def draw_per_source(questions: Sequence[Question], count: int) -> list[Question]:
+    """At most `count` questions of each source, in their order; a source's draw depends on its own questions alone."""
+    places: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        places.setdefault(question.source, []).append(index)
+    kept = [
+        index
+        for source, indices in places.items()
+        for index in random.Random(f"{source}/subset").sample(indices, min(count, len(indices)))
+    ]
+    return [questions[index] for index in sorted(kept)]
+
+
 def overlap(training: Sequence[Question], validation: Sequence[Question]) -> list[Question]:
     """The validation questions that training asks too, whatever their case, spacing and question mark."""
     asked = {_comparable(question) for question in training}

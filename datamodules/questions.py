@@ -10,19 +10,21 @@ Next: callbacks/rollout_grouping.py, which turns each StepBatch into rollouts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sdsearch_lightning.datamodules.loaders import DemonstrationBatch, EvaluationBatches, Share, TrainingBatches
-from sdsearch_lightning.datamodules.mixture import Mixture, fingerprint, hold_out, overlap
+from sdsearch_lightning.datamodules.mixture import Mixture, draw_per_source, fingerprint, hold_out, overlap
 from sdsearch_lightning.datamodules.readers import check_columns, read_demonstrations, read_questions
-from sdsearch_lightning.datamodules.sources import Files, check_weights, find_files
+from sdsearch_lightning.datamodules.sources import BENCHMARKS, Files, check_weights, find_files
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval import Retriever
 from sdsearch_lightning.retrieval.text import is_whole
-from sdsearch_lightning.scoring.rewards import normalize_answer
+from sdsearch_lightning.scoring.normalization import normalize_answer
 from sdsearch_lightning.types import Demonstration, Question, StepBatch
 
 
@@ -48,7 +50,11 @@ class SearchDataModule(pl.LightningDataModule):
         batch_size: questions (or demonstrations) per process and training step.
         eval_batch_size: questions per process and evaluation batch.
         seed: decides the order of every epoch, and what is held out.
-        limit: read at most this many rows of each file; null: all.
+        limit: read at most this many rows of each file, the first ones; null: all.
+        limit_per_source: evaluate at most this many questions of each source, drawn at random; the same ones whatever
+            the seed, so that runs compare. null: all.
+        normalization: rule by which rewards, scores and evidence compare answers: english as Search-R1 does; unicode
+            does the same for other scripts, and gives the same on ASCII text.
     """
 
     shuffle_demonstrations = True
@@ -68,14 +74,18 @@ class SearchDataModule(pl.LightningDataModule):
         eval_batch_size: int = 256,
         seed: int = 0,
         limit: int | None = None,
+        limit_per_source: int | None = None,
+        normalization: Literal["english", "unicode"] = "english",
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("limit", limit)):
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        for name, value in (sizes | {"limit": limit, "limit_per_source": limit_per_source}).items():
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}: expected at least 1, found {value}.")
         if holdout < 0 or (holdout and val_files):
             found = f"{holdout} beside data.val_files {val_files}" if val_files else holdout
             raise ConfigError(f"data.holdout: expected 0, or a number of questions without val_files, found {found}.")
+        normalize_answer("", normalization)  # raises where there is no such rule
         check_weights(train_files, "train")
         self.files: dict[str, Files] = {"train": train_files, "val": val_files, "test": test_files}
         self.columns, self.hub, self.holdout = check_columns(columns), hub, holdout
@@ -84,7 +94,8 @@ class SearchDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed
-        self.limit = limit
+        self.limit, self.limit_per_source = limit, limit_per_source
+        self.normalization = normalization
         self._read: dict[str, Sequence[Any]] = {}
 
     @property
@@ -107,7 +118,7 @@ class SearchDataModule(pl.LightningDataModule):
             read_questions(file.path, self.limit, {} if file.is_benchmark else self.columns, file.source, need_answers)
             for file in files
         ]
-        rows = [question for part in parts for question in part]
+        rows = [replace(question, normalization=self.normalization) for part in parts for question in part]
         return Mixture(rows, [len(part) for part in parts], [file.weight for file in files])
 
     def demonstrations(self) -> Sequence[Demonstration]:
@@ -118,6 +129,14 @@ class SearchDataModule(pl.LightningDataModule):
     def vocabulary(self) -> tuple[str, ...] | None:
         """Words of a word-level tokenizer for a from-scratch model; None for text that needs an ordinary one."""
         return None
+
+    def data_set_of(self, source: str) -> dict[str, str] | None:
+        """Where the test questions of a source lie on the hub, for a model card; None where they are somebody's own."""
+        if source not in BENCHMARKS or Path(self.hub).expanduser().is_dir():
+            return None
+        entries = self.files["test"] or ()
+        is_listed = source in ([entries] if isinstance(entries, str) else entries)
+        return {"name": self.hub, "config": source, "split": BENCHMARKS[source]} if is_listed else None
 
     def best_query(self, question: Question) -> str | None:
         """The best first query for a question, for `TeacherDiagnostics`; None where nobody knows it."""
@@ -192,6 +211,8 @@ class SearchDataModule(pl.LightningDataModule):
             self._read["train"], self._read["val"] = hold_out(self.questions("train"), self.holdout, self.seed)
         else:
             self._read[split] = self.demonstrations() if split == "demonstrations" else self.questions(split)
+        if self.limit_per_source is not None and split in ("val", "test", "predict"):
+            self._read[split] = draw_per_source(self._read[split], self.limit_per_source)
         return self._read[split]
 
     def _check_texts(self, split: str) -> None:
@@ -200,7 +221,11 @@ class SearchDataModule(pl.LightningDataModule):
                 raise DataError(f"{split} question {question.id!a}: expected text, found half a character in it.")
 
     def _warn_of_vanishing_golds(self, split: str) -> None:
-        lost = [q for q in self._rows(split) if q.answers and not any(map(normalize_answer, q.answers))]
+        lost = [
+            question
+            for question in self._rows(split)
+            if question.answers and not any(normalize_answer(gold, question.normalization) for gold in question.answers)
+        ]
         if lost:
             rank_zero_warn(
                 f"{len(lost)} of {len(self._rows(split))} {split} questions have gold answers of which normalising "

@@ -34,6 +34,7 @@ examples:
   sdsearch index --corpus_path corpus.jsonl --index_path index --encoder intfloat/e5-base-v2
   sdsearch serve --corpus_path corpus.jsonl --index_path index --port 8000
   sdsearch report runs/quickstart runs/second
+  sdsearch browse runs/quickstart
   sdsearch export --ckpt_path runs/quickstart/checkpoints/last.ckpt --output my_model
 
 `sdsearch` and `python -m sdsearch_lightning` are the same. SDSEARCH_TRACEBACK=1 shows where an error came from.

@@ -1,8 +1,14 @@
-"""The three enumerations of the glossary; types.py re-exports them. Their strings are their names, in any case."""
+"""The three enumerations of the glossary; types.py re-exports them. Their strings are their names, in any case.
+
+And a set of characters, which two rooms need.
+"""
 
 from __future__ import annotations
 
 from enum import StrEnum
+
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Thai and Lao, Burmese, Khmer, kana, Chinese characters: scripts that put no spaces between words."""
 
 
 class _AnyCase(StrEnum):

@@ -29,6 +29,7 @@ class Question:
     text: str
     answers: tuple[str, ...]
     source: str = "default"
+    normalization: str = field(default="english", repr=False)  # of answers; checkpoints know a question by the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,7 @@ class Demonstration:
 
     question: Question
     turns: tuple[tuple[SpanKind, str], ...]
-    siblings: tuple[SiblingRecord, ...] = ()
-    """Where not empty, the prompt holds the hindsight block of these siblings."""
+    siblings: tuple[SiblingRecord, ...] = ()  # where not empty, the prompt holds the hindsight block of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +295,6 @@ class StepBatch:
             writer, group = self._writers[name]
             raise RuntimeError(
                 f"{by} asked for StepBatch.{name}, which is None: {writer} has to fill it first. "
-                f"Is the group {group} in the configuration, and in the order rollout:, hindsight:, jsd:?"
+                f"Is it among the trainer's callbacks ({group} in a file), in the order rollout, hindsight, jsd?"
             )
         return value

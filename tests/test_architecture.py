@@ -45,7 +45,7 @@ LIBRARIES = {
     "bm25s": "retrieval.bm25",
     "pyarrow": "retrieval.*",
     "httpx": "retrieval.* runs.hub",
-    "huggingface_hub": "policy.loading retrieval.* datamodules.* runs.hub runs.model_card",
+    "huggingface_hub": "policy.loading retrieval.* datamodules.* runs.hub runs.model_card runs.eval_results",
     "torchmetrics": "scoring.scores",
     "rich": "report.* retrieval.* cli.* callbacks.run_progress",
     "jinja2": "report.html",

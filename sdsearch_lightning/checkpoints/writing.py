@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sdsearch_lightning.checkpoints.seals import seal
 from sdsearch_lightning.checkpoints.shards import META, AnyCheckpointIO
-from sdsearch_lightning.errors import CheckpointError
-from sdsearch_lightning.files import draft_of, remove, sync_names, telling_full_disk, written_whole
+from sdsearch_lightning.errors import CheckpointError, StorageError
+from sdsearch_lightning.files import GO_ON, draft_of, remove, sync_names, telling_full_disk, written_whole
 
 
 class PlainFiles(AnyCheckpointIO):
@@ -71,6 +71,22 @@ def told_by_all(trainer: Trainer, told: str | None) -> str | None:
         texts = [None] * distributed.get_world_size()
         distributed.all_gather_object(texts, told)
     return next(text for text in texts if text is not None)
+
+
+def by_rank_0(trainer: Trainer, write: Callable[[], None]) -> None:
+    """Has rank 0 call `write`. A collective.
+
+    Raises:
+        StorageError: on all ranks, if it could not write a file.
+    """
+    failure = None
+    if trainer.is_global_zero:
+        try:
+            write()
+        except OSError as error:
+            failure = f"{error.filename or 'a file'} could not be written: {error.strerror or error}"
+    if (told := told_by_all(trainer, failure)) is not None:
+        raise StorageError(f"{told}. {GO_ON}")
 
 
 def _write(trainer: Trainer, draft: Path, path: Path) -> str | None:

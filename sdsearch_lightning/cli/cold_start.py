@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdsearch_lightning.checkpoints.writing import by_rank_0
 from sdsearch_lightning.cli.common import say
 from sdsearch_lightning.cli.training import TRAINER_DEFAULTS, RunCLI
 from sdsearch_lightning.report.console import duration
@@ -24,14 +25,16 @@ class SuperviseCLI(RunCLI):
         self.train(**kwargs)
         if self.is_training_run:
             self.save_model()
-        if self.is_training_run and self.trainer.is_global_zero:
-            # A run shorter than trainer.log_every_n_steps logs nothing.
-            metrics = read_metrics(self.folder.path) if self.folder.metrics.is_file() else {}
-            losses = [point.value for point in metrics.get("train/loss", [])]
-            loss = {"first": losses[0], "last": losses[-1]} if losses else None
-            facts = self.facts | {"steps": self.trainer.global_step, "train_loss": loss}
-            write_summary(self.folder.path, build_summary(metrics, facts))
-            self.report()
+            by_rank_0(self.trainer, self._finish)
+
+    def _finish(self) -> None:
+        # A run shorter than trainer.log_every_n_steps logs nothing.
+        metrics = read_metrics(self.folder.path) if self.folder.metrics.is_file() else {}
+        losses = [point.value for point in metrics.get("train/loss", [])]
+        loss = {"first": losses[0], "last": losses[-1]} if losses else None
+        facts = self.facts | {"steps": self.trainer.global_step, "train_loss": loss}
+        write_summary(self.folder.path, build_summary(metrics, facts))
+        self.report()
 
     def report(self) -> None:
         summary = read_summary(self.folder.path) or {}

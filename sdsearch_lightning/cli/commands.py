@@ -44,6 +44,7 @@ def run(argv: Sequence[str]) -> int:
         "ask": _ask,
         "export": _export,
         "report": _report,
+        "browse": _browse,
         "index": _index,
         "serve": _serve,
         "plan": _plan,
@@ -122,6 +123,17 @@ def _report(argv: Sequence[str]) -> None:
         compare_runs(folders, Path(options.output or "comparison.html"))
     else:
         print_report(folders[0], options.output and Path(options.output))
+
+
+def _browse(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.parsers import browse_parser
+
+    options = browse_parser().parse_args(list(argv))
+    from sdsearch_lightning.report.browse import browse
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError("sdsearch browse needs a terminal. sdsearch report writes the same as a page, report.html.")
+    browse(Path(options.run))
 
 
 def _index(argv: Sequence[str]) -> None:

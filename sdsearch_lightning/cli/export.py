@@ -19,6 +19,7 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.files import written_whole
 from sdsearch_lightning.inference.building import build_module, restore
 from sdsearch_lightning.report.summary import read_summary
+from sdsearch_lightning.runs.eval_results import evaluations_of
 from sdsearch_lightning.runs.folder import RunFolder, warn
 from sdsearch_lightning.runs.hub import check_name, push
 from sdsearch_lightning.runs.model_card import Training, write_card
@@ -44,7 +45,8 @@ def export(options: Any) -> None:
 
     def write(folder: Path) -> None:
         (module.save_adapter if options.adapter else module.save_pretrained)(folder)
-        write_card(folder, Training(config, checkpoint.facts["global_step"], read_summary(run.path)))
+        found = evaluations_of(run.path, checkpoint.step)
+        write_card(folder, Training(config, checkpoint.step, read_summary(run.path), found))
 
     with written_whole(output) as draft:
         write(draft)

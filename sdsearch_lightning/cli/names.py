@@ -13,5 +13,6 @@ COMMANDS = {
     "index": "build a retrieval index of a corpus",
     "serve": "share a retrieval index over HTTP, as Search-R1's server does",
     "export": "turn a checkpoint into a Hugging Face folder or a LoRA adapter; push it to the hub",
+    "browse": "explore the rollouts of a run, and the credit of each query, in the terminal",
     "report": "print the report of a run again, and rebuild report.html; compare several runs",
 }

@@ -1,4 +1,4 @@
-"""The options of `ask`, `export`, `plan` and `report`, apart from what these commands import: no torch for a `--help`.
+"""The options of small commands, apart from what these commands import: no torch for a `--help`.
 
 Those of `index` and `serve` are in retrieval.py, which needs none either.
 """
@@ -74,6 +74,16 @@ def report_parser() -> ShortErrorParser:
     parser.add_argument(
         "--output", type=str | None, help="the page; default: report.html in the run, comparison.html here for several"
     )
+    return parser
+
+
+def browse_parser() -> ShortErrorParser:
+    """The parser of `browse`, which takes a run folder."""
+    parser = ShortErrorParser(
+        prog="sdsearch browse",
+        description="Shows the rollouts of a run, and what each query was worth, in the terminal (extra `browse`).",
+    )
+    parser.add_argument("run", type=str, help="the run folder, such as runs/quickstart")
     return parser
 
 

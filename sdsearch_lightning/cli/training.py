@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ from sdsearch_lightning.callbacks import (
     RolloutGrouping,
     TrajectoryLog,
 )
-from sdsearch_lightning.callbacks.predictions import Predictions
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
 from sdsearch_lightning.callbacks.run_progress import RunProgress
 from sdsearch_lightning.callbacks.run_start import RunStart
-from sdsearch_lightning.checkpoints.writing import PlainFiles
+from sdsearch_lightning.checkpoints.writing import PlainFiles, by_rank_0
 from sdsearch_lightning.cli.common import say, shared_config
+from sdsearch_lightning.cli.evaluation import EvaluationCommands, weights_name
 from sdsearch_lightning.cli.processes import ending_together, watch_processes
 from sdsearch_lightning.cli.resume import explaining_loads, find_checkpoint
 from sdsearch_lightning.cli.run_parser import RunParser, parser_settings, read_field_texts
@@ -149,8 +149,10 @@ class RunCLI(LightningCLI):
         self.given = find_checkpoint(command, self.options, self.folder, is_evaluation=command != self.training)
         if self.is_training_run and not run.overwrite:
             self._look_into_folder()
-        path = self.folder.metrics if self.is_training_run else self.folder.path / str(self.subcommand) / "metrics.csv"
-        self.metrics = MetricsLogger(path)
+        path = self.folder.path
+        if not self.is_training_run:
+            path = path / command / weights_name(self.options, self.given, self.folder)
+        self.metrics = MetricsLogger(path / "metrics.csv")
 
     def _look_into_folder(self) -> None:
         """Reports a finished run, prepares to resume one that is under way, refuses another one."""
@@ -181,6 +183,8 @@ class RunCLI(LightningCLI):
             self.folder.path.mkdir(parents=True, exist_ok=True)
             config = shared_config(self._parser(self.subcommand), self.options)
             write_text(self.folder.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            for logger in self.trainer.loggers:
+                logger.log_hyperparams(config)
         else:
             self.folder.clear_after(self.resumed_step, self.checkpoint.options)
             callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -230,10 +234,8 @@ class RunCLI(LightningCLI):
 
     def save_model(self) -> None:
         """Writes the trained model into the run folder; all ranks call it."""
-        weights = self.model.whole_weights()
-        if self.trainer.is_global_zero:
-            save = partial(self.model.save_pretrained, weights=weights)
-            write_model(self.folder, save, self.trainer.global_step, self.facts)
+        save = partial(self.model.save_pretrained, weights=self.model.whole_weights())
+        by_rank_0(self.trainer, lambda: write_model(self.folder, save, self.trainer.global_step, self.facts))
 
     def report(self) -> None:
         """Tells the result of a finished run."""
@@ -245,7 +247,7 @@ class RunCLI(LightningCLI):
         return {"seconds": round(self.checkpoint.seconds, 1), "seed": self.options.seed_everything}
 
 
-class SearchCLI(RunCLI):
+class SearchCLI(EvaluationCommands, RunCLI):
     """`fit`, `validate`, `test` and `predict` of SDSearchModule, with the method's callbacks as named groups."""
 
     module_class = SDSearchModule
@@ -260,19 +262,7 @@ class SearchCLI(RunCLI):
         parser.link_arguments("rollout.temperature", "model.temperature")
 
     def own_callbacks(self) -> list[pl.Callback]:
-        predictions = [self.predictions] if self.subcommand == "predict" else []
-        return [*super().own_callbacks(), TrajectoryLog(), *predictions]
-
-    @cached_property
-    def predictions(self) -> Predictions:
-        """What writes the result of `predict`."""
-        return Predictions()
-
-    def predict(self, **kwargs: Any) -> None:
-        """Answers, and tells where the answers are."""
-        self.trainer.predict(**kwargs | {"return_predictions": False})  # they are in a file
-        if not self.options.trainer.fast_dev_run:
-            say(f"a line for each question: {self.predictions.file(self.trainer)}")
+        return [*super().own_callbacks(), TrajectoryLog(), *self.evaluation_callbacks()]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -290,8 +280,7 @@ class SearchCLI(RunCLI):
         if not self.trainer.strategy.broadcast(is_validated):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         self.save_model()
-        if self.trainer.is_global_zero:
-            finish_run(self.folder.path, self.facts)
+        by_rank_0(self.trainer, lambda: finish_run(self.folder.path, self.facts))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.report.console import print_console_report
+from sdsearch_lightning.report.console import make_console, print_console_report
 from sdsearch_lightning.report.curves import COLORS
+from sdsearch_lightning.report.evaluation import print_evaluation, print_evaluations, read_evaluations
 from sdsearch_lightning.report.html import MAX_PAGE, Run, write_page
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.rollouts import read_rollouts
@@ -21,7 +22,7 @@ from sdsearch_lightning.report.summary import Summary, build_summary, read_summa
 from sdsearch_lightning.report.trajectories import read_trajectories
 from sdsearch_lightning.report.versus import names_of, print_comparison, print_page
 
-OTHERS = 250_000
+OTHERS = 350_000
 """Bytes of a page for what each run has beside its rollouts: curves above all."""
 
 __all__ = ["compare_runs", "finish_run", "print_report", "read_trajectories"]
@@ -46,6 +47,8 @@ def finish_run(run_folder: Path, facts: dict[str, Any]) -> None:
 def print_report(run_folder: Path, path: Path | None = None) -> None:
     """Prints the report of a run and writes its page anew.
 
+    Evaluations of the run are listed below it; where there is nothing else, they are shown.
+
     A run without summary.json is not finished: its report is made from what is there, and no summary.json is written.
 
     Args:
@@ -55,7 +58,16 @@ def print_report(run_folder: Path, path: Path | None = None) -> None:
     Raises:
         ConfigError, DataError: as `finish_run`.
     """
+    evaluations = read_evaluations(run_folder)
+    if evaluations and not (run_folder / "metrics.csv").is_file():  # of a model that was not trained here
+        for _, evaluation in evaluations:
+            print_evaluation(make_console(), evaluation)
+        return
     _report(run_folder, read_summary(run_folder), path)
+    if evaluations:
+        console = make_console()
+        console.print()
+        print_evaluations(console, evaluations)
 
 
 def compare_runs(run_folders: Sequence[Path], path: Path) -> None:

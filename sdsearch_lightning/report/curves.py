@@ -76,7 +76,13 @@ CHARTS = (
     Chart(
         "Seconds",
         "per step",
-        (Plotted("rollouts", "rollout/seconds", True), Plotted("of them searching", "search/seconds", True)),
+        (
+            Plotted("rollouts", "rollout/seconds", True),
+            Plotted("of them searching", "search/seconds", True),
+            Plotted("teacher", "train/teacher_seconds", True),
+            Plotted("student", "train/student_seconds", True),
+            Plotted("optimizer", "train/optimizer_seconds", True),
+        ),
     ),
 )
 SHARES = ("Exact match", "Groups", "Valid actions")

@@ -43,7 +43,8 @@ class Example:
 
 def is_correct(record: Record) -> bool:
     """Whether the answer is an exact match."""
-    return record["answer"] is not None and exact_match(record["answer"], record["question"]["answers"]) == 1.0
+    asked = record["question"]
+    return exact_match(record["answer"], asked["answers"], asked.get("normalization", "english")) == 1.0
 
 
 def harmless(text: str) -> str:

@@ -21,16 +21,10 @@ function inStep(group) {
 
 const listed = () => DATA.groups.filter((group) => inStep(group) && (state.outcome === "all" || group.outcome === state.outcome));
 
-// Where a page opens: the training group with right and wrong rollouts whose queries were judged most differently.
+// Where a page opens: at a group of the chosen run, or of the first one that has some.
 function opening() {
   const groups = DATA.groups.filter((group) => group.run === state.run);
-  const spread = (group) => {
-    const queries = group.rollouts.flatMap(queriesOf).map((row) => row.query).filter((query) => !query.doubtful);
-    const values = queries.map((query) => query.verdict ?? query.credit).filter(isNumber);
-    return values.length > 1 && group.outcome === "mixed" ? Math.max(...values) - Math.min(...values) : 0;
-  };
-  const [most] = groups.map((group) => [spread(group), group]).reduce((best, one) => (one[0] > best[0] ? one : best), [0, null]).slice(1);
-  return most ?? groups.find((group) => group.phase === "train") ?? groups[0] ?? DATA.groups[0];
+  return groups[DATA.openings[state.run]] ?? DATA.groups[0];
 }
 
 const addressOf = (group) => ["rollouts", group.run, group.phase, group.step, group.instance.join(".")].join("/");

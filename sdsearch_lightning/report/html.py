@@ -27,7 +27,7 @@ from sdsearch_lightning.report.rollouts import Rollouts
 from sdsearch_lightning.report.settings import Settings, differences
 from sdsearch_lightning.report.summary import Summary
 from sdsearch_lightning.report.trajectories import Record
-from sdsearch_lightning.report.views import UNRELIABLE, View
+from sdsearch_lightning.report.views import MAX_OTHER_TEXT, UNRELIABLE, View, opening
 
 MAX_PAGE = 5_000_000
 """Bytes that a page stays under."""
@@ -76,6 +76,7 @@ def page(runs: Sequence[Run]) -> str:
         scripts=scripts,
         island=Markup(island({
             "runs": [run.name for run in runs],
+            "openings": [opening(run.rollouts.groups) for run in runs],
             "phases": PHASES,
             "labels": LABELS,
             "unreliable": UNRELIABLE,
@@ -109,7 +110,6 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "number": number,
-        "signed": lambda value: number(value, signed=True),
         "sd_line": self_distillation_line,
         "svg": Markup,  # of charts.py, which escapes the one text that it is given
     }
@@ -151,13 +151,13 @@ def _shown(record: Record, when: str) -> View:
         "step": record["step"],
         "verdict": verdict_of(record)[0],
         "outcome": "right" if is_correct(record) else "wrong",
-        "rows": [(row.label, row.kind, _cut(row.text) if row.kind == "OBSERVATION" else row.text)
-                 for row in rows(record)],
+        "rows": [(row.label, row.kind, _cut(row.kind, row.text)) for row in rows(record)],
     }  # fmt: skip
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= OBSERVATION_LENGTH else text[:OBSERVATION_LENGTH] + " ..."
+def _cut(kind: str, text: str) -> str:
+    limit = OBSERVATION_LENGTH if kind == "OBSERVATION" else MAX_OTHER_TEXT
+    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def _left_out(run: Run, is_single: bool) -> list[str]:

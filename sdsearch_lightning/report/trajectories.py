@@ -21,7 +21,7 @@ from typing import Any
 from sdsearch_lightning.errors import DataError
 from sdsearch_lightning.files import append_lines
 from sdsearch_lightning.report.segments import numbered_lines, reopen_after, step_of
-from sdsearch_lightning.types import Span, TokenCredit, Trajectory
+from sdsearch_lightning.types import Question, Span, TokenCredit, Trajectory
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -62,7 +62,7 @@ def make_record(
         "phase": phase,
         "step": step,
         "rank": rank,
-        "question": asdict(trajectory.question),
+        "question": _question(trajectory.question),
         "instance_id": trajectory.instance_id,
         "rollout_index": trajectory.rollout_index,
         "spans": [_span(span, decode) for span in trajectory.spans],
@@ -80,6 +80,13 @@ def make_record(
         "query_credit": trajectory.query_credit,
         "query_advantages": trajectory.query_advantages,
     }
+
+
+def _question(question: Question) -> Record:
+    record = asdict(question)
+    if question.normalization == "english":
+        del record["normalization"]  # readers take it for granted
+    return record
 
 
 def _span(span: Span, decode: Decode) -> Record:

@@ -63,6 +63,23 @@ def rollout_view(record: Record) -> View:
     return {name: value for name, value in view.items() if value not in (None, "")}
 
 
+def opening(groups: Sequence[View]) -> int:
+    """Where a reader opens, as an index: the group with right and wrong rollouts whose queries were judged most
+    differently; else the first of a training; else the first.
+    """
+    spreads = [_spread(group) for group in groups]
+    if any(spreads):
+        return spreads.index(max(spreads))
+    return next((index for index, group in enumerate(groups) if group["phase"] == "train"), 0)
+
+
+def _spread(group: View) -> float:
+    queries = [row["query"] for view in group["rollouts"] for row in view["rows"] if "query" in row]
+    judged = [query.get("verdict", query.get("credit")) for query in queries if not query.get("doubtful")]
+    values = [value for value in judged if value is not None]
+    return max(values) - min(values) if values and group["outcome"] == "mixed" else 0.0
+
+
 def _decoding(phase: str) -> str:
     if phase in ("train", "skipped"):
         return ""  # always sampled: siblings go by their number

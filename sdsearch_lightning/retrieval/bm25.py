@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sdsearch_lightning.enums import UNSPACED
 from sdsearch_lightning.errors import ConfigError, DataError, reading_foreign
 from sdsearch_lightning.retrieval.corpus import Corpus, write_corpus
 from sdsearch_lightning.retrieval.index_folder import IndexFolder
@@ -38,9 +39,7 @@ from sdsearch_lightning.retrieval.indexed import IndexedRetriever
 from sdsearch_lightning.types import Passage
 
 _FORMAT = 1  # of the folder; another number makes other fingerprints
-_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-"""Thai and Lao, Burmese, Khmer, kana, Chinese characters: scripts that put no spaces between words."""
-WORD = rf"(?u)[{_UNSPACED}]|[^\W{_UNSPACED}]+"
+WORD = rf"(?u)[{UNSPACED}]|[^\W{UNSPACED}]+"
 """A run of letters and digits; in scripts without spaces a character. One character is a word: "Malcolm X"."""
 _TOKENS = "tokens.bin"
 _CHUNK = 10_000

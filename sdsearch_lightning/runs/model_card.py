@@ -7,7 +7,7 @@ machine is: an absolute one is cut to its last part.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import yaml
 
 from sdsearch_lightning.files import write_text
 from sdsearch_lightning.policy.lora_folder import CONFIG as ADAPTER_CONFIG
+from sdsearch_lightning.report.evaluation import Evaluation, to_markdown
 from sdsearch_lightning.report.metrics import read_metrics
 from sdsearch_lightning.report.summary import Summary, build_summary, installed_versions
+from sdsearch_lightning.runs.eval_results import eval_results
 from sdsearch_lightning.runs.folder import RunFolder
 from sdsearch_lightning.trust.secrets import without_secrets
 
@@ -39,6 +41,8 @@ class Training:
     """The rollout batches (or batches of demonstrations) that the weights have seen."""
     summary: Summary | None = None
     """None where the run is not finished."""
+    evaluations: Sequence[Evaluation] = ()
+    """Those of these weights."""
 
     @property
     def is_cold_start(self) -> bool:
@@ -79,15 +83,20 @@ def write_card(folder: Path, training: Training) -> None:
     training = replace(training, config=without_secrets(training.config))
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     base = _base_model(training.get("model.model_name_or_path"))
+    tests = [evaluation for evaluation in training.evaluations if evaluation["command"] == "test"]
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=base,
         base_model_relation=None if base is None else "adapter" if is_adapter else "finetune",
         datasets=_hub_data_sets(training) or None,
+        model_name=str(training.get("run.name") or folder.name) if tests else None,
+        eval_results=[result for found in tests for result in eval_results(found)] or None,
         tags=["sd-search", "search", "sdsearch-lightning", "sft" if training.is_cold_start else "grpo"],
     )
-    sections = [_opening(training, is_adapter), _settings(training), _scores(training), _use(training, is_adapter)]
+    found = [to_markdown(evaluation, level="##").rstrip() for evaluation in training.evaluations]
+    sections = [_opening(training, is_adapter), _settings(training), _scores(training), *found]
+    sections.append(_use(training, is_adapter))
     body = "\n\n".join([*filter(None, sections), _versions(training)])
     write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n\n{body}\n")
     shared = {key: value for key, value in training.config.items() if key not in UNSHARED}

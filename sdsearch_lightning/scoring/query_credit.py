@@ -165,9 +165,9 @@ class AnswerEvidence(QueryCredit):
 
     def assign(self, group: RolloutGroup) -> list[list[float]]:
         """1.0 or 0.0 per executed query."""
-        golds = group.question.answers
+        golds, rule = group.question.answers, group.question.normalization
         return [
-            [float(holds_gold(golds, [p.contents for p in found])) for found in rollout.passages]
+            [float(holds_gold(golds, [p.contents for p in found], rule)) for found in rollout.passages]
             for rollout in group.trajectories
         ]
 

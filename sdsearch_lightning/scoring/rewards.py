@@ -4,46 +4,38 @@ Invariant: scoring reads `Trajectory.answer` (and `.refinements`), which the rol
 No prompt, passage or raw text is parsed here, so an `<answer>` in an example or a passage can never be scored.
 The string rules are SQuAD's as Search-R1 and AutoRefine use them, so that scores compare: ASCII punctuation is deleted
 (not spaced), accents are kept. One difference: an answer that is empty never scores, not even where a gold answer, as
-"A" or "!", normalises to nothing.
+"A" or "!", normalises to nothing. A question may ask for another rule (`Question.normalization`).
 """
 
 from __future__ import annotations
 
-import re
-import string
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.scoring.normalization import normalize_answer as normalize_answer
 from sdsearch_lightning.types import Label, Pluggable, Trajectory
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _VERDICTS = {"yes", "no", "noanswer"}
 
 
-def normalize_answer(text: str) -> str:
-    """`text` in lower case without ASCII punctuation, articles and surplus white space, in that order."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def exact_match(prediction: str | None, answers: Iterable[str]) -> float:
+def exact_match(prediction: str | None, answers: Iterable[str], rule: str = "english") -> float:
     """1.0 if the normalised prediction equals any normalised gold answer, else 0.0; no answer and "" score 0.0."""
     if prediction is None or not prediction.strip():
         return 0.0
-    return float(normalize_answer(prediction) in map(normalize_answer, _golds(answers)))
+    return float(normalize_answer(prediction, rule) in _normalized(answers, rule))
 
 
-def substring_match(prediction: str | None, answers: Iterable[str]) -> float:
+def substring_match(prediction: str | None, answers: Iterable[str], rule: str = "english") -> float:
     """1.0 if any normalised gold answer is part of the normalised prediction, else 0.0 ("cover EM")."""
     if prediction is None or not prediction.strip():
         return 0.0
-    normalized = normalize_answer(prediction)
-    return float(any(normalize_answer(gold) in normalized for gold in _golds(answers)))
+    normalized = normalize_answer(prediction, rule)
+    return float(any(gold in normalized for gold in _normalized(answers, rule)))
 
 
-def f1(prediction: str | None, answers: Iterable[str]) -> float:
+def f1(prediction: str | None, answers: Iterable[str], rule: str = "english") -> float:
     """Token F1 of the normalised strings, the best over gold answers, in [0, 1].
 
     "yes", "no" and "noanswer" only count whole: where one side is such a verdict, the other must equal it. An empty
@@ -51,7 +43,8 @@ def f1(prediction: str | None, answers: Iterable[str]) -> float:
     """
     if prediction is None:
         return 0.0
-    return max((_f1_one(normalize_answer(prediction), normalize_answer(gold)) for gold in _golds(answers)), default=0.0)
+    normalized = normalize_answer(prediction, rule)
+    return max((_f1_one(normalized, gold) for gold in _normalized(answers, rule)), default=0.0)
 
 
 def _f1_one(prediction: str, gold: str) -> float:
@@ -62,14 +55,15 @@ def _f1_one(prediction: str, gold: str) -> float:
     return 2 * num_shared / max(len(prediction_tokens) + len(gold_tokens), 1)
 
 
-def holds_gold(answers: Iterable[str], texts: Iterable[str]) -> bool:
+def holds_gold(answers: Iterable[str], texts: Iterable[str], rule: str = "english") -> bool:
     """Whether any text holds a gold answer, by the words of both."""
-    golds = [f" {normalize_answer(gold)} " for gold in answers]
-    return any(gold in f" {normalize_answer(text)} " for text in texts for gold in golds if gold.strip())
+    golds = [f" {gold} " for gold in _normalized(answers, rule) if gold]
+    return any(gold in f" {normalize_answer(text, rule)} " for text in texts for gold in golds)
 
 
-def _golds(answers: Iterable[str]) -> Iterable[str]:
-    return (answers,) if isinstance(answers, str) else answers  # a bare string would be read letter by letter
+def _normalized(answers: Iterable[str], rule: str) -> list[str]:
+    golds = (answers,) if isinstance(answers, str) else answers  # a bare string would be read letter by letter
+    return [normalize_answer(gold, rule) for gold in golds]
 
 
 class Reward(Pluggable):
@@ -87,7 +81,7 @@ class ExactMatchReward(Reward):
 
     def score(self, trajectory: Trajectory) -> float:
         """1.0 where the answer matches a gold answer exactly, else 0.0."""
-        return exact_match(trajectory.answer, trajectory.question.answers)
+        return exact_match(trajectory.answer, trajectory.question.answers, trajectory.question.normalization)
 
 
 class F1Reward(Reward):
@@ -95,7 +89,7 @@ class F1Reward(Reward):
 
     def score(self, trajectory: Trajectory) -> float:
         """Token F1 of the answer against the closest gold answer, in [0, 1]."""
-        return f1(trajectory.answer, trajectory.question.answers)
+        return f1(trajectory.answer, trajectory.question.answers, trajectory.question.normalization)
 
 
 class AutoRefineReward(Reward):
@@ -110,11 +104,11 @@ class AutoRefineReward(Reward):
 
     def score(self, trajectory: Trajectory) -> float:
         """F1 where it is positive, else `refine_score` or 0; without an answer 0."""
-        golds = trajectory.question.answers
-        value = f1(trajectory.answer, golds)
+        golds, rule = trajectory.question.answers, trajectory.question.normalization
+        value = f1(trajectory.answer, golds, rule)
         if value > 0 or trajectory.answer is None or not trajectory.refinements:
             return value
-        return self.refine_score * substring_match(" ".join(trajectory.refinements), golds)
+        return self.refine_score * substring_match(" ".join(trajectory.refinements), golds, rule)
 
 
 class LabelRule(Pluggable):
@@ -141,7 +135,8 @@ class F1LabelRule(LabelRule):
 
     def label(self, trajectory: Trajectory) -> Label:
         """CORRECT where the F1 of the answer is above `rho`, else INCORRECT."""
-        return _label(f1(trajectory.answer, trajectory.question.answers) > self.rho)
+        asked = trajectory.question
+        return _label(f1(trajectory.answer, asked.answers, asked.normalization) > self.rho)
 
 
 class ExactMatchLabelRule(LabelRule):
@@ -149,7 +144,8 @@ class ExactMatchLabelRule(LabelRule):
 
     def label(self, trajectory: Trajectory) -> Label:
         """CORRECT where the answer matches a gold answer exactly, else INCORRECT."""
-        return _label(exact_match(trajectory.answer, trajectory.question.answers) > 0)
+        asked = trajectory.question
+        return _label(exact_match(trajectory.answer, asked.answers, asked.normalization) > 0)
 
 
 def _label(correct: bool) -> Label:

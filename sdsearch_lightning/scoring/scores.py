@@ -63,11 +63,12 @@ class RolloutScores(Metric):
 
     @staticmethod
     def _row(trajectory: Trajectory) -> tuple[int, ...]:
-        answer, golds, stop = trajectory.answer, trajectory.question.answers, trajectory.stop_reason
+        answer, stop = trajectory.answer, trajectory.stop_reason
+        golds, rule = trajectory.question.answers, trajectory.question.normalization
         return (
-            round(f1(answer, golds) * _SHARE),
-            int(exact_match(answer, golds)),
-            int(substring_match(answer, golds)),
+            round(f1(answer, golds, rule) * _SHARE),
+            int(exact_match(answer, golds, rule)),
+            int(substring_match(answer, golds, rule)),
             int(answer is not None),
             int(stop.is_truncated),
             int(stop.is_error),

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sdsearch_lightning.scoring.scores import RolloutScores
+from sdsearch_lightning.training.predictions import Predictions
 from sdsearch_lightning.types import StepBatch, Trajectory
 
 
@@ -59,10 +60,9 @@ class EvaluationSteps(pl.LightningModule):
         """Count greedy and sampled rollouts, apart for each source of questions."""
         self._count("test", batch, by_source=True)
 
-    def predict_step(self, batch: StepBatch, batch_idx: int) -> StepBatch:
-        """The batch, whose `groups` hold the rollouts: Lightning would take a list apart, and refuse what is frozen."""
-        batch.require("groups", by="SDSearchModule.predict_step")
-        return batch
+    def predict_step(self, batch: StepBatch, batch_idx: int) -> Predictions:
+        """The rollouts of the batch."""
+        return Predictions(batch.require("groups", by="SDSearchModule.predict_step"), batch.sampled_groups)
 
     def _count(self, phase: str, batch: StepBatch, by_source: bool) -> None:
         for slot, prefix in (("groups", ""), ("sampled_groups", "sampled_")):

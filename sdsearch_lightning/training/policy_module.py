@@ -27,6 +27,7 @@ from sdsearch_lightning.protocol.templates import PROTOCOLS, Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec, end_of_turn_ids
 from sdsearch_lightning.schedules import Constant, Schedule
 from sdsearch_lightning.training.fsdp2 import shard, whole_weights
+from sdsearch_lightning.training.hyperparameters import given_arguments, plain_arguments, told_arguments
 from sdsearch_lightning.training.manual_step import ManualStep
 from sdsearch_lightning.training.master_weights import BFloat16Weights, MasterWeights
 from sdsearch_lightning.training.options import Compute, DtypeName, OptimizerSpec, ProtocolName
@@ -83,6 +84,9 @@ class PolicyModule(ManualStep):
         eos_tokens: list[str] | None = None,
     ) -> None:
         super().__init__()
+        given = given_arguments(self) | {"model_name_or_path": model_name_or_path}
+        self._set_hparams(plain_arguments(given))  # what a checkpoint tells `load_from_checkpoint`
+        self._hparams_initial, self._log_hyperparams = told_arguments(given), True  # what loggers are told
         self.automatic_optimization = False
         if (model_name_or_path is None) == (scratch is None):
             raise ConfigError(

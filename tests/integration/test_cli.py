@@ -150,15 +150,15 @@ def test_evaluation_takes_the_weights_that_are_asked_for_and_keeps_out_of_the_ru
     done = workplace.sdsearch(command, "--config", "fit.yaml", "--ckpt_path", "last")
     assert (done.returncode, done.stderr) == (0, "")
     assert workplace.metrics("rl") == before
-    assert (workplace.run("rl") / command / "trajectories.jsonl").stat().st_size > 0
+    assert (workplace.run("rl") / command / "step_00000008/trajectories.jsonl").stat().st_size > 0
     if rows is not None:
-        (row,) = workplace.metrics(f"rl/{command}")
-        assert any(key.startswith(rows) for key in row)
+        (row,) = workplace.metrics(f"rl/{command}/step_00000008")
+        assert any(key.startswith(rows) for key in row) and row["step"] == "8"
 
 
 def test_validate_of_the_last_checkpoint_equals_the_last_validation_of_the_run(workplace):
     assert workplace.sdsearch("validate", "--config", "fit.yaml", "--ckpt_path", "last").returncode == 0
-    (row,) = workplace.metrics("rl/validate")
+    (row,) = workplace.metrics("rl/validate/step_00000008")
     last = workplace.metrics("rl")[-1]
     scores = {key: value for key, value in row.items() if key.startswith("val/")}
     assert scores == {key: last[key] for key in scores}

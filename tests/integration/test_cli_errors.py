@@ -63,7 +63,7 @@ IN_YAML = [
     ("model: [", "config.yaml, line 1: this is no YAML"),
     ("model: {}\nmodel: {}", "config.yaml, line 2: the key 'model' stands in line 1 already"),
     ("", "config.yaml: expected keys"),
-    ("trainer: {logger: {class_path: WandbLogger}}", ".WandbLogger cannot be made: Requirement"),
+    ("trainer: {logger: {class_path: CometLogger}}", ".CometLogger cannot be made: Requirement"),
 ]  # fmt: skip
 
 

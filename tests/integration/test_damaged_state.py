@@ -67,9 +67,31 @@ def test_a_full_disk_ends_a_run_in_one_line_whatever_it_was_writing(workplace, k
         assert len(done.stderr.splitlines()) <= 2 and not list(disk.rglob("*.draft"))
 
 
+def test_a_full_disk_ends_an_export_in_one_line_and_leaves_nothing(workplace):
+    with small_disk(workplace.path / "small", 40) as disk:
+        last = str(workplace.run("rl") / "checkpoints" / "last.ckpt")
+        done = workplace.sdsearch("export", "--ckpt_path", last, "--output", "small/model")
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and "small/model could not be written: No space left on device (" in line
+        assert not list(disk.iterdir())
+
+
+TWO = ("fit", "--config", "fit.yaml", "--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy", "ddp")
+
+
+def test_a_disk_that_is_full_for_the_final_model_ends_both_ranks(workplace):
+    command = (*TWO, "--run.name", "no_model", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "0")
+    done = workplace.interrupted("ENOSPC", "sdsearch_lightning.runs.model_card:write_card", "1", "before", *command)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.endswith("MB are free). Free some space and run the same command again.")
+    assert "runs/no_model/model could not be written: No space left on device (" in line
+    left = workplace.run("no_model")
+    assert not list(left.glob("*model*")) and not list(left.glob(".*")) and not (left / "summary.json").exists()
+    assert sorted(path.name for path in (left / "checkpoints").iterdir()) == ["last.ckpt", "step_00000002.ckpt"]
+
+
 def test_a_disk_that_is_full_for_one_rank_ends_both(workplace):
-    command = ("fit", "--config", "fit.yaml", "--trainer.devices", "2", "--data.batch_size", "2",
-               "--trainer.strategy", "ddp", "--run.name", "one_rank")  # fmt: skip
+    command = (*TWO, "--run.name", "one_rank")
     writes = "sdsearch_lightning.callbacks.trajectory_log:append_records"
     done = workplace.interrupted("ENOSPC@1", writes, "5", "before", *command)
     (line,) = done.stderr.splitlines()

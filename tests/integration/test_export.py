@@ -78,7 +78,8 @@ def test_the_card_of_an_export_is_that_of_the_run_and_its_command_runs(workplace
     told = told.replace("sdsearch_config.yaml", str(tmp_path / "model/sdsearch_config.yaml"))
     done = workplace.sdsearch(*told.split()[1:], "--run.name", "from_card")
     assert (done.returncode, done.stderr) == (0, "")
-    assert (workplace.run("from_card") / "predict/trajectories.jsonl").stat().st_size > 0
+    (rollouts,) = (workplace.run("from_card") / "predict").glob("*/trajectories.jsonl")
+    assert rollouts.stat().st_size > 0
 
 
 def test_a_checkpoint_before_the_end_has_no_scores(workplace: Any, tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ def test_a_second_run_is_refused_in_one_line(workplace, more):
 
 def test_two_evaluations_of_one_kind_do_not_mix(workplace):
     command = ("validate", "--config", "fit.yaml", "--run.name", "twice")
-    with held_alone(workplace.run("twice") / "validate"):
+    with held_alone(workplace.run("twice") / "validate/runs-cold-model"):
         done = workplace.sdsearch(*command)
-    assert done.returncode == 2 and "validate is in use by process" in done.stderr
+    assert done.returncode == 2 and "validate/runs-cold-model is in use by process" in done.stderr
     assert workplace.sdsearch(*command).returncode == 0
 
 

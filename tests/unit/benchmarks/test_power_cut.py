@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 
 import pytest
 
@@ -59,3 +60,23 @@ def test_a_part_may_survive_or_be_zeros(disk):
         file.write("2\n")
     found = {left(disk, seed, mixed=True)["rows"] for seed in range(40)}
     assert found == {"1\n", "1\n2\n", "1\n\0\0"}
+
+
+def test_all_processes_share_a_disk_and_flush_one_at_a_time(disk):
+    append_lines(disk.root / "rows", ["1\n"])
+    other = Disk(disk.root, disk.store)
+    assert left(other) == {"rows": "1\n"}
+    order = []
+
+    def flushes():
+        with other.alone() as number:
+            order.append(number)
+
+    with disk.alone() as number:
+        waiting = threading.Thread(target=flushes)
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        order.append(number)
+    waiting.join(5)
+    assert order == [1, 2]

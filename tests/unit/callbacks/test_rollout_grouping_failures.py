@@ -130,7 +130,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
         RolloutGrouping(**options)
 
 
-@pytest.mark.parametrize("datamodule", [None, SimpleNamespace(), SimpleNamespace(retriever=None)])
+@pytest.mark.parametrize("datamodule", [SimpleNamespace(), SimpleNamespace(retriever=None)])
 def test_without_a_retriever_there_is_nothing_to_search(word_codec: TokenCodec, datamodule: object) -> None:
     trainer: Any = SimpleNamespace(datamodule=datamodule)
     with pytest.raises(ConfigError, match=r"data.retriever is empty: rollouts need something to search\. Set it, or"):

@@ -144,10 +144,10 @@ def test_a_long_window_says_a_word_now_and_then_on_a_pipe(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("sdsearch_lightning.callbacks.run_progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("sdsearch_lightning.rollout.progress.time.perf_counter", lambda: clock[0])
     bar = RunProgress()
     window = RolloutProgress(8, bar.show_rollouts)
-    for now in (1.0, 29.0, 30.0, 59.0, 60.0):
+    for now in (1.0, 29.0, 31.0, 60.0, 61.0):
         clock[0] = now
         window.report(1, 2, 0)
     assert capsys.readouterr().out.splitlines() == [

@@ -9,8 +9,8 @@ from helpers.checkpoints import STEP, sharded, single
 from sdsearch_lightning import files
 from sdsearch_lightning.checkpoints import writing as checkpoints
 from sdsearch_lightning.checkpoints.reading import open_checkpoint
-from sdsearch_lightning.checkpoints.writing import PlainFiles, name_again, retire
-from sdsearch_lightning.errors import CheckpointError
+from sdsearch_lightning.checkpoints.writing import PlainFiles, by_rank_0, name_again, retire
+from sdsearch_lightning.errors import CheckpointError, StorageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -111,3 +111,40 @@ def test_a_full_disk_is_an_oserror_whatever_torch_makes_of_it(tmp_path, monkeypa
     """`torch.save` to a path would make a RuntimeError of it."""
     with pytest.raises(OSError, match="No space left"):
         PlainFiles().save_checkpoint({"weights": torch.zeros(100_000)}, "/dev/full")
+
+
+def full():
+    raise OSError(errno.ENOSPC, "No space left on device", "runs/a/model")
+
+
+def test_what_rank_0_cannot_write_ends_all_ranks_alike(monkeypatch):
+    """The second rank is told by a gather; it writes nothing itself."""
+    told = []
+    with pytest.raises(StorageError) as raised:
+        by_rank_0(Ranks(None), full)
+    told.append(str(raised.value))
+    other = Ranks(None)
+    other.is_global_zero = False
+    other.strategy.reduce_boolean_decision = lambda value, all: True
+
+    def gather(texts, mine):
+        assert mine is None
+        texts[:] = [told[0].partition(". Free")[0], None]
+
+    ranks = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=gather
+    )
+    monkeypatch.setattr(checkpoints, "distributed", ranks)
+    with pytest.raises(StorageError) as raised:
+        by_rank_0(other, full)
+    told.append(str(raised.value))
+    line = "runs/a/model could not be written: No space left on device. Free some space and run the same command again."
+    assert told == [line] * 2
+
+
+def test_what_rank_0_writes_is_written_once():
+    calls, other = [], Ranks(None)
+    other.is_global_zero = False
+    for trainer in (Ranks(None), other):
+        by_rank_0(trainer, lambda: calls.append(1))
+    assert calls == [1]

@@ -46,6 +46,26 @@ def files(tmp_path):
     return {name: str(path) for name, path in made.items()}
 
 
+def test_a_subset_is_drawn_per_source_and_is_the_same_whatever_the_seed(files):
+    def subset(split, count, seed=0, **options):
+        data = SearchDataModule(
+            test_files=list(files.values()), val_files=files["nq"], retriever=OnePassage(), seed=seed,
+            limit_per_source=count, **options,
+        )  # fmt: skip
+        loader = {"test": data.test_dataloader, "val": data.val_dataloader, "predict": data.predict_dataloader}[split]()
+        return [(q.source, q.id) for batch in loader for q in batch.questions]
+
+    drawn = subset("test", 4)
+    assert Counter(source for source, _ in drawn) == {"nq": 4, "hotpotqa": 4}
+    assert drawn == subset("test", 4, seed=7) == subset("predict", 4)
+    assert drawn[:4] == subset("val", 4), "a source's draw depends on its own questions alone"
+    assert [i for _, i in drawn[:4]] != [str(i) for i in range(4)], "not the first rows"
+    assert drawn[:4] == sorted(drawn[:4], key=lambda pair: int(pair[1])), "in the order of the file"
+    assert len(subset("test", 12)) == 22, "a source with fewer gives all"
+    with pytest.raises(ConfigError, match="data.limit_per_source: expected at least 1, found 0"):
+        SearchDataModule(limit_per_source=0)
+
+
 # --- the data module ------------------------------------------------------------------------------------------------
 
 
@@ -282,15 +302,30 @@ def test_a_snippet_of_the_documentation_can_be_used(snippet):
     config = yaml.safe_load(snippet)
     made = parse(config)
     assert made.files["train"] or made.files["test"]
-    for option in ("holdout", "hub", "limit", "columns"):
+    for option in ("holdout", "hub", "limit", "columns", "normalization"):
         assert getattr(made, option) == config["data"].get(option, getattr(SearchDataModule(), option))
 
 
 def test_a_snippet_that_cannot_be_used_would_be_noticed():
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
     for wrong in ({"train_file": "a.jsonl"}, {"train_files": {"a.jsonl": "x"}}, {"columns": ["q"]}):
         with pytest.raises(ArgumentError):
             parse({"data": wrong})
+
+
+def test_questions_carry_the_rule_by_which_their_answers_are_compared(tmp_path):
+    path = tmp_path / "signs.jsonl"
+    path.write_text(json.dumps({"question": "which?", "golden_answers": ["、"]}) + "\n")
+    options = {"train_files": str(path), "retriever": OnePassage(), "batch_size": 1}
+    for rule, lost in (("english", 0), ("unicode", 1)):
+        data = SearchDataModule(**options, normalization=rule)
+        assert [question.normalization for question in data.questions("train")] == [rule]
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            data.setup("fit")
+        assert len(told) == lost, "the sign is punctuation, by that rule"
+    with pytest.raises(ConfigError, match="normalization: expected one of english, unicode, found 'latin'"):
+        SearchDataModule(normalization="latin")
 
 
 def test_golds_that_vanish_are_counted(tmp_path):

@@ -45,9 +45,7 @@ SMALL = {
 }
 OTHERS = "cat gunzip hf pip python make torchrun srun scontrol show head exit code=$? [ git cd".split()
 """Programs of others that pages may call."""
-RUN = [
-    command for command in all_commands() if command.ours and command.ours[0] in ("fit", "validate", "test", "predict")
-]
+RUN = [c for c in all_commands() if c.ours and c.ours[0] in ("fit", "validate", "test", "predict")]
 BY_NAME = {"QueriesAndLabels": QueriesAndLabels, "SupportedDivergence": SupportedDivergence} | {
     "CopiedTeacher": CopiedTeacher,
     "replace": replace,

@@ -39,7 +39,7 @@ def test_each_promise_has_a_test(section: str) -> None:
 
 
 def test_every_section_of_promises_was_found() -> None:
-    wanted = {"Files of somebody else's", "Secrets", "Terminal and page", "Damaged state", "Servers"}
+    wanted = {"Files of somebody else's", "Secrets", "Terminal and page", "Damaged state", "Servers", "Data"}
     assert wanted <= {name for name, rows in PROMISES.items() if rows}
     assert all("ot promised" in SECTIONS[name] for name in wanted)
 

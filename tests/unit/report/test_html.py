@@ -229,7 +229,7 @@ def test_a_large_run_is_sampled_to_a_page_that_says_so(tmp_path: Path) -> None:
     path = write_run(tmp_path) / "trajectories.jsonl"
     records = [record for record in read_lines(path) if record["phase"] == "train"]
     for record in records:
-        record["spans"][4]["text"] = "<" * 1200  # six bytes each in the island
+        record["spans"][4]["text"] = "<" * 9000  # six bytes each in the island
     path.unlink()
     numbered = ((step, question) for step in range(1, 41) for question in range(20))
     many = [record | {"step": step, "instance_id": [0, q]} for step, q in numbered for record in records]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from helpers.reports import write_run
+from sdsearch_lightning.cli.commands import run as command
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.report import compare_runs, print_report
 from sdsearch_lightning.report.versus import names_of
@@ -23,7 +24,7 @@ def test_several_runs_are_a_table_and_a_page_of_all(
     pair: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "both.html"
-    compare_runs(pair, page)
+    command(["report", *map(str, pair), "--output", str(page)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["one/x", "0.250", "0.750", "0.750", "0.750", "0.750", "0.750", "12", "-"] in lines
     assert ["jsd.weight", "0.0", "0.3"] in lines
