@@ -71,6 +71,7 @@ setup(
         # The client alone talks to a cluster; milvus-lite is the embedded form, and brings faiss-cpu along.
         "milvus": ["pymilvus>=3,<4", "milvus-lite>=3.2,<4"],
         "browse": ["textual>=8,<9"],
+        "completion": ["shtab"],
         "loggers": ["tensorboard", "wandb", "mlflow-skinny>=3"],  # Lightning's; the tests log to each of them
         "lora": ["peft>=0.20,<0.22"],
         "vllm": ["vllm"],
@@ -89,6 +90,7 @@ setup(
             "mypy",
             "scipy",
             "setuptools>=77",
+            "shtab",
             "textual>=8,<9",
         ],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],

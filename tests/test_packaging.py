@@ -125,7 +125,7 @@ def test_the_metadata_name_all_extras_and_keep_faiss_out_of_the_core(distributio
     archive = zipfile.ZipFile(wheel)
     (path,) = (name for name in archive.namelist() if name.endswith("METADATA"))
     metadata = message_from_bytes(archive.read(path))
-    extras = "cpu gpu serve bm25 data milvus real browse lora vllm vllm-cpu parity dev docs".split()
+    extras = "cpu gpu serve bm25 data milvus real browse completion loggers lora vllm vllm-cpu parity dev docs".split()
     assert sorted(metadata.get_all("Provides-Extra")) == sorted(extras)
     core = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert not any(line.startswith(("faiss", "scipy", "vllm")) for line in core)

@@ -47,6 +47,7 @@ def run(argv: Sequence[str]) -> int:
         "browse": _browse,
         "index": _index,
         "serve": _serve,
+        "completion": _completion,
         "plan": _plan,
         "supervise": _supervise,
     }
@@ -146,6 +147,13 @@ def _serve(argv: Sequence[str]) -> None:
     from sdsearch_lightning.cli.retrieval import serve
 
     serve(argv)
+
+
+def _completion(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.completion import completion_script
+    from sdsearch_lightning.cli.parsers import completion_parser
+
+    print(completion_script(completion_parser().parse_args(list(argv)).shell, run), end="")
 
 
 def _refusals() -> tuple[type[Exception], ...]:

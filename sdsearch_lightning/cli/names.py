@@ -15,4 +15,5 @@ COMMANDS = {
     "export": "turn a checkpoint into a Hugging Face folder or a LoRA adapter; push it to the hub",
     "browse": "explore the rollouts of a run, and the credit of each query, in the terminal",
     "report": "print the report of a run again, and rebuild report.html; compare several runs",
+    "completion": "print what completes commands and keys in bash, zsh or tcsh",
 }

@@ -87,6 +87,16 @@ def browse_parser() -> ShortErrorParser:
     return parser
 
 
+def completion_parser() -> ShortErrorParser:
+    """The parser of `completion`, which takes a shell."""
+    parser = ShortErrorParser(
+        prog="sdsearch completion",
+        description="Prints a script that completes commands and keys; source it in the shell's start file.",
+    )
+    parser.add_argument("shell", type=str, help="bash, zsh or tcsh")
+    return parser
+
+
 def export_parser() -> ShortErrorParser:
     """The parser of `export`: a checkpoint, and where its model goes."""
     parser = ShortErrorParser(
