@@ -30,6 +30,8 @@ from sdsearch_lightning.training.fsdp2 import gathered
 from sdsearch_lightning.types import Limits, RolloutRequest, Sampling, StepBatch, StopReason, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
+FEW = 32
+"""Rollouts without an action, before the policy is said to make none."""
 
 
 class RolloutGrouping(pl.Callback):
@@ -103,7 +105,8 @@ class RolloutGrouping(pl.Callback):
         self._last_error = ""
         self._is_proven = False  # that the engine samples from the policy
         self._is_told = False  # how a rollout begins
-        self._is_advised = False  # that the policy does not act
+        self._is_advised = False  # whether the policy acts is known
+        self._first_rollouts: list[Trajectory] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Warn of settings that cannot learn, and probe the retriever."""
@@ -254,13 +257,18 @@ class RolloutGrouping(pl.Callback):
 
     def _advise(self, rollouts: Sequence[Trajectory]) -> None:
         """Say what to do where the untrained policy never acts: all rewards will be equal, and nothing is learnt."""
-        acted = [t for t in rollouts if t.queries or t.answer is not None or t.stop_reason is StopReason.MAX_SEARCHES]
-        if any(any(t.policy_mask) for t in rollouts) and not acted:
+        self._first_rollouts += [t for t in rollouts if any(t.policy_mask)]
+        acts = StopReason.ANSWERED, StopReason.MAX_SEARCHES
+        acted = [t for t in self._first_rollouts if t.queries or t.stop_reason in acts]
+        if acted or len(self._first_rollouts) >= FEW:
             self._is_advised = True
+        if not acted and self._is_advised:
             rank_zero_warn(
-                f"None of the first {len(rollouts)} rollouts holds a search or an answer, so rewards will not differ "
-                "and nothing will be learnt. Teach the model the protocol first: `sdsearch supervise`, the cold start."
+                f"None of the first {len(self._first_rollouts)} rollouts holds a search or an answer, so rewards will "
+                "not differ and nothing is learnt. Teach the protocol first: `sdsearch supervise`, the cold start."
             )
+        if self._is_advised:
+            self._first_rollouts = []
 
     def _warn_of_long_prompts(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:

@@ -53,7 +53,7 @@ class RunProgress(ProgressBar):
         self._live: Live | None = None
         self._logs = _Rerouted()
         self._enabled = True
-        self._phase, self._done, self._total = "", 0, 0.0
+        self._phase, self._unit, self._done, self._total = "", "step", 0, 0.0
         self._first_step, self._began = 0, 0.0
         self._last: dict[str, float] = {}
         self._validation = ""
@@ -105,7 +105,7 @@ class RunProgress(ProgressBar):
             self._end()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin("", 0, sum(trainer.num_test_batches))
+        self._begin("", 0, sum(trainer.num_test_batches), "batch")
 
     def on_test_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
         self._done += 1
@@ -115,7 +115,7 @@ class RunProgress(ProgressBar):
         self._end()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin("", 0, sum(trainer.num_predict_batches))
+        self._begin("", 0, sum(trainer.num_predict_batches), "batch")
 
     on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]
     on_predict_end = on_test_end  # type: ignore[assignment]
@@ -142,8 +142,8 @@ class RunProgress(ProgressBar):
                 print(f"{self._step()}: {phase}", flush=True)
             self._window, self._next_word = window, window.seconds + QUIET
 
-    def _begin(self, phase: str, done: int, total: float) -> None:
-        self._phase, self._done, self._total = phase, done, total
+    def _begin(self, phase: str, done: int, total: float, unit: str = "step") -> None:
+        self._phase, self._done, self._total, self._unit = phase, done, total, unit
         if not self._enabled or self._live is not None:
             return
         self._console = Console(file=sys.stdout)
@@ -183,7 +183,7 @@ class RunProgress(ProgressBar):
         return Group(head, *(Text(line) for line in lines if line))
 
     def _step(self) -> str:
-        return f"step {self._done}" + (f"/{self._total:g}" if 0 < self._total < float("inf") else "")
+        return f"{self._unit} {self._done}" + (f"/{self._total:g}" if 0 < self._total < float("inf") else "")
 
     def _time_left(self) -> str:
         """From the mean time of the steps that this process made, what lay between them included."""

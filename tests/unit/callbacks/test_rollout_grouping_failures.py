@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from helpers.grouping_runs import (
     search_then,
 )
 from helpers.passages import ToyRetriever
+from helpers.players import ScriptedEngine
 from sdsearch_lightning.callbacks import RolloutGrouping
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.protocol.tokenization import TokenCodec
@@ -166,3 +168,25 @@ def test_a_reward_that_cannot_be_used_is_told_before_the_first_rollout(word_code
     run = grouping_run(word_codec, turns, ToyRetriever(), reward=Blank())
     with pytest.raises(ConfigError, match="rollout.reward Blank.score: expected a finite number"):
         run.train([PARIS])
+
+
+# A policy that never acts
+
+
+@pytest.mark.parametrize("turns, told", [([], 1), (["<answer> Rome </answer>"], 0), (["<search> Rome </search>"], 0)])
+def test_a_policy_that_never_acts_is_told_of_the_cold_start_once(
+    word_codec: TokenCodec, turns: list[str], told: int
+) -> None:
+    engine = ScriptedEngine(lambda request: turns or ["where is it"] * 9)
+    run = GroupingRun(RolloutGrouping(group_size=12, top_k=2, max_tokens=60, engine=engine), GroupingModule(word_codec))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            run.train([PARIS])
+        few = [w for w in seen if "None of the first" in str(w.message)]
+        for _ in range(3):
+            run.train([PARIS])
+    assert not few, "24 rollouts are few"
+    assert (
+        len([w for w in seen if "None of the first 36 rollouts holds a search or an answer" in str(w.message)]) == told
+    )
