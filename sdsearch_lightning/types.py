@@ -1,8 +1,7 @@
 """The glossary: every noun of the library, from a question to the batch that meets the loss.
 
 Everything is frozen but `StepBatch`, whose slots are each written once by one writer. `None` means "not assigned yet",
-never zero. Masks are bool and True means counted; a mask is born with its token and never derived from text or pad ids.
-Letters in shapes are those of CONTRIBUTING.md.
+never zero. Masks are bool, True means counted; a mask is born with its token. Letters in shapes: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -151,6 +150,7 @@ class Trajectory:
     """Those of them that were searches whose query held a tag or a special token."""
     num_cut_passages: int = 0
     """Passages that were shown in part, for want of room in their observation."""
+    format_faults: tuple[str, ...] = ()  # how its turns depart from the form of the prompt, see protocol/form.py
     reward: float | None = None
     advantage: float | None = None
     label: Label | None = None

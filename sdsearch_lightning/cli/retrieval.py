@@ -1,11 +1,12 @@
 """The commands without a model: `sdsearch index` builds a retrieval index, `sdsearch serve` shares one over HTTP.
 
-Search-R1's flag names are taken beside ours where they mean the same.
+Search-R1's flag names are taken beside ours where they mean the same; what needs nothing here is answered in a line.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,17 @@ from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.files import DiskFullError
 from sdsearch_lightning.retrieval import BM25Retriever, CachedRetriever, DenseRetriever, Retriever
 from sdsearch_lightning.retrieval.backends import BACKENDS
-from sdsearch_lightning.retrieval.encoder import DTYPES
+from sdsearch_lightning.retrieval.encoder import CONVENTIONS, DTYPES, TextEncoder
+from sdsearch_lightning.retrieval.imported import index_embeddings
+from sdsearch_lightning.retrieval.index_folder import described, finished_folders
 from sdsearch_lightning.retrieval.torch_index import PRECISIONS
+
+NOTES = {
+    "save_embedding": "a killed build goes on from its vectors by itself; --backend torch keeps them, as vectors.npy",
+    "faiss_gpu": "an index is built on the CPU and encoded on the GPU (--device); give --faiss_gpu to sdsearch serve",
+}
+"""Flags of Search-R1's builder that change nothing here, and what stands in their place."""
+RETRIEVER_NAME = f"bm25; or a name with {', '.join(CONVENTIONS)}, whose prompts and pooling it then gets; or any"
 
 
 def index(argv: Sequence[str]) -> None:
@@ -28,16 +38,27 @@ def index(argv: Sequence[str]) -> None:
         BM25Retriever(options.corpus_path, options.index_path).prepare()
         print(f"BM25 index of {options.corpus_path} is in {options.index_path}")
         return
+    for flag, note in NOTES.items():
+        if getattr(options, flag):
+            print(f"note: --{flag} changes nothing: {note}.")
+    given = {
+        "passage_prompt": options.passage_prompt,
+        "batch_size": options.batch_size,
+        "device": options.device,
+        "dtype": "float16" if options.use_fp16 else options.dtype,
+        "pooling": options.pooling_method,
+        **_encoder_options(options),
+    }
+    if options.embedding_path is not None:
+        _index_embeddings(options, given)
+        return
     retriever = DenseRetriever(
         options.corpus_path,
         options.encoder,
         options.index_path,
         backend=options.backend,
         factory=options.factory,
-        passage_prompt=options.passage_prompt,
-        batch_size=options.batch_size,
-        device=options.device,
-        dtype="float16" if options.use_fp16 else options.dtype,
+        **given,
     )
     there = retriever.is_built
     try:
@@ -49,6 +70,35 @@ def index(argv: Sequence[str]) -> None:
     size = sum(path.stat().st_size for path in retriever.folder.rglob("*") if path.is_file())
     print(f"{'there already' if there else 'built'}: {retriever.index_file} ({size / 1e6:.3g} MB in its folder)")
     print(f"serve it: sdsearch serve --corpus_path {options.corpus_path} --index_path {options.index_path}")
+
+
+def _index_embeddings(options: Any, given: dict[str, Any]) -> None:
+    """A plain FAISS file of vectors that are there already, compared with what the encoder makes of three passages."""
+    name = Path(options.encoder).name if options.retriever_name == "dense" else options.retriever_name.lower()
+    file = Path(options.index_path) / f"{name}_{options.factory.replace(',', '_')}.index"
+    if file.exists():
+        raise ConfigError(
+            f"index_path: expected no {file.name} in {options.index_path} yet, found one. Remove it first."
+        )
+    encoder = TextEncoder(options.encoder, **given)
+    num_vectors = index_embeddings(Path(options.embedding_path), encoder.dimension, file, options.factory)
+    try:
+        DenseRetriever(options.corpus_path, options.encoder, file, **given).search(["a first search"], 1)
+    except Exception:
+        file.unlink()
+        raise
+    print(f"built: {file} of the {num_vectors:,} vectors in {options.embedding_path}")
+    more = "" if options.retriever_name == "dense" else f" --retriever_name {options.retriever_name}"
+    where = f"--corpus_path {options.corpus_path} --index_path {file}"
+    print(f"serve it: sdsearch serve {where} --encoder {options.encoder}{more}")
+
+
+def _encoder_options(options: Any) -> dict[str, Any]:
+    """What `--retriever_name` and `--max_length` tell of an encoder: nothing where they are not given."""
+    words = re.split(r"[^a-z0-9]+", options.retriever_name.lower())
+    family = next((name for name in CONVENTIONS if name in words), None)
+    told = {"convention": family, "max_length": options.max_length}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -69,24 +119,36 @@ def serve(argv: Sequence[str]) -> None:
 
 
 def _opened(options: Any) -> Retriever:
+    path = Path(options.index_path)
+    build = f"Build it: sdsearch index --corpus_path {options.corpus_path} --index_path {path}"
     if options.retriever_name == "bm25":
-        return BM25Retriever(options.corpus_path, options.index_path)
-    if not Path(options.index_path).exists():
-        raise ConfigError(
-            f"index_path: expected an index at {options.index_path}, found nothing. Build it: "
-            f"sdsearch index --corpus_path {options.corpus_path} --index_path {options.index_path}"
+        lexical = BM25Retriever(options.corpus_path, path)
+        if not lexical.is_built:
+            raise ConfigError(
+                f"index_path: expected a BM25 index of {options.corpus_path}, as that is now, in {path}, found none. "
+                f"{build} --retriever_name bm25"
+            )
+        return lexical
+    if not path.exists():
+        is_in = path.suffix == ".index" and path.parent.is_dir() and finished_folders(path.parent)
+        advice = (
+            f"Name the folder, which holds indexes: --index_path {path.parent}"
+            if is_in
+            else (f"Build it: sdsearch index --corpus_path {options.corpus_path} --index_path {path}")
         )
+        raise ConfigError(f"index_path: expected an index at {path}, found nothing. {advice}")
     given = {"nprobe": options.nprobe, "ef_search": options.ef_search, "scan": options.scan, "device": options.device}
     backend = "faiss-gpu" if options.faiss_gpu else options.backend
     if backend != "auto":
         given["backend"] = backend
     if options.query_prompt is not None:
         given["query_prompt"] = options.query_prompt
+    given |= _encoder_options(options)
     retriever = DenseRetriever.from_index(options.corpus_path, options.index_path, options.encoder, **given)
     if not retriever.is_built:
         raise ConfigError(
-            f"index_path: expected the index of {options.corpus_path} by {retriever.encoder}, as that is now, in "
-            f"{options.index_path}; found those of something else only. Build it: sdsearch index ..."
+            f"index_path: expected an index of {options.corpus_path} by encoder {retriever.encoder!r}, as that is now, "
+            f"in {path}, found {described(path) or 'none'}. {build} --encoder {retriever.encoder}"
         )
     return retriever
 
@@ -103,7 +165,14 @@ def _index_parser() -> ShortErrorParser:
         default="Flat",
         help="FAISS kind: Flat, IVF4096,SQ8, IVF4096,PQ64, HNSW32",
     )
-    add("--retriever_name", "--retrieval_method", type=str, default="dense", help="bm25, or any name for a dense one")
+    add("--retriever_name", "--retrieval_method", type=str, default="dense", help=RETRIEVER_NAME)
+    add("--max_length", type=int | None, default=None, help="tokens of a text that the encoder reads; null: all it can")
+    add(
+        "--pooling_method", type=str | None, choices=("mean", "cls"), default=None, help="of a plain transformers model"
+    )
+    add("--embedding_path", type=str | None, default=None, help="vectors that are encoded already: a float32 memmap")
+    add("--save_embedding", action="store_true", help="taken, and not needed")
+    add("--faiss_gpu", action="store_true", help="taken, and not needed")
     add(
         "--backend",
         type=str,
@@ -141,7 +210,8 @@ def _serve_parser() -> ShortErrorParser:
     add("--allowed_hosts", type=str, default="", help="names beside loopback's for the Host header, a,b; * for any")
     add("--max_request_passages", type=int, default=16384, help="queries x topk of one request; more is refused (413)")
     add("--max_client_connections", type=int, default=512, help="connections of one address; more are refused (429)")
-    add("--retriever_name", type=str, default="dense", help="bm25, or any name for a dense one")
+    add("--retriever_name", type=str, default="dense", help=RETRIEVER_NAME)
+    add("--max_length", type=int | None, default=None, help="tokens of a query that are read; null: as it was built")
     add("--backend", type=str, choices=BACKENDS, default="auto", help="who searches; auto: who built it")
     add("--faiss_gpu", action="store_true", help="the same as --backend faiss-gpu")
     add("--nprobe", type=int, default=32, help="lists that a query visits (IVF)")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from sdsearch_lightning.errors import RetrievalError
+from sdsearch_lightning.protocol.form import format_faults
 from sdsearch_lightning.protocol.templates import Protocol
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.protocol.turn_text import Region, TurnText
@@ -72,8 +73,6 @@ class Conversation:
         kind       SCAFF   R SCAFFOLD         Q SCAFFOLD   OBSERVATION                    SCAFFOLD A SCAFFOLD
     """
 
-    _ACTIONS = ((SpanKind.QUERY, "search"), (SpanKind.ANSWER, "answer"))
-
     def __init__(self, request: RolloutRequest, protocol: Protocol, codec: TokenCodec, limits: Limits) -> None:
         self.request, self._protocol, self._codec, self._limits = request, protocol, codec, limits
         self._tags = re.compile("|".join(map(re.escape, protocol.tags)))
@@ -85,6 +84,7 @@ class Conversation:
         self._refinements: list[str] = []
         self._answer: str | None = None
         self._num_invalid = self._num_tagged = self._num_cut = 0
+        self._turns: list[str] = []
         self._begin_turn()
         self.stop_reason: StopReason | None = None
         """None while the rollout goes on."""
@@ -149,12 +149,23 @@ class Conversation:
             num_invalid_actions=self._num_invalid,
             num_tagged_queries=self._num_tagged,
             num_cut_passages=self._num_cut,
+            format_faults=self._format_faults(),
         )
+
+    @property
+    def closing_tags(self) -> tuple[str, ...]:
+        """What ends a turn that holds an action."""
+        return tuple(f"</{name}>" for _, name in self._protocol.actions)
+
+    def _format_faults(self) -> tuple[str, ...]:
+        actions = [name for _, name in self._protocol.actions]
+        inner = [name for name in self._protocol.policy_tags if name not in actions]
+        return format_faults(self._turns, inner, actions)
 
     def _closed_action(self, seen: int) -> _Action | None:
         """The action whose closing tag ended with the newest characters; the first one where a token closes two."""
         text, closed = self._turn.text, []
-        for kind, name in self._ACTIONS:
+        for kind, name in self._protocol.actions:
             closing = f"</{name}>"
             if (end := text.find(closing, max(0, seen - len(closing) + 1))) >= 0:
                 opening = text.find(f"<{name}>", 0, end)
@@ -172,14 +183,14 @@ class Conversation:
         if self._codec.holds_control(content):
             self._num_tagged += 1
             return self._refuse()
-        if not content.strip():
+        if (found := self._protocol.query_in(content)) is None or not content[slice(*found)].strip():
             return self._refuse()
         if len(self._queries) >= self._limits.max_searches:
             self._end_turn(None)
             return self._stop(StopReason.MAX_SEARCHES)
         thought = " ".join(self._tags.sub(" ", self._turn.text[: action.start]).split())
-        self._end_turn(action)
-        self._queries.append(content.strip())
+        self._end_turn(_Action(action.kind, action.start + found[0], action.start + found[1]))
+        self._queries.append(content[slice(*found)].strip())
         self._thoughts.append(thought)
         return Search(self._queries[-1])
 
@@ -207,6 +218,7 @@ class Conversation:
     def _end_turn(self, action: _Action | None) -> None:
         """Sort the turn's tokens into spans, see turn_text.py."""
         text = self._turn.text
+        self._turns.append(text)
         regions = [] if action is None else [Region(action.start, action.end, action.kind)]
         if "refine" in self._protocol.policy_tags:
             refined = [match.span(1) for match in re.finditer(r"<refine>(.*?)</refine>", text, re.DOTALL)]

@@ -40,12 +40,6 @@ INVALID_ACTION = (
     "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. "
     "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
 )
-_TURN_TAGS = {
-    SpanKind.REASONING: "think",
-    SpanKind.QUERY: "search",
-    SpanKind.REFINE: "refine",
-    SpanKind.ANSWER: "answer",
-}
 
 
 class Protocol(Pluggable):
@@ -65,9 +59,15 @@ class Protocol(Pluggable):
         add_bos: begin a prompt without a chat template with the tokenizer's beginning-of-text token; null means: where
             the tokenizer itself does. Search-R1 does not.
         block: texts of the hindsight block.
+        think_tag: name of the tag around reasoning.
+        search_tag: name of the tag around a search.
+        answer_tag: name of the tag around the answer.
     """
 
-    required, optional = ("prompt_ids", "render_block"), ("block",)
+    required, optional = ("prompt_ids", "render_block"), ("block", "actions", "query_in")
+
+    actions: tuple[tuple[SpanKind, str], ...] = ((SpanKind.QUERY, "search"), (SpanKind.ANSWER, "answer"))
+    """The tags that are actions, by what they hold."""
 
     block: BlockTemplates = BlockTemplates()
     """What a protocol without texts of its own writes where the method itself does not need them."""
@@ -86,6 +86,9 @@ class Protocol(Pluggable):
         chat_template_kwargs: dict[str, Any] | None = None,
         add_bos: bool | None = None,
         block: BlockTemplates = BlockTemplates(),  # noqa: B008  (frozen)
+        think_tag: str = "think",
+        search_tag: str = "search",
+        answer_tag: str = "answer",
     ) -> None:
         if "{question}" not in prompt:
             raise ConfigError(f"model.protocol.prompt: expected text that holds {{question}}, found {prompt!r}.")
@@ -101,13 +104,25 @@ class Protocol(Pluggable):
         self.use_chat_template, self.block = use_chat_template, block
         self.system, self.add_bos = system, add_bos
         self.chat_template_kwargs: Mapping[str, Any] = dict(chat_template_kwargs or {})
-        self.policy_tags = ("think", "search", "answer", *(("refine",) if refine else ()))
+        self.policy_tags = (think_tag, search_tag, answer_tag, *(("refine",) if refine else ()))
+        if len({*self.policy_tags, documents_tag}) <= len(self.policy_tags):
+            raise ConfigError(f"model.protocol: expected different tags, found {(*self.policy_tags, documents_tag)}.")
+        self.actions = ((SpanKind.QUERY, search_tag), (SpanKind.ANSWER, answer_tag))
+        self._turn_tags = dict(self.actions) | {SpanKind.REASONING: think_tag, SpanKind.REFINE: "refine"}
 
     @property
     def tags(self) -> tuple[str, ...]:
         """Every opening and closing tag, the environment's included."""
         names = (*self.policy_tags, self.documents_tag)
         return tuple(f"<{slash}{name}>" for name in names for slash in ("", "/"))
+
+    def query_in(self, content: str) -> tuple[int, int] | None:
+        """Where the query begins and ends in what stands inside a search tag; None where it holds none.
+
+        Only these characters are searched, told to siblings and taught; a protocol whose tag holds more than a query
+        (a call in JSON) says which.
+        """
+        return 0, len(content)
 
     def user_text(self, codec: TokenCodec, question: str, block: str = "") -> str:
         """What the user turn says: the prompt with the (neutralized) question, then the block."""
@@ -204,7 +219,7 @@ class Protocol(Pluggable):
             if is_observation:
                 spans += [Span(kind, self.observation_ids(codec, text)) for kind, text in elements]
             else:
-                spans += self._written_spans(codec, [(kind, _TURN_TAGS[kind], text) for kind, text in elements])
+                spans += self._written_spans(codec, [(kind, self._turn_tags[kind], text) for kind, text in elements])
         return tuple(spans)
 
     def _written_spans(self, codec: TokenCodec, parts: Sequence[tuple[SpanKind, str, str]]) -> list[Span]:

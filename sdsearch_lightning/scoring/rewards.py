@@ -92,23 +92,60 @@ class F1Reward(Reward):
         return f1(trajectory.answer, trajectory.question.answers, trajectory.question.normalization)
 
 
+class SearchR1FormatReward(Reward):
+    """Exact match and form together (Search-R1 v0.3, whose scripts have these defaults).
+
+    The form is valid where the rollout ended with an answer, and each of its turns is one thought and one action in
+    their tags, with nothing around them.
+
+    Args:
+        structure_format_score: what a valid form is worth: in place of 0 where the answer is wrong, and taken from a
+            right answer where the form is not valid.
+        final_format_score: reward of a wrong answer where the form is not valid.
+        retrieval_score: more for a wrong answer in valid form where a passage holds a gold answer.
+    """
+
+    def __init__(
+        self, structure_format_score: float = 0.2, final_format_score: float = 0.1, retrieval_score: float = 0.0
+    ) -> None:
+        self.structure_format_score, self.final_format_score = structure_format_score, final_format_score
+        self.retrieval_score = retrieval_score
+
+    def score(self, trajectory: Trajectory) -> float:
+        """1 for a right answer in valid form, less for what lacks one or both; 0 without an answer."""
+        if trajectory.answer is None:
+            return 0.0  # a form without an answer is never valid
+        golds, rule = trajectory.question.answers, trajectory.question.normalization
+        is_valid = all(fault.startswith("missing") for fault in trajectory.format_faults)
+        if exact_match(trajectory.answer, golds, rule):
+            return 1.0 if is_valid else 1.0 - self.structure_format_score
+        if not is_valid:
+            return self.final_format_score
+        texts = (" ".join(passage.contents for passage in found) for found in trajectory.passages)
+        has_gold = any(substring_match(text, golds, rule) for text in texts)
+        return self.structure_format_score + self.retrieval_score * has_gold
+
+
 class AutoRefineReward(Reward):
     """AutoRefine's: token F1 of the answer; a wrong one still earns a little if the refined notes hold a gold answer.
 
     Args:
         refine_score: reward of a rollout whose answer has F1 0 and whose `<refine>` text contains a gold answer.
+        format_score: more where its F1 is 0 and each of its tags occurs, opened as often as closed.
     """
 
-    def __init__(self, refine_score: float = 0.1) -> None:
-        self.refine_score = refine_score
+    def __init__(self, refine_score: float = 0.1, format_score: float = 0.0) -> None:
+        self.refine_score, self.format_score = refine_score, format_score
 
     def score(self, trajectory: Trajectory) -> float:
-        """F1 where it is positive, else `refine_score` or 0; without an answer 0."""
+        """F1 where it is positive, else what notes and form are worth; without an answer 0."""
         golds, rule = trajectory.question.answers, trajectory.question.normalization
         value = f1(trajectory.answer, golds, rule)
-        if value > 0 or trajectory.answer is None or not trajectory.refinements:
+        if value > 0 or trajectory.answer is None:
             return value
-        return self.refine_score * substring_match(" ".join(trajectory.refinements), golds, rule)
+        has_form = all(fault == "loose" for fault in trajectory.format_faults)
+        notes = " ".join(trajectory.refinements)
+        return self.format_score * has_form + self.refine_score * substring_match(notes, golds, rule)
 
 
 class LabelRule(Pluggable):

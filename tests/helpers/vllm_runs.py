@@ -17,7 +17,7 @@ from helpers.tokenizers import EOS
 from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.rollout import Engine, SearchPool, vllm as adapter
 from sdsearch_lightning.rollout.engine import run_awake
-from sdsearch_lightning.rollout.vllm import CLOSING_TAGS, VLLMEngine
+from sdsearch_lightning.rollout.vllm import VLLMEngine
 from sdsearch_lightning.types import Limits, Question, RolloutRequest, Sampling, Trajectory
 
 VLLM_LIMITS = Limits(
@@ -88,7 +88,7 @@ def vllm_requests(world: FakeVLLM, sampling: Sampling = GREEDY, tail: str = "") 
     requests = [make_request(world.codec, q, (0, i), 7, sampling) for i, q in enumerate(VLLM_QUESTIONS)]
 
     def turns(text: str) -> list[tuple[int, ...]]:
-        ends = [turn.endswith((*CLOSING_TAGS, EOS)) for turn in VLLM_SCRIPTS[text]]
+        ends = [turn.endswith(("</search>", "</answer>", EOS)) for turn in VLLM_SCRIPTS[text]]
         said = [turn + tail * end for turn, end in zip(VLLM_SCRIPTS[text], ends, strict=True)]
         return list(map(world.codec.encode, said))
 

@@ -145,7 +145,10 @@ def test_an_index_of_another_length_is_refused(corpus):
     retriever = DenseRetriever(corpus)
     retriever.prepare()
     np.save(retriever.folder / "offsets.npy", np.zeros(3, dtype=np.int64))
-    with pytest.raises(DataError, match=r"expected 3 vectors, one per passage of .*, found 4\. Delete the folder"):
+    with pytest.raises(
+        DataError,
+        match=r"expected 3 vectors, one per passage of .*, found 4 in static_Flat.index .encoder .*Delete the folder",
+    ):
         retriever.search(["tea"], 1)
 
 
@@ -220,7 +223,9 @@ def test_an_index_of_another_corpus_or_encoder_is_told(corpus, e5, tmp_path, cap
         DenseRetriever(corpus, str(tmp_path / "small"), path).search(["tea"], 1)
     with corpus.open("a") as file:
         file.write('{"id": "new", "contents": "more"}\n')
-    with pytest.raises(DataError, match=r"expected 5 vectors, one per passage of .*found 4\. Name the corpus"):
+    with pytest.raises(
+        DataError, match=r"expected 5 vectors, one per passage of .*found 4 in e5_Flat.index .encoder .*Name the corpus"
+    ):
         DenseRetriever(corpus, str(e5), path).search(["tea"], 1)
 
 

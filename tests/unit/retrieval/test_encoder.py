@@ -1,5 +1,6 @@
 """Against plain sentence-transformers, on a tiny BERT made here."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from sdsearch_lightning.errors import ConfigError, DataError, RetrievalError
-from sdsearch_lightning.retrieval.encoder import NONE, TextEncoder, convention_of
+from sdsearch_lightning.retrieval.encoder import CONVENTIONS, NONE, TextEncoder, convention_of
 
 TEXTS = ["the capital of france", "a play", "the river and the play of a capital", "seine"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "query", "passage", ":", "the", "capital", "of", "france", "a"]
@@ -190,3 +191,60 @@ def test_pickled_weights_are_not_read(bert, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"which cannot be loaded: .*is a pickle"):
         TextEncoder(str(folder)).encode_queries(TEXTS)
+
+
+# --- families that are told, and found -------------------------------------------------------------------------------
+
+
+def test_a_snapshot_of_the_hub_is_known_by_its_repository():
+    cache = "/root/.cache/huggingface/hub/models--{}/snapshots/f52bf8ec8c7124536f0efb74aca902b2995e5bcd"
+    assert convention_of(cache.format("intfloat--e5-base-v2")) == CONVENTIONS["e5"]
+    assert convention_of(cache.format("BAAI--bge-base-en-v1.5")) == CONVENTIONS["bge"]
+    assert convention_of(cache.format("BAAI--bge-m3")) == convention_of(cache.format("me--model")) == NONE
+
+
+def test_the_models_own_config_tells_its_family(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "encoder")
+    config = json.loads((folder / "config.json").read_text())
+    for told, family in [("intfloat/e5-base-v2", "e5"), ("/old/place/bge-large", "bge"), ("BAAI/bge-m3", None)]:
+        (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": told}))
+        assert convention_of(str(folder)) == CONVENTIONS.get(family, NONE)
+    named = folder.rename(tmp_path / "my-e5")  # the nearest name wins
+    (named / "config.json").write_text(json.dumps(config | {"_name_or_path": "BAAI/bge-large"}))
+    assert convention_of(str(named)) == CONVENTIONS["e5"]
+    (named / "config.json").write_text("[")
+    assert convention_of(str(named.rename(tmp_path / "x"))) == NONE
+
+
+def test_a_family_that_is_told_gives_prompts_and_pooling(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "model")
+    named = shutil.copytree(bert, tmp_path / "bge-small")
+    told, other = TextEncoder(str(folder), convention="bge"), TextEncoder(str(folder))
+    expected = TextEncoder(str(named)).encode_queries(TEXTS)
+    np.testing.assert_allclose(told.encode_queries(TEXTS), expected, atol=1e-6)
+    assert np.abs(other.encode_queries(TEXTS) - expected).max() > 1e-3
+    assert told.identity == TextEncoder(str(named)).identity != other.identity
+    cls = TextEncoder(str(folder), pooling="cls", query_prompt=CONVENTIONS["bge"].query_prompt)
+    np.testing.assert_allclose(cls.encode_queries(TEXTS), expected, atol=1e-6)
+    with pytest.raises(ConfigError, match="convention: expected one of e5, bge, contriever, gte, found 'e6'"):
+        TextEncoder(str(folder), convention="e6")
+
+
+def test_pooling_against_the_models_own_is_refused(make):
+    folder = str(make("mine", "cls"))
+    assert TextEncoder(folder, pooling="cls").dimension == 32
+    with pytest.raises(ConfigError, match="pools by .*cls.*, not by mean"):
+        TextEncoder(folder, pooling="mean").encode_queries(TEXTS)
+
+
+def test_texts_are_cut_at_max_length(make):
+    folder = str(make("mine"))
+    short = TextEncoder(folder, max_length=4)  # [CLS] the capital [SEP]
+    np.testing.assert_allclose(
+        short.encode_passages(["the capital of france"]),
+        TextEncoder(folder).encode_passages(["the capital"]),
+        atol=1e-6,
+    )
+    assert short.identity != TextEncoder(folder).identity
+    with pytest.raises(ConfigError, match="max_length: expected at least 1 token"):
+        TextEncoder(folder, max_length=0)

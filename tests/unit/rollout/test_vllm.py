@@ -25,10 +25,9 @@ from helpers.vllm_runs import (
     without_logprobs,
 )
 from sdsearch_lightning.errors import ConfigError, RetrievalError
-from sdsearch_lightning.protocol.conversation import Conversation
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import GenerateEngine
-from sdsearch_lightning.rollout.vllm import CLOSING_TAGS, VLLMEngine
+from sdsearch_lightning.rollout.vllm import VLLMEngine
 from sdsearch_lightning.types import Limits, Sampling, StopReason, Trajectory
 
 
@@ -119,16 +118,15 @@ def test_turns_ask_for_no_more_than_their_budget(world: FakeVLLM) -> None:
 
 
 def test_stop_strings_are_those_that_end_a_turn(world: FakeVLLM) -> None:
-    assert set(CLOSING_TAGS) == {f"</{name}>" for _, name in Conversation._ACTIONS}
     run_vllm(world, vllm_requests(world))
-    assert all(p.stop == list(CLOSING_TAGS) and p.include_stop_str_in_output for _, p in world.requests)
+    assert all(p.stop == ["</search>", "</answer>"] and p.include_stop_str_in_output for _, p in world.requests)
 
 
 def test_tags_that_are_special_tokens_stop_too(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": list(PROTOCOL.tags)})
     world = install_vllm(FakeVLLM(TokenCodec(tokenizer, PROTOCOL.tags)), monkeypatch)
-    assert world.codec.special_ids >= {world.codec.encode(tag)[0] for tag in CLOSING_TAGS}
+    assert world.codec.special_ids >= {world.codec.encode(tag)[0] for tag in ("</search>", "</answer>")}
     request = make_request(world.codec, sampling=GREEDY)
     said = [world.codec.encode(turn) for turn in ("<search> Rome </search> a b", "<answer> b </answer> a b a b")]
     world.play_turns({request.prompt_ids: said})

@@ -15,6 +15,7 @@ from sdsearch_lightning.scoring.rewards import (
     F1Reward,
     LabelRule,
     Reward,
+    SearchR1FormatReward,
     exact_match,
     f1,
     normalize_answer,
@@ -165,3 +166,43 @@ def test_an_empty_answer_never_scores(empty: str) -> None:
     assert exact_match("A", ["A"]) == exact_match("the", ["A"]) == 1, (
         "what vanishes on both sides matches, as elsewhere"
     )
+
+
+def formed(
+    answer: str | None, *faults: str, refinements: tuple[str, ...] = (), contents: str = "no gold"
+) -> Trajectory:
+    made = rollout(answer, "Rome", refinements=refinements)
+    return dataclasses.replace(made, format_faults=faults, passages=((Passage("p", contents),),))
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (formed("rome"), 1.0),
+        (formed("rome", "missing search"), 1.0),  # a search is no part of Search-R1's form
+        (formed("rome", "loose"), 0.8),
+        (formed("paris"), 0.2),
+        (formed("paris", contents="in Rome it is"), 0.25),
+        (formed("paris", "unbalanced think"), 0.1),
+        (formed("paris", "loose", contents="in Rome it is"), 0.1),
+        (formed(None, "loose", "missing answer"), 0.0),
+    ],
+)
+def test_search_r1s_reward_of_the_format(made: Trajectory, expected: float) -> None:
+    assert SearchR1FormatReward(0.2, 0.1, 0.05).score(made) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (formed("rome"), 1.0),
+        (formed("paris"), 0.3),
+        (formed("paris", "loose"), 0.3),  # AutoRefine counts tags and does not look between them
+        (formed("paris", "missing refine"), 0.0),
+        (formed("paris", refinements=("rome",)), 0.4),
+        (formed("paris", "unbalanced think", refinements=("rome",)), 0.1),
+        (formed(None), 0.0),
+    ],
+)
+def test_autorefines_format_score(made: Trajectory, expected: float) -> None:
+    assert AutoRefineReward(refine_score=0.1, format_score=0.3).score(made) == pytest.approx(expected)
