@@ -295,6 +295,6 @@ class StepBatch:
             writer, group = self._writers[name]
             raise RuntimeError(
                 f"{by} asked for StepBatch.{name}, which is None: {writer} has to fill it first. "
-                f"Is it among the trainer's callbacks ({group} in a file), in the order rollout, hindsight, jsd?"
+                f"Is the callback (in a file: {group}) there, and in the order rollout, hindsight, jsd?"
             )
         return value

@@ -24,7 +24,7 @@ from sdsearch_lightning.cli.help import HelpFormatter
 from sdsearch_lightning.trust.secrets import without_secrets
 
 MAX_LINES, MAX_COLUMNS = 3, 300
-PATIENCE = 3.0
+PATIENCE = 10.0
 """Seconds in which a rank that is not the first may be ended, before it tells an error that is its own."""
 
 MISTAKES = (

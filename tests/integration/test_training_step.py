@@ -143,7 +143,10 @@ def test_the_teacher_rests_until_the_warm_up_ends() -> None:
 
 
 def test_a_weight_without_blocks_is_a_mistake() -> None:
-    with pytest.raises(RuntimeError, match=r"StepBatch.hindsight, which is None: HindsightConstruction has to fill it"):
+    with (
+        pytest.warns(UserWarning, match="no HindsightConstruction is among the trainer's callbacks"),
+        pytest.raises(RuntimeError, match=r"StepBatch.hindsight, which is None: HindsightConstruction has to fill it"),
+    ):
         run(counting(), [grouping(), JSDWeightScheduler(0.5, 0)])
 
 

@@ -47,7 +47,7 @@ def test_a_slot_that_nobody_filled_names_its_writer_and_its_group(slot: str) -> 
         StepBatch([QUESTION]).require(slot, by="TrajectoryLog")
     assert str(caught.value) == (
         f"TrajectoryLog asked for StepBatch.{slot}, which is None: {writer} has to fill it first. "
-        f"Is the group {group} in the configuration, and in the order rollout:, hindsight:, jsd:?"
+        f"Is the callback (in a file: {group}) there, and in the order rollout, hindsight, jsd?"
     )
 
 

@@ -225,7 +225,7 @@ def test_rollouts_decode_while_a_search_is_under_way(
     def wait() -> None:
         with moved:
             begun = steps
-            overlapped.append(moved.wait_for(lambda: steps >= begun + 2, timeout=1.0))
+            overlapped.append(moved.wait_for(lambda: steps >= begun + 2, timeout=2.0))
 
     spy(policy, monkeypatch, step)
     run_engine(
