@@ -16,7 +16,7 @@ STYLE = (
     + "".join(f"--c{index}:{color};" for index, color in enumerate(COLORS))
     + "}"
 )
-LABELS, PLOT, ROW, TOP, GAP = 240, 250, 20, 40, 30
+LABELS, PLOT, ROW, TOP, GAP = 240, 250, 20, 40, 60
 """Pixels of a forest plot: the column of labels, each plot, a row, the head, the space between plots."""
 
 
