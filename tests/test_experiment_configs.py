@@ -122,6 +122,6 @@ def test_the_data_module_of_a_world_can_be_made(name: str, tmp_path: Path) -> No
 
 
 def test_no_two_files_say_the_same() -> None:
-    assert (len(ABLATIONS), len(PRESETS)) == (30, 15)
+    assert (len(ABLATIONS), len(PRESETS)) == (30, 16)
     options = [parsed(path).as_dict() for path in (*ABLATIONS, *PRESETS)]
     assert len({str([row[group] for group in ("model", *GROUPS)]) for row in options}) == len(options)
