@@ -19,7 +19,7 @@ from helpers.training_rollouts import TRAINING_CODEC
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.tokenization import TokenCodec
-from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
+from sdsearch_lightning.rollout import GenerateEngine, SearchPool, SlotEngine
 from sdsearch_lightning.rollout.kv_rows import CellShape, KVRows, KVShape
 from sdsearch_lightning.types import Passage
 
@@ -220,14 +220,19 @@ def test_rollouts_decode_while_a_search_is_under_way(
             steps += len(getattr(attention, "_row", ())) > 0
             moved.notify()
 
-    overlapped = []
+    overlapped, sent, submit = [], [], SearchPool.submit
+
+    def send(pool: SearchPool, queries: Sequence[str]) -> Any:
+        sent.append(steps)  # here, since the worker may begin later
+        return submit(pool, queries)
 
     def wait() -> None:
         with moved:
-            begun = steps
-            overlapped.append(moved.wait_for(lambda: steps >= begun + 2, timeout=2.0))
+            due = sent[-1] + 2  # one batch is under way at a time
+            overlapped.append(moved.wait_for(lambda: steps >= due, timeout=2.0))
 
     spy(policy, monkeypatch, step)
+    monkeypatch.setattr(SearchPool, "submit", send)
     run_engine(
         SlotEngine(overlap_steps=3), policy, word_codec, talk_requests(word_codec, 6), TALK_LIMITS, Slow(0, wait)
     )
