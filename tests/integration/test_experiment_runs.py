@@ -27,7 +27,7 @@ WORLD = {
     "num_train_questions": 30,
     "num_val_questions": 2,
 }
-TAUGHT_BY_NOBODY = {"grpo", "dr_grpo", "dapo", "sharpening_control", "search_r1", "autorefine", "ig_search"}
+TAUGHT_BY_NOBODY = {"best", "grpo", "dr_grpo", "dapo", "sharpening_control", "search_r1", "autorefine", "ig_search"}
 
 
 @pytest.fixture(scope="module")
