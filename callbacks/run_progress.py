@@ -40,7 +40,7 @@ class RunProgress(ProgressBar):
 
     The progress bar of `sdsearch fit` and the other commands; one in `trainer.callbacks` takes its place, and
     `trainer.enable_progress_bar: false` turns it off. On a terminal it is three lines at the bottom, above which
-    everything else scrolls; elsewhere it writes a line per step and per validation to standard output.
+    everything else scrolls; elsewhere it writes a line per `trainer.log_every_n_steps` steps and per validation.
 
     Args:
         refresh_rate: redraws per second on a terminal.
@@ -83,7 +83,8 @@ class RunProgress(ProgressBar):
         values = trainer.callback_metrics
         self._last = {key: float(values[key]) for key in SHOWN if key in values}
         self._phase = ""
-        self._show(f"{self._step()}: {_told(self._last, SHOWN)}, {self._time_left()}")
+        if self._done % max(trainer.log_every_n_steps, 1) == 0 or self._done == self._total:  # type: ignore[attr-defined]
+            self._show(f"{self._step()}: {_told(self._last, SHOWN)}, {self._time_left()}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end()

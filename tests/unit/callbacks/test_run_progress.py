@@ -89,7 +89,7 @@ class Shots(pl.Callback):
         self.shots.append(self.terminal.lines())
 
 
-def trained(*callbacks: pl.Callback, steps: int = 3) -> pl.Trainer:
+def trained(*callbacks: pl.Callback, steps: int = 3, every: int = 1) -> pl.Trainer:
     module = SDSearchModule(
         scratch=ScratchModel(), protocol=TRAINING_PROTOCOL, optimizer=lambda params: torch.optim.SGD(params, lr=1e-2)
     )
@@ -102,6 +102,7 @@ def trained(*callbacks: pl.Callback, steps: int = 3) -> pl.Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         max_steps=steps,
+        log_every_n_steps=every,
         val_check_interval=2,
         check_val_every_n_epoch=None,
         callbacks=[grouping(DrawnScripts()), HindsightConstruction(), JSDWeightScheduler(0.3, 0), *callbacks],
@@ -138,6 +139,12 @@ def test_a_pipe_gets_a_line_per_step_and_per_validation(capsys: pytest.CaptureFi
     assert all(re.search(r"reward [\d.-]+, exact match .*, \d:\d\d:\d\d left$", line) for line in steps), steps
     assert sum(line.startswith("validation after step 2: exact match ") for line in lines) == 1
     assert "\x1b" not in written.out and written.err == ""
+
+
+def test_a_pipe_gets_the_steps_that_are_logged_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    trained(RunProgress(), every=2)
+    steps = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in steps] == ["step 2/3", "step 3/3"]
 
 
 def test_a_long_window_says_a_word_now_and_then_on_a_pipe(
