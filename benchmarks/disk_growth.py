@@ -58,7 +58,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    """The command line."""
+    """Prints the figures of a run folder, a line each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.disk_growth", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="runs/<name>")
     for name, figure in measure(parser.parse_args().folder).items():

@@ -110,7 +110,7 @@ class Clients:
         self._numbers = itertools.count()
 
     async def ask(self, outcomes: Outcomes, client: int) -> None:
-        """One request."""
+        """Post one request of fresh queries, and count its status and seconds."""
         queries = [f"query {next(self._numbers)}" for _ in range(QUERIES_PER_REQUEST)]
         started = time.perf_counter()
         body = json.dumps({"queries": queries, "topk": 3, "return_scores": True}).encode()

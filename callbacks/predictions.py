@@ -1,4 +1,4 @@
-"""Predictions: what `predict` found, a line per question, in their order, whichever process answered it."""
+"""PredictionLog: what `predict` found, a line per question, in their order, whichever process answered it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sdsearch_lightning.checkpoints.writing import told_by_all
-from sdsearch_lightning.errors import StorageError
-from sdsearch_lightning.files import GO_ON, write_text
+from sdsearch_lightning.checkpoints.writing import by_rank_0
+from sdsearch_lightning.files import write_text
 from sdsearch_lightning.types import StepBatch, Trajectory
 
 
-class Predictions(Callback):
+class PredictionLog(Callback):
     """Writes predictions.jsonl at the end of `predict`: question, answer, queries, titles of passages, how it ended.
 
     Args:
@@ -50,16 +49,10 @@ class Predictions(Callback):
         if dist.is_available() and dist.is_initialized():
             parts = [[]] * dist.get_world_size()
             dist.all_gather_object(parts, self._rows)
-        self._rows, failure = [], None
-        if trainer.is_global_zero:
-            rows = sorted((row for part in parts for row in part), key=lambda row: row[0])
-            lines = (json.dumps(row, ensure_ascii=False) for _, row in rows)
-            try:
-                write_text(self.file(trainer), "".join(f"{line}\n" for line in lines))
-            except OSError as error:
-                failure = f"{self.file(trainer)} could not be written: {error.strerror or error}"
-        if (told := told_by_all(trainer, failure)) is not None:
-            raise StorageError(f"{told}. {GO_ON}")
+        self._rows = []
+        rows = sorted((row for part in parts for row in part), key=lambda row: row[0])
+        lines = (json.dumps(row, ensure_ascii=False) for _, row in rows)
+        by_rank_0(trainer, lambda: write_text(self.file(trainer), "".join(f"{line}\n" for line in lines)))
 
 
 def prediction(trajectory: Trajectory) -> dict[str, Any]:

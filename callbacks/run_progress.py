@@ -49,7 +49,6 @@ class RunProgress(ProgressBar):
     def __init__(self, refresh_rate: float = 4.0) -> None:
         super().__init__()
         self.refresh_rate = refresh_rate
-        self._console: Console | None = None  # made when needed, for the stream that is standard output then
         self._live: Live | None = None
         self._logs = _Rerouted()
         self._enabled = True
@@ -69,7 +68,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_live": None, "_console": None}  # a console has locks, which nothing can copy
+        return self.__dict__ | {"_live": None}  # it has locks, which nothing can copy
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._first_step, self._began = trainer.global_step, time.monotonic()
@@ -110,7 +109,6 @@ class RunProgress(ProgressBar):
 
     def on_test_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
         self._done += 1
-        self._show("")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end()
@@ -147,11 +145,11 @@ class RunProgress(ProgressBar):
         self._phase, self._done, self._total, self._unit = phase, done, total, unit
         if not self._enabled or self._live is not None:
             return
-        self._console = Console(file=sys.stdout)
-        if self._console.is_terminal:
+        console = Console(file=sys.stdout)
+        if console.is_terminal:
             self._live = Live(
                 get_renderable=self._screen,
-                console=self._console,
+                console=console,
                 refresh_per_second=self.refresh_rate,
                 transient=True,
             )
@@ -166,7 +164,7 @@ class RunProgress(ProgressBar):
 
     def _show(self, line: str) -> None:
         """Prints a line, where there is no live display that says it."""
-        if self._live is None and self._enabled and line:
+        if self._live is None and self._enabled:
             print(line, flush=True)
 
     def _screen(self) -> Group:

@@ -84,7 +84,10 @@ def by_rank_0(trainer: Trainer, write: Callable[[], None]) -> None:
         try:
             write()
         except OSError as error:
-            failure = f"{error.filename or 'a file'} could not be written: {error.strerror or error}"
+            path = Path(error.filename or "a file")
+            if path.suffix == ".draft":  # a user knows the file that it was to become
+                path = path.with_name(path.stem.removeprefix("."))
+            failure = f"{path} could not be written: {error.strerror or error}"
     if (told := told_by_all(trainer, failure)) is not None:
         raise StorageError(f"{told}. {GO_ON}")
 

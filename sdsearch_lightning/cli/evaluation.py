@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from sdsearch_lightning.callbacks.evaluation_report import EvaluationReport
-from sdsearch_lightning.callbacks.predictions import Predictions
+from sdsearch_lightning.callbacks.predictions import PredictionLog
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint
 from sdsearch_lightning.cli.common import say
 from sdsearch_lightning.report.console import make_console
@@ -56,9 +56,9 @@ class EvaluationCommands:
         return [by_command[self.subcommand]] if self.subcommand in by_command else []
 
     @cached_property
-    def predictions(self) -> Predictions:
+    def predictions(self) -> PredictionLog:
         """What writes the result of `predict`."""
-        return Predictions()
+        return PredictionLog()
 
     @cached_property
     def evaluation(self) -> EvaluationReport:

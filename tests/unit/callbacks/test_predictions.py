@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.grouping_runs import PARIS, ROME, grouping_run
-from sdsearch_lightning.callbacks.predictions import Predictions
+from sdsearch_lightning.callbacks.predictions import PredictionLog
 from sdsearch_lightning.errors import StorageError
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.types import StepBatch
@@ -42,7 +42,7 @@ def trainer_of(folder: Path) -> Any:
 
 
 def test_lines_are_in_the_order_of_the_questions(word_codec: TokenCodec, tmp_path: Path) -> None:
-    batch, log = predict(word_codec, PARIS, OPEN), Predictions()
+    batch, log = predict(word_codec, PARIS, OPEN), PredictionLog()
     trainer = trainer_of(tmp_path)
     for part in (batch.groups or ())[::-1]:
         one = StepBatch([part.question], [part.instance_id])
@@ -58,4 +58,4 @@ def test_lines_are_in_the_order_of_the_questions(word_codec: TokenCodec, tmp_pat
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"predictions.jsonl could not be written"):
-        Predictions().on_predict_end(trainer_of(tmp_path / "file"), None)  # type: ignore[arg-type]
+        PredictionLog().on_predict_end(trainer_of(tmp_path / "file"), None)  # type: ignore[arg-type]
