@@ -6,7 +6,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sdsearch_lightning.datamodules.readers import parse_question, read_demonstrations, read_questions
+from sdsearch_lightning.datamodules.demonstrations import read_demonstrations
+from sdsearch_lightning.datamodules.readers import parse_question, read_questions
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.protocol.templates import SEARCH_R1_PROMPT
 from sdsearch_lightning.types import Label, Question, SiblingRecord, SpanKind
