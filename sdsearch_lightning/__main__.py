@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"error: expected a command first ({', '.join(COMMANDS)}), got {command!r}.{hint}", file=sys.stderr)
         return 2
+    # A thread that waits for another sleeps: by default it keeps its core busy, which on a shared machine is the core
+    # that the other one waits for. torch's OpenMP reads this once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from sdsearch_lightning.cli.commands import run
 
     return run(arguments)

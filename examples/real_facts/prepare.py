@@ -129,14 +129,10 @@ def write_texts(output: Path, seed: int) -> None:
         output / "corpus.jsonl",
         ({"id": str(index), "contents": passage.contents} for index, passage in enumerate(world.passages)),
     )
-    train, held_out = make_questions(
-        world, seed, NUM_QUESTIONS["train"], NUM_QUESTIONS["dev"] + NUM_QUESTIONS["test"]
-    )
+    train, held_out = make_questions(world, seed, NUM_QUESTIONS["train"], NUM_QUESTIONS["dev"] + NUM_QUESTIONS["test"])
     dev, test = held_out[: NUM_QUESTIONS["dev"]], held_out[NUM_QUESTIONS["dev"] :]
     for split, part_of in (("train", train), ("dev", dev), ("test", test)):
-        write_rows(
-            output / f"{split}.jsonl", (question_row(asked, f"{split}_{i}") for i, asked in enumerate(part_of))
-        )
+        write_rows(output / f"{split}.jsonl", (question_row(asked, f"{split}_{i}") for i, asked in enumerate(part_of)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 from sdsearch_lightning.datamodules.scripts import Answer, Search, Task
 from sdsearch_lightning.types import Label, Passage
 
-GOOD_SHARE = 0.6
-"""How often the first query for a fact is well put."""
-AGAIN_SHARE = 0.7
+GOOD_SHARES = (0.2, 0.6, 1.0)
+"""How often the first query for a fact is well put; a rollout is of one of these kinds."""
+AGAIN_SHARE = 0.5
 """How often one that found nothing is put again, in other words."""
 WELL_PUT = {
     "located_in": ("{x} city", "which country is {x} in", "{x} is a city in"),
@@ -59,10 +59,10 @@ def script(task: Task) -> Steps:
 
     Where siblings are told, the queries are those of the shortest CORRECT one: each of its queries found something.
     """
-    hints = _hints(task)
+    hints, good_share = _hints(task), task.rng.choice(GOOD_SHARES)
     for relation, subject, found in task.row["metadata"]["hops"]:
         need = NEEDED[relation].format(x=subject)
-        query = hints.pop(0) if hints else _first_query(task, relation, subject)
+        query = hints.pop(0) if hints else _first_query(task, good_share, relation, subject)
         passages = yield Search(query, thought=f"I need to find {need}.")
         if not _states(passages, subject, found):
             hints = []
@@ -81,8 +81,8 @@ def _hints(task: Task) -> list[str]:
     return list(min(correct, key=len, default=()))
 
 
-def _first_query(task: Task, relation: str, subject: str) -> str:
-    ways: Sequence[str] = WELL_PUT[relation] if task.rng.random() < GOOD_SHARE else POORLY_PUT
+def _first_query(task: Task, good_share: float, relation: str, subject: str) -> str:
+    ways: Sequence[str] = WELL_PUT[relation] if task.rng.random() < good_share else POORLY_PUT
     return task.rng.choice(ways).format(x=subject, question=task.question.text)
 
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -40,7 +40,7 @@ class Origin:
     """Its weights take the place of the model's own; None: they stay."""
     precision: str | None = None
     """`trainer.precision` of the run."""
-    num_threads: int | None = None
+    num_threads: int | Literal["auto"] | None = None
     """`run.num_threads` of the run."""
 
     @property
