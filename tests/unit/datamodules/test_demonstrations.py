@@ -184,6 +184,11 @@ def test_the_data_module_gives_its_retriever_and_the_tags_of_the_run(tmp_path: P
     data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
     with pytest.raises(DataError, match=r"line 1: expected a query without tags of the protocol, found </call>"):
         data.demonstrations()
+    write(path, ASKED | {"turns": [["refine", "x"], ANSWER]})
+    with pytest.raises(DataError, match=r"line 1: expected a model.protocol with a refine tag"):
+        data.demonstrations()
+    module.protocol.tags = TAGS
+    assert len(data.demonstrations()) == 1
     with pytest.raises(ConfigError, match=r"data.demonstration_top_k: expected at least 1, found 0"):
         SearchDataModule(demonstration_top_k=0)
     assert "</search>" in TAGS and "<documents>" in TAGS and "<information>" in TAGS

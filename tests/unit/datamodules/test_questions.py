@@ -294,7 +294,8 @@ def parse(config):
     """What the command line makes of a configuration file."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
-    return SearchDataModule(**parser.parse_object(config).data.init_args.as_dict())
+    options = parser.parse_object(config).data.init_args.as_dict()
+    return SearchDataModule(**options | {"retriever": None})  # whose class and options were read
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
