@@ -96,7 +96,7 @@ def print_tally(tally: Tally, output: str) -> None:
     table.add_row("CORRECT siblings", _share(tally.correct_siblings, tally.siblings, ".1%"))
     console = make_console()
     console.print(table)
-    console.print(harmless(f"learn them: sdsearch supervise --data.demonstration_files {output} ..."), soft_wrap=True)
+    console.print(harmless(f"learn them: sdsearch supervise --data.demonstration_files {output} ..."), markup=False, soft_wrap=True)
 
 
 def _share(part: int, whole: int, form: str) -> str:
