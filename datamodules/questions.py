@@ -17,9 +17,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sdsearch_lightning.datamodules.demonstrations import TAGS, read_demonstrations
 from sdsearch_lightning.datamodules.loaders import DemonstrationBatch, EvaluationBatches, Share, TrainingBatches
 from sdsearch_lightning.datamodules.mixture import Mixture, draw_per_source, fingerprint, hold_out, overlap
-from sdsearch_lightning.datamodules.readers import check_columns, read_demonstrations, read_questions
+from sdsearch_lightning.datamodules.readers import check_columns, read_questions
 from sdsearch_lightning.datamodules.sources import BENCHMARKS, Files, check_weights, find_files
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval import Retriever
@@ -40,6 +41,7 @@ class SearchDataModule(pl.LightningDataModule):
         val_files: one entry or a list, for validation; null: none.
         test_files: one entry or a list, for `test` and `predict`; null: none.
         demonstration_files: one file or a list, of {question, answers, turns, siblings}, for `supervise`; null: none.
+        demonstration_top_k: passages of a search whose observation such a file leaves out; set it as the rollouts' own.
         columns: names of {question, answers, id, source} in your files, where they differ; a dot leads into a column.
             null: they do not differ.
         hub: where benchmarks come from: a data set of the Hugging Face hub, or a folder of that layout.
@@ -66,6 +68,7 @@ class SearchDataModule(pl.LightningDataModule):
         val_files: str | list[str] | None = None,
         test_files: str | list[str] | None = None,
         demonstration_files: str | list[str] | None = None,
+        demonstration_top_k: int = 3,
         columns: dict[str, str] | None = None,
         hub: str = "RUC-NLPIR/FlashRAG_datasets",
         holdout: int = 0,
@@ -79,6 +82,7 @@ class SearchDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        sizes["demonstration_top_k"] = demonstration_top_k
         for name, value in (sizes | {"limit": limit, "limit_per_source": limit_per_source}).items():
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}: expected at least 1, found {value}.")
@@ -89,7 +93,7 @@ class SearchDataModule(pl.LightningDataModule):
         check_weights(train_files, "train")
         self.files: dict[str, Files] = {"train": train_files, "val": val_files, "test": test_files}
         self.columns, self.hub, self.holdout = check_columns(columns), hub, holdout
-        self.demonstration_files = demonstration_files
+        self.demonstration_files, self.demonstration_top_k = demonstration_files, demonstration_top_k
         self.retriever = retriever
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -124,7 +128,9 @@ class SearchDataModule(pl.LightningDataModule):
     def demonstrations(self) -> Sequence[Demonstration]:
         """What the cold start imitates, in a fixed order; empty where there is none."""
         files = [self.demonstration_files] if isinstance(self.demonstration_files, str) else self.demonstration_files
-        return [row for path in files or () for row in read_demonstrations(path, self.limit)]
+        protocol = getattr(self.trainer and self.trainer.lightning_module, "protocol", None)
+        options = self.limit, self.retriever, self.demonstration_top_k, getattr(protocol, "tags", TAGS)
+        return [row for path in files or () for row in read_demonstrations(path, *options)]
 
     def vocabulary(self) -> tuple[str, ...] | None:
         """Words of a word-level tokenizer for a from-scratch model; None for text that needs an ordinary one."""

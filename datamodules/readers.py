@@ -1,4 +1,4 @@
-"""Shapes of rows: a file becomes questions or demonstrations, or an error that names the file and the row.
+"""Shapes of rows: a file becomes questions, or an error that names the file and the row.
 
 A question's row is FlashRAG's {id, question, golden_answers}, the plain {question, answers}, or one that Search-R1,
 verl or SkyRL wrote, where text and answers may lie deeper. `columns` names the places in files of any other shape.
@@ -16,7 +16,7 @@ from sdsearch_lightning.datamodules.sources import SPLITS
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.retrieval.jsonl import Row
 from sdsearch_lightning.retrieval.rows import read_rows
-from sdsearch_lightning.types import Demonstration, Label, Question, SiblingRecord, SpanKind
+from sdsearch_lightning.types import Question
 
 COLUMNS = ("question", "answers", "id", "source")
 """What `columns` may map to a column of a file."""
@@ -26,7 +26,6 @@ _INSTRUCTIONS = re.compile(r"(?:(?:.|\n)*?[.!?\n]\s*)?Question: ")
 """What stands before a question, which begins a sentence: a question may quote "Question: " itself."""
 _INTO_LIST = re.compile(r"\.-?\d+(\.|$)")
 _BULKY = ("metadata",)  # ten paragraphs per question in HotpotQA's files, and nothing that is read here
-_TURN_KINDS = tuple(kind for kind in SpanKind if kind not in (SpanKind.PROMPT, SpanKind.SCAFFOLD))
 
 
 def read_questions(
@@ -49,33 +48,24 @@ def read_questions(
     Raises:
         DataError: a missing file, an unknown suffix, no rows, or a row without question or answers.
     """
-    path, columns = Path(path), check_columns(columns)
-    source = source or _source_of(path)
+    columns = check_columns(columns)
     without = () if any(name.split(".")[0] in _BULKY for name in columns.values()) else _BULKY
-    rows = _some_rows(path, limit, without)
-    return [parse_question(row.values, row.where, source, columns, need_answers) for row in rows]
+    return [question for _, question in question_rows(path, limit, columns, source, need_answers, without)]
 
 
-def read_demonstrations(path: str | Path, limit: int | None = None) -> list[Demonstration]:
-    """The demonstrations of a file, in order: rows {question, answers, turns: [[kind, text], ...]}.
-
-    Where the prompt is to hold a hindsight block, a row has {siblings: [[[query, ...], label], ...]} too.
-
-    Raises:
-        DataError: as `read_questions`, or turns or siblings of another form.
-    """
-    source = _source_of(Path(path))
-    return [
-        Demonstration(
-            parse_question(row.values, row.where, source),
-            tuple(_parse_turn(turn, row.where) for turn in _expect_list(row, "turns")),
-            tuple(
-                _parse_sibling(sibling, index, row.where)
-                for index, sibling in enumerate(_expect_list(row, "siblings", default=[]))
-            ),
-        )
-        for row in _some_rows(Path(path), limit)
-    ]
+def question_rows(
+    path: str | Path,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    source: str | None = None,
+    need_answers: bool = True,
+    without: tuple[str, ...] = (),
+) -> Iterator[tuple[Row, Question]]:
+    """Each row of a file, whole but for the columns of `without`, beside its question; as `read_questions` else."""
+    path, columns = Path(path), check_columns(columns)
+    source = source or source_of(path)
+    for row in some_rows(path, limit, without):
+        yield row, parse_question(row.values, row.where, source, columns, need_answers)
 
 
 def check_columns(columns: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -221,42 +211,21 @@ def _column(values: dict[str, Any], path: str, where: str) -> Any:
     return value
 
 
-def _source_of(path: Path) -> str:
+def source_of(path: Path) -> str:
     """The file's name, or its folder's where the file is called like a split: nq/test.jsonl is of nq."""
     stem = Path(path.name.removesuffix(".gz")).stem
     is_split = any(re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", stem) in words for words in SPLITS.values())
     return path.absolute().parent.name if is_split else stem
 
 
-def _some_rows(path: Path, limit: int | None, without: tuple[str, ...] = ()) -> Iterator[Row]:
+def some_rows(path: Path, limit: int | None, without: tuple[str, ...] = ()) -> Iterator[Row]:
+    """The rows of a file.
+
+    Raises:
+        DataError: as `read_rows`, or there is none.
+    """
     row = None
     for row in read_rows(path, limit, without):
         yield row
     if row is None:
         raise DataError(f"{path}: expected at least one row, found an empty file.")
-
-
-def _expect_list(row: Row, key: str, default: list[Any] | None = None) -> list[Any]:
-    value = row.values.get(key, default)
-    if not isinstance(value, list):
-        raise DataError(f"{row.where}: expected a list under '{key}', found {value!r}.")
-    return value
-
-
-def _parse_turn(turn: object, where: str) -> tuple[SpanKind, str]:
-    match turn:
-        case [str(kind), str(text)] if kind.upper() in _TURN_KINDS:
-            return SpanKind(kind), text
-    kinds = ", ".join(_TURN_KINDS)
-    raise DataError(f"{where}: expected turns of the form [kind, text] with a kind of {kinds}, found {turn!r}.")
-
-
-def _parse_sibling(sibling: object, index: int, where: str) -> SiblingRecord:
-    match sibling:
-        case [[*queries], str(label)] if label.upper() in Label.__members__:
-            texts = tuple(query for query in queries if isinstance(query, str))
-            if len(texts) == len(queries):
-                return SiblingRecord(index, texts, Label(label))
-    raise DataError(
-        f"{where}: expected siblings of the form [[query, ...], label] with CORRECT or INCORRECT, found {sibling!r}."
-    )

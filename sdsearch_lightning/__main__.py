@@ -18,7 +18,7 @@ usage: sdsearch COMMAND [--config FILE ...] [--key value ...]
 SD-Search (arXiv 2605.18299): train a language model to search while it reasons.
 
 commands:
-{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  {name:<11} {text}" for name, text in COMMANDS.items())}
 
 options:
   --help     this text; `sdsearch COMMAND --help` lists every key of a command
@@ -29,6 +29,7 @@ examples:
   sdsearch fit --config configs/quickstart.yaml --seed_everything 1 --run.name second
   sdsearch fit --config configs/base.yaml --config mine.yaml --data.batch_size 64
   sdsearch ask "question e243 the rel8 the rel5 ?" --run runs/quickstart
+  sdsearch demonstrate --script my_script.py --questions train.jsonl --output demonstrations.jsonl --config mine.yaml
   sdsearch plan --config configs/base.yaml --config mine.yaml --gpu_memory_gib 80
   sdsearch validate --config configs/quickstart.yaml --ckpt_path last
   sdsearch index --corpus_path corpus.jsonl --index_path index --encoder intfloat/e5-base-v2

@@ -20,7 +20,7 @@ from sdsearch_lightning.policy.head import Chunk, Outcome, Reading
 from sdsearch_lightning.policy.packing import PackedSequences, split_by_size
 from sdsearch_lightning.training.options import OptimizerSpec
 from sdsearch_lightning.training.policy_module import PolicyModule
-from sdsearch_lightning.types import Demonstration
+from sdsearch_lightning.types import Demonstration, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class SupervisedModule(PolicyModule):
         optimizers: a list of optimizers and the parameters each takes, tried in order for each parameter; null: AdamW
             with a learning rate of 1e-5 for all.
         loss_weights: weight of each kind of token; the loss is the weighted mean over the whole batch on all ranks.
+        max_observation_tokens: tokens that the passages of one search may take; set it as the rollouts' own. An
+            observation that is written as a text is taken as it stands.
         args: model_name_or_path, where it is not given by name.
         options: those of `PolicyModule`.
     """
@@ -48,10 +50,11 @@ class SupervisedModule(PolicyModule):
         *args: Any,
         optimizers: list[OptimizerSpec] | None = None,
         loss_weights: LossWeights = LossWeights(),  # noqa: B008  (frozen)
+        max_observation_tokens: int = Limits().max_observation_tokens,
         **options: Any,
     ) -> None:
         super().__init__(*args, optimizers=optimizers or [OptimizerSpec(_adamw)], **options)
-        self._weights = loss_weights.by_kind()
+        self._weights, self.max_observation_tokens = loss_weights.by_kind(), max_observation_tokens
 
     def training_step(self, batch: Sequence[Demonstration], batch_idx: int) -> None:
         """One optimizer step on a batch of demonstrations."""
@@ -101,7 +104,7 @@ class SupervisedModule(PolicyModule):
         """Demonstrations of like length together, within the token budget."""
         rows: list[tuple[list[int], list[float]]] = []
         for demonstration in batch:
-            spans = self.protocol.demonstration_spans(self.codec, demonstration)
+            spans = self.protocol.demonstration_spans(self.codec, demonstration, self.max_observation_tokens)
             tokens = [token for span in spans for token in span.token_ids]
             weights = [self._weights[span.kind] for span in spans for _ in span.token_ids]
             rows.append((tokens, weights))

@@ -62,10 +62,10 @@ class SiblingRecord:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A written rollout for the cold start. OBSERVATION text is the passages as the protocol writes them, untagged."""
+    """A written rollout for the cold start. An OBSERVATION is passages, or their text as the protocol writes it."""
 
     question: Question
-    turns: tuple[tuple[SpanKind, str], ...]
+    turns: tuple[tuple[SpanKind, str | tuple[Passage, ...]], ...]
     siblings: tuple[SiblingRecord, ...] = ()  # where not empty, the prompt holds the hindsight block of these
 
 

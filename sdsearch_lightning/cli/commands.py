@@ -49,6 +49,7 @@ def run(argv: Sequence[str]) -> int:
         "serve": _serve,
         "completion": _completion,
         "plan": _plan,
+        "demonstrate": _demonstrate,
         "supervise": _supervise,
     }
     try:
@@ -102,6 +103,15 @@ def _plan(argv: Sequence[str]) -> None:
     from sdsearch_lightning.cli.plan import plan
 
     plan(own, keys)
+
+
+def _demonstrate(argv: Sequence[str]) -> None:
+    from sdsearch_lightning.cli.parsers import demonstrate_parser
+
+    own, keys = demonstrate_parser().parse_known_args(list(argv))
+    from sdsearch_lightning.cli.demonstrate import demonstrate
+
+    demonstrate(own, keys)
 
 
 def _export(argv: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from sdsearch_lightning.cli.names import COMMANDS
 from sdsearch_lightning.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "tcsh")
-FILES = ("config", "corpus_path", "ckpt_path", "index_path", "output", "run", "model")
+FILES = ("config", "corpus_path", "ckpt_path", "index_path", "output", "run", "model", "script", "questions")
 """Keys that take a path; after the others nothing is proposed."""
 _KEY = re.compile(r"^ +(?:-\w(?: [A-Z_]+)?, )?--([\w.]+)", re.MULTILINE)
 _NAME = re.compile(r"[\w.]+")

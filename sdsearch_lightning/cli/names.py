@@ -9,6 +9,7 @@ COMMANDS = {
     "test": "evaluate on the test questions, per source",
     "predict": "answer the test questions, gold answers or not; writes predictions.jsonl",
     "ask": "answer a question with a trained model, searches and passages shown as they come",
+    "demonstrate": "write demonstrations for supervise with a script of yours, on your retriever",
     "plan": "memory per GPU by part, of a fit that has not begun; refuses what cannot fit",
     "index": "build a retrieval index of a corpus",
     "serve": "share a retrieval index over HTTP, as Search-R1's server does",

@@ -17,6 +17,10 @@ Takes every key of fit beside its own: --config FILE (several, later ones win) a
 lists them.
 """
 
+DEMONSTRATE = """Writes demonstrations for `supervise` with a script of yours: a generator function that searches and
+answers, see docs/data.md. Takes every key of fit beside its own: data.retriever is what is searched,
+rollout.top_k how many passages come back, rollout.label what tells whether a sibling was right.
+"""
 
 KEYS = ("model", "data", "rollout", "seed_everything")
 """Groups of `fit` whose keys `ask` takes too."""
@@ -135,4 +139,25 @@ def plan_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_config", metavar="FILE", help="a config.json, or its folder, in place of the model's own"
     )
+    return parser
+
+
+def demonstrate_parser() -> argparse.ArgumentParser:
+    """The parser of what `demonstrate` takes beside the keys that it shares with `fit`."""
+    parser = _OwnOptions(
+        "sdsearch demonstrate",
+        usage="sdsearch demonstrate --script S --questions F --output F [--key ...]",
+        description=DEMONSTRATE,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--script", required=True, metavar="S", help="Python file or module, and :NAME behind it where not `script`")
+    add("--questions", required=True, metavar="FILE", help="questions to demonstrate: .jsonl, .jsonl.gz or .parquet")
+    add("--output", required=True, metavar="FILE", help="a .jsonl or .jsonl.gz to write; replaced if it is there")
+    add("--block_share", type=float, default=0.0, metavar="X", help="share of questions with siblings in their prompt")
+    add("--num_siblings", type=int, nargs=2, default=(2, 4), metavar="N", help="least and most of them; default 2 4")
+    add("--max_searches", type=int, default=8, metavar="N", help="searches of a script before it is stopped; default 8")
+    add("--limit", type=int, metavar="N", help="demonstrate the first N questions only; default: all")
+    add("--seed", type=int, default=0, metavar="N", help="what the numbers of every script come from; default 0")
+    add("--without_observations", action="store_true", help="leave passages out: `supervise` searches them again")
     return parser

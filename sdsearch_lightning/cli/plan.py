@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sdsearch_lightning.cli.training import SearchCLI
+from sdsearch_lightning.cli.settings import SettingsCLI
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.plan.architecture import find_architecture
 from sdsearch_lightning.plan.disk import Disk, disk_of
@@ -37,25 +37,16 @@ WAYS = {
 """What makes a part smaller, whatever else is set."""
 
 
-class PlanCLI(SearchCLI):
-    """Reads the keys of `fit` and makes the module and the rollouts of them; runs nothing, writes nothing."""
+class PlanCLI(SettingsCLI):
+    """Makes the module and the rollouts of the keys."""
 
     made: Any
-
-    def before_instantiate_classes(self) -> None:
-        """Leave run folders alone: a plan may be made while the run is under way."""
 
     def instantiate_classes(self) -> None:
         """`model` and `rollout` alone: neither files nor a retriever are needed to plan."""
         options = self.options.clone()
         options.data = options.trainer = None
         self.made = self._parser("fit").instantiate_classes(options)
-
-    def after_instantiate_classes(self) -> None:
-        """Leave out what `fit` tells of a resumed run: nothing is run here."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Leave out the command itself: the objects are all that a plan needs."""
 
 
 def plan(own: argparse.Namespace, keys: Sequence[str]) -> None:

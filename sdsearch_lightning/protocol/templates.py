@@ -17,7 +17,7 @@ from sdsearch_lightning.protocol.block_templates import BlockTemplates, check_fi
 from sdsearch_lightning.protocol.chat_template import render_chat
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.protocol.turn_text import written_turn
-from sdsearch_lightning.types import Demonstration, Passage, Pluggable, SiblingRecord, Span, SpanKind
+from sdsearch_lightning.types import Demonstration, Limits, Passage, Pluggable, SiblingRecord, Span, SpanKind
 
 SEARCH_R1_PROMPT = (
     "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
@@ -208,19 +208,35 @@ class Protocol(Pluggable):
         """The hindsight block h(G) of the paper as text; "" without entries. Queries are data: they bring no tags."""
         return self.block.write_siblings(codec, entries)
 
-    def demonstration_spans(self, codec: TokenCodec, demonstration: Demonstration) -> tuple[Span, ...]:
-        """A written rollout as spans, token for token what a rollout with the same text would hold.
+    def demonstration_spans(
+        self,
+        codec: TokenCodec,
+        demonstration: Demonstration,
+        max_observation_tokens: int = Limits().max_observation_tokens,
+    ) -> tuple[Span, ...]:
+        """A written rollout as spans, token for token what a rollout with the same texts and passages would hold.
 
         No span counts as sampled: nobody drew these tokens; the cold start weighs them by kind.
+
+        Args:
+            codec: tokenizer and control strings.
+            demonstration: what was written.
+            max_observation_tokens: as in `Limits`; an observation that is a text is taken as it stands.
         """
         block = self.render_block(codec, demonstration.siblings)
         spans = [Span(SpanKind.PROMPT, self.prompt_ids(codec, demonstration.question.text, block))]
         for is_observation, elements in groupby(demonstration.turns, lambda turn: turn[0] is SpanKind.OBSERVATION):
             if is_observation:
-                spans += [Span(kind, self.observation_ids(codec, text)) for kind, text in elements]
+                spans += [Span(kind, self._shown(codec, content, max_observation_tokens)) for kind, content in elements]
             else:
-                spans += self._written_spans(codec, [(kind, self._turn_tags[kind], text) for kind, text in elements])
+                parts = [(kind, self._turn_tags[kind], str(text)) for kind, text in elements]
+                spans += self._written_spans(codec, parts)
         return tuple(spans)
+
+    def _shown(self, codec: TokenCodec, content: str | tuple[Passage, ...], max_tokens: int) -> tuple[int, ...]:
+        if isinstance(content, str):
+            return self.observation_ids(codec, content)
+        return self.passage_ids(codec, content, max_tokens)[0]
 
     def _written_spans(self, codec: TokenCodec, parts: Sequence[tuple[SpanKind, str, str]]) -> list[Span]:
         """A turn in one piece; where the tokenizer takes words apart at spaces only, tag by tag, which is the same."""
