@@ -47,7 +47,7 @@ def read_demonstrations(
         limit: read at most this many rows.
         retriever: searches the queries that no observation follows: each once, 256 at a time.
         top_k: passages that such a query shows.
-        tags: of the protocol; a query that holds one is refused.
+        tags: of the protocol; a query that holds one is refused, and a refine turn where there is no tag for it.
 
     Raises:
         DataError: as `read_questions`; turns or siblings of another form, or in an order that no rollout has; or a
@@ -173,6 +173,10 @@ def _check_order(turns: Sequence[Turn], where: str, tags: Sequence[str]) -> None
     for before, (kind, content) in zip((None, *kinds), turns, strict=False):
         if kind is SpanKind.OBSERVATION and before is not SpanKind.QUERY:
             raise DataError(f"{where}: expected a query before an observation, found {before or 'nothing'}.")
+        if kind is SpanKind.REFINE and "<refine>" not in tags:
+            raise DataError(
+                f"{where}: expected a model.protocol with a refine tag, since the row has a refine turn, found none."
+            )
         if kind is SpanKind.QUERY and (fault := query_fault(str(content), tags)):
             raise DataError(f"{where}: {fault}.")
 

@@ -60,7 +60,7 @@ def demonstrate(own: argparse.Namespace, keys: Sequence[str]) -> None:
     if check_suffix(own.output).resolve() == Path(own.questions).resolve():
         raise ConfigError(f"output: expected another file than the questions', found {own.output} for both.")
     script = load_script(own.script)
-    cli = DemonstrateCLI(keys)
+    cli = DemonstrateCLI(["fit", *keys])
     data, asked = cli.data, (own.questions, own.limit, cli.data.columns)
     if data.retriever is None:
         raise ConfigError("data.retriever is empty: a script needs something to search. Set it, or use a world.")
@@ -96,7 +96,11 @@ def print_tally(tally: Tally, output: str) -> None:
     table.add_row("CORRECT siblings", _share(tally.correct_siblings, tally.siblings, ".1%"))
     console = make_console()
     console.print(table)
-    console.print(harmless(f"learn them: sdsearch supervise --data.demonstration_files {output} ..."), soft_wrap=True)
+    console.print(
+        harmless(f"learn them: sdsearch supervise --data.demonstration_files {output} ..."),
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _share(part: int, whole: int, form: str) -> str:

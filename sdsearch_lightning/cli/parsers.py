@@ -146,12 +146,12 @@ def demonstrate_parser() -> argparse.ArgumentParser:
     """The parser of what `demonstrate` takes beside the keys that it shares with `fit`."""
     parser = _OwnOptions(
         "sdsearch demonstrate",
-        usage="sdsearch demonstrate --script S --questions F --output F [--key value ...]",
+        usage="sdsearch demonstrate --script S --questions F --output F [--key ...]",
         description=DEMONSTRATE,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--script", required=True, metavar="S", help="FILE.py or package.module, with :function where not `script`")
+    add("--script", required=True, metavar="S", help="Python file or module, and :NAME behind it where not `script`")
     add("--questions", required=True, metavar="FILE", help="questions to demonstrate: .jsonl, .jsonl.gz or .parquet")
     add("--output", required=True, metavar="FILE", help="a .jsonl or .jsonl.gz to write; replaced if it is there")
     add("--block_share", type=float, default=0.0, metavar="X", help="share of questions with siblings in their prompt")

@@ -56,7 +56,7 @@ def plan(own: argparse.Namespace, keys: Sequence[str]) -> None:
         own: options of `plan_parser`.
         keys: those of `fit`, as they were given.
     """
-    cli = PlanCLI(keys)
+    cli = PlanCLI(["fit", *keys])
     on_cpu = cli.options.trainer.accelerator == "cpu"
     capacity = (own.gpu_memory_gib or _detected_gib(on_cpu)) * GIB
     make_model, source = find_architecture(cli.options.model.model_name_or_path, own.model_config)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sdsearch_lightning.cli.training import SearchCLI
 
 
 class SettingsCLI(SearchCLI):
-    """Reads the keys of `fit`, as they were given; makes nothing, runs nothing, writes nothing."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        super().__init__(["fit", *keys])
+    """Reads `fit` and its keys, as they were given; makes nothing, runs nothing, writes nothing."""
 
     def before_instantiate_classes(self) -> None:
         """Leave run folders alone: the run may be under way."""

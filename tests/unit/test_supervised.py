@@ -19,7 +19,13 @@ from helpers.fits import Record, ToyData, fit
 from helpers.models import tiny_model
 from helpers.paths import ROOT
 from helpers.training import gradient, weights_of
-from helpers.training_rollouts import TRAINING_CODEC, TRAINING_PROTOCOL, TRAINING_TOKENIZER, demonstration
+from helpers.training_rollouts import (
+    TRAINING_CODEC,
+    TRAINING_PASSAGES,
+    TRAINING_PROTOCOL,
+    TRAINING_TOKENIZER,
+    demonstration,
+)
 from sdsearch_lightning.datamodules.synthetic_world_demonstrations import WorldDemonstrations
 from sdsearch_lightning.datamodules.synthetic_world_encoder import word_vectors
 from sdsearch_lightning.datamodules.synthetic_world_generation import WorldShape
@@ -123,6 +129,20 @@ def test_siblings_stand_in_the_prompt_as_a_block() -> None:
     assert TRAINING_CODEC.decode(taught[0].token_ids) == text and taught[0].kind is SpanKind.PROMPT
     assert TRAINING_CODEC.decode(plain[0].token_ids) == "where is Rome"
     assert taught[1:] == plain[1:]
+
+
+def test_passages_are_cut_as_the_rollouts_that_follow_cut_them() -> None:
+    turns = (*demonstration().turns[:2], (SpanKind.OBSERVATION, TRAINING_PASSAGES), demonstration().turns[3])
+    shown = replace(demonstration(), turns=turns)
+    lengths = []
+    for options in ({}, {"max_observation_tokens": 8}):
+        module = supervised(**options)
+        module._trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
+        (micro,) = module._micro_batches([shown])
+        lengths.append(len(micro.sequences.token_ids))
+        spans = TRAINING_PROTOCOL.demonstration_spans(TRAINING_CODEC, shown, module.max_observation_tokens)
+        assert micro.sequences.token_ids.tolist() == [token for span in spans for token in span.token_ids]
+    assert lengths[0] - lengths[1] == 14 - 8, "two texts of six words between two tags"
 
 
 # The loss

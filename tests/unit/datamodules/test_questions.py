@@ -294,20 +294,21 @@ def parse(config):
     """What the command line makes of a configuration file."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(SearchDataModule, "data", subclass_mode=True)
-    return SearchDataModule(**parser.parse_object(config).data.init_args.as_dict())
+    options = parser.parse_object(config).data.init_args.as_dict()
+    return SearchDataModule(**options | {"retriever": None})  # whose class and options were read
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_a_snippet_of_the_documentation_can_be_used(snippet):
     config = yaml.safe_load(snippet)
     made = parse(config)
-    assert made.files["train"] or made.files["test"]
-    for option in ("holdout", "hub", "limit", "columns", "normalization"):
+    assert made.files["train"] or made.files["test"] or made.demonstration_files
+    for option in ("holdout", "hub", "limit", "columns", "normalization", "demonstration_top_k"):
         assert getattr(made, option) == config["data"].get(option, getattr(SearchDataModule(), option))
 
 
 def test_a_snippet_that_cannot_be_used_would_be_noticed():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
     for wrong in ({"train_file": "a.jsonl"}, {"train_files": {"a.jsonl": "x"}}, {"columns": ["q"]}):
         with pytest.raises(ArgumentError):
             parse({"data": wrong})

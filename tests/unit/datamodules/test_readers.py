@@ -6,11 +6,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sdsearch_lightning.datamodules.demonstrations import read_demonstrations
 from sdsearch_lightning.datamodules.readers import parse_question, read_questions
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.protocol.templates import SEARCH_R1_PROMPT
-from sdsearch_lightning.types import Label, Question, SiblingRecord, SpanKind
+from sdsearch_lightning.types import Question
 
 GOOD = {"question": "who ?", "answers": ["A"]}
 
@@ -222,46 +221,6 @@ def test_an_unknown_name_in_columns_is_refused(tmp_path):
         ConfigError, match=r"data\.columns: expected keys among question, answers, id, source, found text\."
     ):
         read_questions(tmp_path / "mine.jsonl", columns={"text": "q"})
-
-
-# --- demonstrations -------------------------------------------------------------------------------------------------
-
-
-def test_demonstrations(tmp_path):
-    turns = [["reasoning", "need x"], ["QUERY", "x"], ["OBSERVATION", "x is A"], ["REFINE", "A"], ["ANSWER", "A"]]
-    siblings = [[["x", "x y"], "CORRECT"], [[], "incorrect"]]
-    path = write(tmp_path / "demos.jsonl", GOOD | {"turns": turns}, GOOD | {"turns": turns, "siblings": siblings})
-    plain, blocked = read_demonstrations(path)
-    assert plain.question == Question("1", "who ?", ("A",), "demos") and plain.siblings == ()
-    assert plain.turns[:2] == ((SpanKind.REASONING, "need x"), (SpanKind.QUERY, "x")) and len(plain.turns) == 5
-    assert blocked.siblings == (
-        SiblingRecord(0, ("x", "x y"), Label.CORRECT),
-        SiblingRecord(1, (), Label.INCORRECT),
-    )
-
-
-@pytest.mark.parametrize(
-    ("faulty", "shown"),
-    [
-        ({}, "expected a list under 'turns', found None"),
-        (
-            {"turns": [["THOUGHT", "x"]]},
-            "a kind of REASONING, QUERY, REFINE, ANSWER, OBSERVATION, found ['THOUGHT', 'x']",
-        ),
-        ({"turns": [["PROMPT", "x"]]}, "found ['PROMPT', 'x']"),  # the prompt is made of the question
-        ({"turns": [["QUERY", 3]]}, "found ['QUERY', 3]"),
-        ({"turns": ["QUERY"]}, "found 'QUERY'"),
-        ({"turns": [], "siblings": [["x", "CORRECT"]]}, "[[query, ...], label] with CORRECT or INCORRECT, found ['x',"),
-        ({"turns": [], "siblings": [[["x"], "RIGHT"]]}, "found [['x'], 'RIGHT']"),
-        ({"turns": [], "siblings": [[[1], "CORRECT"]]}, "found [[1], 'CORRECT']"),
-        ({"turns": [], "siblings": {}}, "expected a list under 'siblings', found {}"),
-    ],
-)
-def test_a_faulty_demonstration_is_named(tmp_path, faulty, shown):
-    path = write(tmp_path / "demos.jsonl", GOOD | {"turns": []}, GOOD | faulty)
-    with pytest.raises(DataError) as error:
-        read_demonstrations(path)
-    assert str(error.value).startswith(f"{path} line 2: ") and shown in str(error.value)
 
 
 def test_a_column_may_have_a_dot_in_its_name():

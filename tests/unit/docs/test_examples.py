@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from helpers.code_blocks import PAGES, Block, Command, all_commands, blocks, blocks_of, commands_of, link_targets
 from helpers.paths import ROOT
 from sdsearch_lightning.cli.names import COMMANDS
-from sdsearch_lightning.cli.parsers import ask_parser, export_parser, report_parser, split_keys
+from sdsearch_lightning.cli.parsers import ask_parser, demonstrate_parser, export_parser, report_parser, split_keys
 from sdsearch_lightning.cli.retrieval import _index_parser, _serve_parser
 from sdsearch_lightning.cli.training import METHOD
 from sdsearch_lightning.datamodules import SearchDataModule
@@ -45,7 +45,7 @@ SMALL = {
 }
 OTHERS = "cat gunzip hf pip python make torchrun srun scontrol show head exit code=$? [ git cd".split()
 """Programs of others that pages may call."""
-RUN = [c for c in all_commands() if c.ours and c.ours[0] in ("fit", "validate", "test", "predict")]
+RUN = [c for c in all_commands() if c.ours and c.ours[0] in ("fit", "validate", "test", "predict", "demonstrate")]
 BY_NAME = {"QueriesAndLabels": QueriesAndLabels, "SupportedDivergence": SupportedDivergence} | {
     "CopiedTeacher": CopiedTeacher,
     "replace": replace,
@@ -101,7 +101,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def read(words: tuple[str, ...], mine: Path, tmp_path: Path) -> Any:
+def read(words: Sequence[str], mine: Path, tmp_path: Path) -> Any:
     """A command of `fit` as the parser understands it."""
     out: list[str] = []
     for word in (part for given in words for part in (given.split("=", 1) if given.startswith("--") else [given])):
@@ -117,7 +117,9 @@ def read(words: tuple[str, ...], mine: Path, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("command", RUN, ids=str)
 def test_a_command_with_a_trainer_is_understood(command: Command, mine: Path, tmp_path: Path) -> None:
-    words = command.ours[1:]
+    name, *words = command.ours
+    if name == "demonstrate":
+        _, words = demonstrate_parser().parse_known_args(words)
     if "--help" not in words:
         read(words, mine, tmp_path)
 
