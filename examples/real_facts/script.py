@@ -70,7 +70,7 @@ def script(task: Task) -> Steps:
                 query = task.rng.choice(WELL_PUT[relation]).format(x=subject)
                 passages = yield Search(query, thought=f"Not found. I still need {need}.")
             if not _states(passages, subject, found):
-                guess = passages[0].title if passages else subject
+                guess = passages[0].title.strip('"') if passages else subject
                 yield Answer(guess, thought=f"I did not find it. My guess is {guess}.")
                 return
     yield Answer(found, thought=f"The answer is {found}.")
