@@ -110,6 +110,9 @@ def _read(path: Path) -> dict[str, Any]:
     for name in ("model", "data", "rollout"):
         if found.get(name) is not None and not isinstance(found[name], dict | str):
             raise ConfigError(f"config: expected keys under {name}: in {path}, found {str(found[name])[:40]!r}.")
+    data = found.get("data")
+    if isinstance(data, dict) and not {"class_path", "init_args"} & {*data}:
+        found["data"] = {"init_args": data}  # keys alone are those of whichever class the others name
     protocol = (found.get("model") or {}).get("protocol")
     if isinstance(protocol, str) and (beside := path.parent / protocol).is_file():
         found["model"]["protocol"] = str(beside)  # named as seen from its file
