@@ -14,9 +14,11 @@ import json
 import random
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+
+import torch
 
 from benchmarks.gate_arms import Asked, answer_anew, sample_groups, that_searched
 from benchmarks.gate_logprobs import query_logprobs
@@ -29,7 +31,7 @@ from sdsearch_lightning.cli.run_parser import RunParser
 from sdsearch_lightning.datamodules import SearchDataModule
 from sdsearch_lightning.errors import ConfigError, DataError
 from sdsearch_lightning.files import write_text
-from sdsearch_lightning.hindsight import NoLabels, Placebo, QueriesAndLabels, ShuffledLabels
+from sdsearch_lightning.hindsight import BlockBuilder, NoLabels, Placebo, QueriesAndLabels, ShuffledLabels
 from sdsearch_lightning.inference.opening import open_origin
 from sdsearch_lightning.inference.origin import TRAINING, find_origin
 from sdsearch_lightning.module import SDSearchModule
@@ -49,6 +51,7 @@ def measure(
     group_size: int,
     samples: int,
     max_error_fraction: float = 0.2,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Found:
     """The whole gate, all draws from `sampler.seed`.
 
@@ -59,12 +62,14 @@ def measure(
         group_size: rollouts of a group.
         samples: answers of each arm in each mixed group.
         max_error_fraction: see `RolloutGrouping`.
+        say: told what is done next: it may take long.
 
     Raises:
         DataError: no group has both outcomes and a search: there is nothing to compare.
     """
     seed = sampler.seed
     sampler.scoring.probe(next(iter(questions.values())))
+    say(f"{len(questions)} groups of {group_size} rollouts")
     groups = sample_groups(sampler, questions, group_size, max_error_fraction)
     mixed, wrong = (that_searched(kind, sampler.codec) for kind in (groups.mixed, groups.all_wrong))
     if not mixed:
@@ -73,9 +78,14 @@ def measure(
             f"teacher_gate: expected groups with a CORRECT and an INCORRECT rollout and a search, found none (groups: "
             f"{kinds}). Take more --questions, or a model that answers some of them."
         )
-    teacher = {STUDENT: None, TEACHER: QueriesAndLabels()}
-    controls = {SHUFFLED: ShuffledLabels(seed), "no labels": NoLabels(), "placebo": Placebo()}
+    teacher: dict[str, BlockBuilder | None] = {STUDENT: None, TEACHER: QueriesAndLabels()}
+    controls: dict[str, BlockBuilder | None] = {
+        SHUFFLED: ShuffledLabels(seed),
+        "no labels": NoLabels(),
+        "placebo": Placebo(),
+    }
     asked = [Asked(mixed, teacher | controls, samples), Asked(wrong, teacher, NO_CORRECT_SAMPLES)]
+    say(f"{samples} answers of {len(asked[0].arms)} arms in {len(mixed)} mixed groups, and in {len(wrong)} all wrong")
     of_mixed, of_wrong = answer_anew(sampler, asked, seed, max_error_fraction)
     module.eval()
     with sampler.opened():
@@ -111,20 +121,24 @@ def gate(argv: Sequence[str]) -> None:
     for name in ("questions", "samples", "least"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}: expected at least 1, found {getattr(options, name)}.")
-    if options.out is not None and not Path(options.out).expanduser().absolute().parent.is_dir():
+    out = None if options.out is None else Path(options.out).expanduser().absolute()
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"out: expected a file in a folder that is there, found {options.out}.")
     given = [key.removeprefix("--").partition("=")[0] for key in keys]
     origin = find_origin(options.run, options.model, options.config or (), options.ckpt_path, given, TRAINING)
+    if origin.num_threads is not None:
+        torch.set_num_threads(origin.num_threads)
     opened = open_origin(origin, keys, RunParser, seed=options.seed, device=options.device, rollout=TRAINING)
     size, data = opened.rollout.group_size, opened.data
     if size < 2:
         raise ConfigError(f"rollout.group_size: expected at least 2, so that outcomes can differ, found {size}.")
     with closing(opened):
         questions = draw_questions(data, options.split, options.questions, options.seed)
-        print(f"{origin.weights}: {len(questions)} {options.split} questions, {size} rollouts each", file=sys.stderr)
+        _say(f"{origin.weights}: {len(questions)} questions of {options.split}")
         errors = opened.rollout.max_error_fraction
-        found = measure(opened.module, opened.sampler, questions, size, options.samples, errors)
-    if options.out is not None:
+        found = measure(opened.module, opened.sampler, questions, size, options.samples, errors, _say)
+    print("\n".join(render(found, options.least)))
+    if out is not None:
         told = {
             "command": _command(argv),
             "environment": environment() | {"versions": installed_versions()},
@@ -138,8 +152,11 @@ def gate(argv: Sequence[str]) -> None:
             "top_p": opened.sampler.sampling.top_p,
         }
         text = json.dumps(told | to_dict(found, options.least), indent=2, ensure_ascii=False)
-        write_text(Path(options.out).expanduser(), text + "\n")
-    print("\n".join(render(found, options.least)))
+        write_text(out, text + "\n")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _parser() -> ShortErrorParser:

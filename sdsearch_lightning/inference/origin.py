@@ -76,7 +76,7 @@ def find_origin(
     """
     if (run is None) == (model is None):
         found = "neither" if run is None else "both"
-        raise ConfigError(f"ask: expected --run RUN (such as runs/quickstart) or --model FOLDER, found {found}.")
+        raise ConfigError(f"run: expected --run RUN (such as runs/quickstart) or --model FOLDER, found {found}.")
     files = [_read(Path(path)) for path in config]
     if run is not None:
         folder = _run_folder(run)
