@@ -90,7 +90,7 @@ def render(found: Found, least: int) -> Iterator[str]:
         yield f"teacher minus shuffled labels: {_shown(found.above_shuffled, '+')}, n {found.above_shuffled.n}"
         yield ""
     wrong = f"{found.searched['all wrong']} of {found.counts['all wrong']} in which a rollout searched"
-    yield f"Groups without a CORRECT rollout ({wrong}); a teacher that is better here knows what no sibling found:"
+    yield f"Groups without a CORRECT rollout ({wrong}), where a better teacher is suspect:"
     yield ""
     yield from _table(found.all_wrong)
     yield ""

@@ -35,7 +35,7 @@ class Opened:
 
     @property
     def retriever(self) -> Retriever:
-        """What is searched."""
+        """What the rollouts search with, checked."""
         assert self.data.retriever is not None, "an opened data module has one"
         return self.data.retriever
 
