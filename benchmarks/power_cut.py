@@ -22,8 +22,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.kill_and_resume import LIMIT, Arena, contents, differences
@@ -131,6 +132,7 @@ def victim(name: str, nth: str, seed: str, *argv: str) -> int:
         with disk.alone() as calls:
             flush(number)
             if calls == int(nth):  # in half of the cases just before it
+                stop_others()
                 if is_after := dice.random() < 0.5:
                     disk.flushed(path)
                 disk.rebuild(root.with_name(f"{name}.after"), dice, mixed=dice.random() < 0.5 or is_after)
@@ -141,6 +143,19 @@ def victim(name: str, nth: str, seed: str, *argv: str) -> int:
     from sdsearch_lightning.__main__ import main as command_line
 
     return command_line(argv)
+
+
+def stop_others() -> None:
+    """Hold all other processes of this group: a cut is one moment, and they write on while the folder is rebuilt."""
+    others = [
+        int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and int(path.name) != os.getpid()
+    ]
+    for number in others:
+        with suppress(OSError):  # one that ended meanwhile
+            if os.getpgid(number) == os.getpgrp():
+                os.kill(number, signal.SIGSTOP)
+                while (Path("/proc") / str(number) / "stat").read_text().rpartition(")")[2].split()[0] not in "TZ":
+                    time.sleep(0.01)
 
 
 def start(arena: Arena, name: str, nth: int, seed: int) -> tuple[bool, str, int]:
@@ -156,6 +171,8 @@ def start(arena: Arena, name: str, nth: int, seed: int) -> tuple[bool, str, int]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise SystemExit(f"{' '.join(command)} hangs: no end in {arena.limit:.0f} s") from None
+    if nth and process.returncode not in (0, -signal.SIGKILL):
+        raise SystemExit(f"the run to be cut ended by itself, with exit code {process.returncode}: {told[-600:]}")
     calls = arena.path / f"{name}.disk" / "calls"
     flushes = calls.stat().st_size if calls.is_file() else 0
     shutil.rmtree(calls.parent)
