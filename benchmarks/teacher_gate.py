@@ -130,9 +130,9 @@ def gate(argv: Sequence[str]) -> None:
         torch.set_num_threads(origin.num_threads)
     opened = open_origin(origin, keys, RunParser, seed=options.seed, device=options.device, rollout=TRAINING)
     size, data = opened.rollout.group_size, opened.data
-    if size < 2:
-        raise ConfigError(f"rollout.group_size: expected at least 2, so that outcomes can differ, found {size}.")
     with closing(opened):
+        if size < 2:
+            raise ConfigError(f"rollout.group_size: expected at least 2, so that outcomes can differ, found {size}.")
         questions = draw_questions(data, options.split, options.questions, options.seed)
         _say(f"{origin.weights}: {len(questions)} questions of {options.split}")
         errors = opened.rollout.max_error_fraction
