@@ -39,7 +39,6 @@ _MAKING = re.compile(r"Problem with given class_path '([^']+)'")
 
 def run(argv: Sequence[str]) -> int:
     """Runs a command of `names.COMMANDS`; returns its exit code."""
-    quieten()
     handlers: dict[str, Callable[[Sequence[str]], Any]] = {
         "ask": _ask,
         "export": _export,
@@ -52,9 +51,19 @@ def run(argv: Sequence[str]) -> int:
         "demonstrate": _demonstrate,
         "supervise": _supervise,
     }
-    try:
+
+    def work() -> None:
         check_config_files(argv)
         handlers[argv[0]](argv[1:]) if argv[0] in handlers else _search(argv)
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """Does the work of a command; returns its exit code, and ends with a line where an error is meant for the user."""
+    quieten()
+    try:
+        work()
     except Exception as error:
         told = _told(error) if isinstance(error, (ValueError, OSError, *_refusals())) else None
         if told is None or os.environ.get("SDSEARCH_TRACEBACK", "0") != "0":

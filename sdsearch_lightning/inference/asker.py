@@ -6,25 +6,20 @@ The engine, the protocol and the limits are those of training; decoding is greed
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from sdsearch_lightning.checkpoints.reading import named_checkpoint
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.inference.building import build_for_answers, load_model, restore
+from sdsearch_lightning.inference.opening import open_origin
 from sdsearch_lightning.inference.origin import Origin, find_origin
 from sdsearch_lightning.protocol.heard import Listen
-from sdsearch_lightning.retrieval import Retriever, check_retriever
-from sdsearch_lightning.rollout import SearchPool, SlotEngine
-from sdsearch_lightning.rollout.groups import GroupSampler
+from sdsearch_lightning.retrieval import Retriever
 from sdsearch_lightning.scoring.rewards import holds_gold
-from sdsearch_lightning.types import Passage, Question, Sampling, StopReason, Trajectory
+from sdsearch_lightning.types import Passage, Question, StopReason, Trajectory
 
 
 @dataclass(frozen=True)
@@ -146,37 +141,9 @@ class Asker:
     ) -> None:
         if temperature < 0:
             raise ConfigError(f"temperature: expected 0 (greedy) or more, found {temperature}.")
-        checkpoint = named_checkpoint(origin.checkpoint) if origin.checkpoint is not None else None
-        module, data, rollout = build_for_answers(origin.config, keys, parser_class)
-        if retriever is not None:
-            data.retriever = retriever
-        if data.retriever is None:
-            raise ConfigError("data.retriever: expected something to search, found null. Name one.")
-        load_model(module, data)
-        if checkpoint is not None:
-            restore(module, checkpoint)
-        data.prepare_data()
-        check_retriever(data.retriever, rollout.top_k)
-        self.retriever: Retriever = data.retriever
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        module.to(self._device)
-        longest = min(rollout.limits.max_tokens, module.policy.max_context or rollout.limits.max_tokens)
-        self._precision = origin.precision
-        self._pool = SearchPool(data.retriever, rollout.top_k)
-        self._sampler = GroupSampler(
-            module.policy,
-            module.protocol,
-            module.codec,
-            SlotEngine(),
-            self._pool,
-            rollout.scoring,
-            replace(rollout.limits, max_tokens=longest),
-            Sampling(temperature),
-            seed,
-            self._opened,
-        )
-        if self._sampler.engine.draws:
-            self._sampler.prove_engine()
+        opened = open_origin(origin, keys, parser_class, retriever, temperature, seed, device)
+        self._opened, self._sampler = opened, opened.sampler
+        self.retriever: Retriever = opened.retriever
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -187,12 +154,6 @@ class Asker:
     def max_searches(self) -> int:
         """Searches that an answer may take."""
         return self._sampler.limits.max_searches
-
-    @contextmanager
-    def _opened(self) -> Iterator[None]:
-        is_mixed = str(self._precision) == "bf16-mixed" and self._device.type == "cuda"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_mixed):
-            yield
 
     @overload
     def __call__(self, question: str, listen: Listen | None = None) -> Answer: ...
@@ -240,8 +201,7 @@ class Asker:
 
     def close(self) -> None:
         """Stop the search worker, and let the retriever give back what it holds."""
-        self._pool.close()
-        self.retriever.close()
+        self._opened.close()
 
     def __enter__(self) -> Asker:
         return self

@@ -56,6 +56,7 @@ def build_for_answers(
     config: Mapping[str, Any],
     keys: Sequence[str] = (),
     parser_class: type[LightningArgumentParser] = LightningArgumentParser,
+    rollout: Sequence[str] = LIMITS,
 ) -> tuple[SDSearchModule, SearchDataModule, RolloutGrouping]:
     """What answers questions, its model not yet loaded.
 
@@ -63,13 +64,14 @@ def build_for_answers(
         config: of an `Origin`.
         keys: more of them, as on a command line: `--rollout.max_searches 2`.
         parser_class: tells errors in keys its own way, or leaves them to be raised.
+        rollout: keys of `rollout:` that may be given, see `find_origin`.
 
     Raises:
         ConfigError: a key or a value that cannot be used.
     """
     shared = {} if parser_class is not LightningArgumentParser else {"exit_on_error": False}
     parser = _parser(SDSearchModule, parser_class, **shared)
-    others = {name for name in _options(RolloutGrouping) if name not in LIMITS}
+    others = {name for name in _options(RolloutGrouping) if name not in rollout}
     parser.add_class_arguments(RolloutGrouping, "rollout", skip=others)
     groups = dict(config) | {"model": dict(config["model"]) | {"kl_coef": 0.0}}
     try:

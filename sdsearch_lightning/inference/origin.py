@@ -25,6 +25,8 @@ POLICY = ("model_name_or_path", "scratch", "protocol", "compute", "dtype", "lora
 """Keys of `model:` that decide what a policy writes; all others are about learning."""
 LIMITS = ("top_k", "max_searches", "max_invalid_actions", "max_turn_tokens", "max_observation_tokens", "max_tokens")
 """Keys of `rollout:` that bound an answer."""
+TRAINING = (*LIMITS, "group_size", "temperature", "top_p", "reward", "label", "advantage_scale", "max_error_fraction")
+"""Those that decide, beside it, what training samples of a question and what that is worth."""
 _DATA = "sdsearch_lightning.datamodules.SearchDataModule"
 _WORLD = "SyntheticWorldDataModule"
 _PROTOCOLS = "sdsearch_lightning.protocol."
@@ -57,6 +59,7 @@ def find_origin(
     config: Sequence[str] = (),
     ckpt_path: str | None = None,
     given: Sequence[str] = (),
+    rollout: Sequence[str] = LIMITS,
 ) -> Origin:
     """What a command or `Asker` was told, as one configuration.
 
@@ -66,13 +69,14 @@ def find_origin(
         config: files whose keys are added; later ones win.
         ckpt_path: a checkpoint, or `last`, the run's own.
         given: names of keys that are given otherwise, such as `data.retriever`.
+        rollout: keys of `rollout:` that are kept: `LIMITS` for answers, `TRAINING` for groups as training has them.
 
     Raises:
         ConfigError: neither or both of run and model; no such run; it has no weights yet; no retriever is known.
     """
     if (run is None) == (model is None):
         found = "neither" if run is None else "both"
-        raise ConfigError(f"ask: expected --run RUN (such as runs/quickstart) or --model FOLDER, found {found}.")
+        raise ConfigError(f"run: expected --run RUN (such as runs/quickstart) or --model FOLDER, found {found}.")
     files = [_read(Path(path)) for path in config]
     if run is not None:
         folder = _run_folder(run)
@@ -89,7 +93,7 @@ def find_origin(
         "seed_everything": settings.get("seed_everything") if type(settings.get("seed_everything")) is int else 0,
         "model": {key: value for key, value in settings["model"].items() if key in POLICY},
         "data": settings["data"],
-        "rollout": {key: value for key, value in (settings.get("rollout") or {}).items() if key in LIMITS},
+        "rollout": {key: value for key, value in (settings.get("rollout") or {}).items() if key in rollout},
     }
     options = settings.get("trainer") or {}, settings.get("run") or {}
     return Origin(asked, checkpoint, options[0].get("precision"), options[1].get("num_threads"))

@@ -44,7 +44,7 @@ def knowing(monkeypatch: pytest.MonkeyPatch, golds: dict[str, str]) -> None:
         return search * 5 if told is None else f"{search}<answer> {told} </answer>"
 
     engine = type("Knowing", (ScriptedEngine,), {"__init__": lambda self: ScriptedEngine.__init__(self, script)})
-    monkeypatch.setattr("sdsearch_lightning.inference.asker.SlotEngine", engine)
+    monkeypatch.setattr("sdsearch_lightning.inference.opening.SlotEngine", engine)
 
 
 def one_hop(golds: dict[str, str]) -> str:
