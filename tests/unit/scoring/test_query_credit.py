@@ -111,6 +111,9 @@ def test_support_is_per_rollout_and_by_the_rule_of_the_question() -> None:
     for rule, value in (("english", 0.0), ("unicode", 1.0)):
         assert supported(with_support("STRASSE", rule=rule), titled("Straße"), ()) == [[value, 0.0]]
     assert supported(with_support("The The", "!!!"), titled("A"), titled("the the")) == [[0.0, 1.0]], "all but vanish"
+    assert supported(with_support(""), (Passage("1", '""\nuntitled'),), ()) == [[0.0, 0.0]], (
+        "no title is no title's equal"
+    )
 
 
 def test_support_that_nobody_has_is_told_at_start() -> None:
