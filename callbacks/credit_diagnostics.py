@@ -45,6 +45,12 @@ class CreditDiagnostics(pl.Callback):
         super().__init__()
         self.evidence = None if evidence is None else QueryCredit.adopt(evidence)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse evidence that the training questions have none of: every query would count as bad."""
+        asked = getattr(getattr(trainer, "datamodule", None), "training_questions", None)
+        if stage == "fit" and self.evidence is not None and asked:
+            self.evidence.check_questions(asked)
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,

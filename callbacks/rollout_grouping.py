@@ -109,14 +109,13 @@ class RolloutGrouping(pl.Callback):
         self._first_rollouts: list[Trajectory] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Warn of settings that cannot learn, and probe the retriever."""
+        """Warn of settings that cannot learn, refuse questions that earn no credit, and probe the retriever."""
         if stage == "fit" and self.group_size == 1:
             rank_zero_warn(
                 "rollout.group_size is 1: a group of one has no advantage, so the policy gradient is zero and only "
                 "KL and JSD train. Use 2 or more."
             )
-        datamodule = getattr(trainer, "datamodule", None)
-        if datamodule is None:
+        if (datamodule := getattr(trainer, "datamodule", None)) is None:
             raise ConfigError(
                 "trainer: expected datamodule=SearchDataModule(...), which brings questions and the retriever, "
                 "found a loader or nothing."
@@ -124,6 +123,8 @@ class RolloutGrouping(pl.Callback):
         retriever = getattr(datamodule, "retriever", None)
         if retriever is None:
             raise ConfigError("data.retriever is empty: rollouts need something to search. Set it, or use a world.")
+        if stage == "fit" and self.credit is not None and (asked := getattr(datamodule, "training_questions", None)):
+            self.credit.check_questions(asked)
         check_retriever(retriever, self.top_k)
         if self._searches is None:
             self._searches = SearchPool(retriever, self.top_k)

@@ -1,7 +1,7 @@
-"""RunStart: the moment at which a command takes over its run folder.
+"""RunStart: the moment at which a command takes over its run folder, and QuestionsFirst, what `fit` looks at before.
 
-Invariant: nothing in a run folder is touched before the configuration, the model and the checkpoint have proved to fit
-together.
+Invariant: nothing in a run folder is touched before the configuration, the model, the checkpoint and the training
+questions have proved to fit together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sdsearch_lightning.callbacks.credit_diagnostics import CreditDiagnostics
+from sdsearch_lightning.callbacks.rollout_grouping import RolloutGrouping
 from sdsearch_lightning.checkpoints.reading import StoredCheckpoint
 from sdsearch_lightning.checkpoints.writing import told_by_all
 from sdsearch_lightning.errors import ConfigError, SDSearchError, StorageError
@@ -82,6 +84,20 @@ class RunStart(pl.Callback):
                 failure = error
         if (told := told_by_all(trainer, None if failure is None else str(failure))) is not None:
             raise failure or StorageError(told)
+
+
+class QuestionsFirst(pl.Callback):
+    """Reads the training questions before the evaluation that `fit` begins with, which may take hours."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "validate":  # fitting does so by itself
+            return
+        questions = trainer.datamodule.training_questions  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RolloutGrouping) and callback.credit is not None:
+                callback.credit.check_questions(questions)
+            if isinstance(callback, CreditDiagnostics) and callback.evidence is not None:
+                callback.evidence.check_questions(questions)
 
 
 def _learning_rates(trainer: pl.Trainer) -> list[float]:

@@ -93,10 +93,10 @@ class Mixture(Sequence[Row]):
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """Twelve hexadecimal digits of the questions, their answers, ids and sources, and their order."""
+    """Twelve hexadecimal digits of the questions, their answers, ids, sources and support, and their order."""
     digest = hashlib.sha256()
     for question in questions:
-        digest.update(f"{question!r}\n".encode())
+        digest.update(f"{question!r}{question.support or ''}\n".encode())
     return digest.hexdigest()[:12]
 
 

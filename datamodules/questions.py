@@ -43,7 +43,8 @@ class SearchDataModule(pl.LightningDataModule):
         demonstration_files: one file or a list, of {question, answers, turns, siblings}, for `supervise`; null: none.
         demonstration_top_k: passages of a search whose observation such a file leaves out; set it as the rollouts' own.
         columns: names of {question, answers, id, source} in your files, where they differ; a dot leads into a column.
-            null: they do not differ.
+            support: the column of supporting passages, read where it is named, of benchmarks too. null: they do not
+            differ.
         hub: where benchmarks come from: a data set of the Hugging Face hub, or a folder of that layout.
         holdout: where there are no val_files, validate on this many training questions, and train without them; 0:
             none.
@@ -118,8 +119,11 @@ class SearchDataModule(pl.LightningDataModule):
         """
         need_answers, split = split != "predict", {"predict": "test"}.get(split, split)
         files = find_files(self.files[split], split, self.hub)
+        support = {name: column for name, column in self.columns.items() if name == "support"}
         parts = [
-            read_questions(file.path, self.limit, {} if file.is_benchmark else self.columns, file.source, need_answers)
+            read_questions(
+                file.path, self.limit, support if file.is_benchmark else self.columns, file.source, need_answers
+            )
             for file in files
         ]
         rows = [replace(question, normalization=self.normalization) for part in parts for question in part]
@@ -223,7 +227,7 @@ class SearchDataModule(pl.LightningDataModule):
 
     def _check_texts(self, split: str) -> None:
         for question in self._rows(split):  # files were checked row by row; a user's own questions come here first
-            if not is_whole((question.id, question.text, question.answers, question.source)):
+            if not is_whole((question.id, question.text, question.answers, question.source, question.support)):
                 raise DataError(f"{split} question {question.id!a}: expected text, found half a character in it.")
 
     def _warn_of_vanishing_golds(self, split: str) -> None:

@@ -1,7 +1,8 @@
 """Shapes of rows: a file becomes questions, or an error that names the file and the row.
 
 A question's row is FlashRAG's {id, question, golden_answers}, the plain {question, answers}, or one that Search-R1,
-verl or SkyRL wrote, where text and answers may lie deeper. `columns` names the places in files of any other shape.
+verl or SkyRL wrote, where text and answers may lie deeper. `columns` names the places in files of any other shape, and
+the one of supporting passages, which is read only where it is named.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sdsearch_lightning.retrieval.jsonl import Row
 from sdsearch_lightning.retrieval.rows import read_rows
 from sdsearch_lightning.types import Question
 
-COLUMNS = ("question", "answers", "id", "source")
+COLUMNS = ("question", "answers", "id", "source", "support")
 """What `columns` may map to a column of a file."""
 
 _ANSWERS = ("golden_answers", "answers", "reward_model.ground_truth", "reward_spec.ground_truth", "ground_truth")
@@ -95,11 +96,12 @@ def parse_question(
         values: the row; lists in it may be numpy arrays.
         where: file and row, with which an error begins.
         source: the benchmark, where the row has no `data_source`.
-        columns: for each of COLUMNS that lies elsewhere, its column; a dot leads into a nested one.
+        columns: for each of COLUMNS that lies elsewhere, its column; a dot leads into a nested one, `*` into each
+            element of a list. A row may lack that of `support`, as rows of other data sets do.
         need_answers: see `read_questions`.
 
     Raises:
-        DataError: no text, no answers, or no column of a name in `columns`.
+        DataError: no text, no answers, no column of a name in `columns`, or support of another form.
     """
     columns = columns or {}
     text = _text_of(values, where, columns)
@@ -113,7 +115,8 @@ def parse_question(
     elif (identity := values.get("id")) is None:
         index = _look(values, "extra_info.index")  # restarts at 0 for every source of a file
         identity = where.rpartition(" ")[2] if index is None else f"{source}_{index}"
-    return Question(str(identity), text, answers, source)
+    support = _support_of(values, where, columns["support"]) if "support" in columns else ()
+    return Question(str(identity), text, answers, source, support=support)
 
 
 def _text_of(values: dict[str, Any], where: str, columns: Mapping[str, str]) -> str:
@@ -178,8 +181,32 @@ def _unwrapped(gold: Any) -> Any:
     return _look(gold, "target") if isinstance(gold, dict) else gold
 
 
+def _support_of(values: dict[str, Any], where: str, name: str) -> tuple[str, ...]:
+    """Titles or ids of the supporting passages, each once, in the order of the file; none where the row has none."""
+    found = _look(values, name)
+    items = _unwrapped(found) if isinstance(found, str) else found
+    titles = [_title_in(item) for item in (items if isinstance(items, list) else [items])]
+    if any(title is None for title in titles):
+        raise DataError(
+            f"{where}: expected titles or ids of passages under '{name}', as texts, {{title: ...}} or [title, number], "
+            f"found {found!r:.80}. data.columns.support names the place: a dot leads deeper, * into each of a list."
+        )
+    return tuple(dict.fromkeys(title for title in titles if title and title.strip()))
+
+
+def _title_in(item: Any) -> str | None:
+    """What an element of `support` names: a passage, nothing (""), or None where that cannot be told."""
+    match item.tolist() if hasattr(item, "tolist") else item:
+        case None | {"is_supporting": False}:  # MuSiQue lists all paragraphs of a question
+            return ""
+        case {"title": title} | ([str(title)] | [str(title), int()]):  # HotpotQA's [title, sentence]
+            return _as_text(title)
+        case other:
+            return _as_text(other)
+
+
 def _as_text(value: object) -> str | None:
-    """An answer as text; None where it is none."""
+    """An answer, a title or an id as text; None where it is none."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return value if isinstance(value, str) else None
@@ -188,9 +215,14 @@ def _as_text(value: object) -> str | None:
 def _look(values: Any, path: str) -> Any:
     """What a row holds in a column, or at a dotted path, whose numbers lead into lists (`prompt.0.content`).
 
-    A numpy array comes back as a list, None where there is nothing.
+    `*` leads into each element: the rest of the path is looked up in all of them. A numpy array comes back as a list,
+    None where there is nothing.
     """
-    for name in [path] if isinstance(values, dict) and path in values else path.split("."):
+    names = [path] if isinstance(values, dict) and path in values else path.split(".")
+    for index, name in enumerate(names):
+        if isinstance(values, list) and name == "*":
+            rest = ".".join(names[index + 1 :])
+            return [_look(value, rest) if rest else value for value in values]
         if isinstance(values, dict):
             values = values.get(name)
         elif isinstance(values, list) and re.fullmatch(r"-?\d+", name) and -len(values) <= int(name) < len(values):

@@ -29,6 +29,7 @@ class Question:
     answers: tuple[str, ...]
     source: str = "default"
     normalization: str = field(default="english", repr=False)  # of answers; checkpoints know a question by the rest
+    support: tuple[str, ...] = field(default=(), repr=False)  # titles or ids of the passages that lead to the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +147,7 @@ class Trajectory:
     refinements: tuple[str, ...] = ()
     """Text inside refine tags, in order; only protocols with a refine tag have any."""
     num_invalid_actions: int = 0
-    num_tagged_queries: int = 0
-    """Those of them that were searches whose query held a tag or a special token."""
+    num_tagged_queries: int = 0  # those of them that were searches whose query held a tag or a special token
     num_cut_passages: int = 0
     """Passages that were shown in part, for want of room in their observation."""
     format_faults: tuple[str, ...] = ()  # how its turns depart from the form of the prompt, see protocol/form.py

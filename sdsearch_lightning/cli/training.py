@@ -32,7 +32,7 @@ from sdsearch_lightning.callbacks import (
 )
 from sdsearch_lightning.callbacks.run_checkpoint import RunCheckpoint, StepBoundary
 from sdsearch_lightning.callbacks.run_progress import RunProgress
-from sdsearch_lightning.callbacks.run_start import RunStart
+from sdsearch_lightning.callbacks.run_start import QuestionsFirst, RunStart
 from sdsearch_lightning.checkpoints.writing import PlainFiles, by_rank_0
 from sdsearch_lightning.cli.common import say, shared_config
 from sdsearch_lightning.cli.evaluation import EvaluationCommands, weights_name
@@ -261,7 +261,8 @@ class SearchCLI(EvaluationCommands, RunCLI):
         parser.link_arguments("rollout.temperature", "model.temperature")
 
     def own_callbacks(self) -> list[pl.Callback]:
-        return [*super().own_callbacks(), TrajectoryLog(), *self.evaluation_callbacks()]
+        first = [QuestionsFirst()] if self.is_training_run else []
+        return [*first, *super().own_callbacks(), TrajectoryLog(), *self.evaluation_callbacks()]
 
     @property
     def facts(self) -> dict[str, Any]:

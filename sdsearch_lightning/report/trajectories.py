@@ -86,6 +86,8 @@ def _question(question: Question) -> Record:
     record = asdict(question)
     if question.normalization == "english":
         del record["normalization"]  # readers take it for granted
+    if not question.support:
+        del record["support"]
     return record
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.errors import ConfigError
-from sdsearch_lightning.scoring.rewards import ExactMatchReward, Reward, holds_gold
-from sdsearch_lightning.types import Passage, Pluggable, RolloutGroup, Trajectory
+from sdsearch_lightning.scoring.rewards import ExactMatchReward, Reward, holds_gold, normalize_answer
+from sdsearch_lightning.types import Passage, Pluggable, Question, RolloutGroup, Trajectory
 
 CreditScale = Literal["step", "group", "none"]
 """Over which queries credit is standardised."""
@@ -54,7 +54,7 @@ class QueryCredit(Pluggable):
         ...         return [[float(len(found)) for found in rollout.passages] for rollout in group.trajectories]
     """
 
-    required, optional = ("assign",), ("read",)
+    required, optional = ("assign",), ("read", "check_questions")
 
     @abstractmethod
     def assign(self, group: RolloutGroup) -> Sequence[Sequence[float]]:
@@ -70,6 +70,16 @@ class QueryCredit(Pluggable):
         Args:
             groups: scored.
             reader: gives the policy's own log-probs of texts.
+        """
+
+    def check_questions(self, questions: Sequence[Question]) -> None:
+        """Called once, before anything is rolled out.
+
+        Args:
+            questions: all that training asks.
+
+        Raises:
+            ConfigError: no credit can come of them.
         """
 
 
@@ -170,6 +180,55 @@ class AnswerEvidence(QueryCredit):
             [float(holds_gold(golds, [p.contents for p in found], rule)) for found in rollout.passages]
             for rollout in group.trajectories
         ]
+
+
+class SupportEvidence(QueryCredit):
+    r"""1 where a search brings a supporting passage that no search before it in the rollout brought, else 0.
+
+    The first search of a multi-hop question rarely finds the answer, so `AnswerEvidence` punishes it; this pays it.
+    Only the first time counts: else a policy would earn the same again for repeating its query. A passage is known by
+    its title, compared as answers are, or by its id. Passages of one title are one to it, as parts of one article.
+
+    All searches of a question without `Question.support` get 0. Where training has such questions too, standardise by
+    `credit_scale: group`: over the step they would fall below its mean, for nothing that they did.
+
+    Example:
+        >>> from sdsearch_lightning.types import StopReason
+        >>> def found(*titles): return tuple(Passage(title, f'"{title}"\ntext') for title in titles)
+        >>> asked = Question("q7", "Which river runs through Italy's capital?", ("Tiber",), support=("Rome", "Tiber"))
+        >>> rollout = Trajectory(asked, (0, 0), 0, (), StopReason.ANSWERED, ("a", "b", "c"),
+        ...     (found("Rome", "Oslo"), found("Rome"), found("the tiber")))
+        >>> SupportEvidence().assign(RolloutGroup(asked, (0, 0), (rollout,)))
+        [[1.0, 0.0, 1.0]]
+    """
+
+    def assign(self, group: RolloutGroup) -> list[list[float]]:
+        """1.0 or 0.0 per executed query."""
+        return [list(self._firsts(group.question, rollout)) for rollout in group.trajectories]
+
+    def check_questions(self, questions: Sequence[Question]) -> None:
+        """Raises where none of them has support."""
+        if not any(question.support for question in questions):
+            raise ConfigError(
+                f"SupportEvidence: expected training questions that name supporting passages, found none among "
+                f"{len(questions)}. Name the place in data.columns, as {{support: metadata.supporting_facts.title}}."
+            )
+
+    @staticmethod
+    def _firsts(question: Question, rollout: Trajectory) -> Iterator[float]:
+        missing = {support: _title(support, question.normalization) for support in question.support}
+        for passages in rollout.passages:
+            ids = {passage.id for passage in passages}
+            titles = {_title(passage.title, question.normalization) for passage in passages} - {""}
+            brought = [support for support, title in missing.items() if support in ids or title in titles]
+            yield float(bool(brought))
+            for support in brought:
+                del missing[support]
+
+
+def _title(text: str, rule: str) -> str:
+    """A title as it is compared; one that normalising leaves nothing of ("The The", "!!!") by its letters."""
+    return normalize_answer(text, rule) or text.strip(' "').casefold()
 
 
 class AnchorAdvantage(QueryCredit):

@@ -176,7 +176,7 @@ def test_the_trainers_keys_keep_lightnings_own_text(help_of) -> None:
 def test_only_classes_that_users_choose_are_listed(help_of) -> None:
     listed = offered_classes(help_of("fit", "--help"))
     assert "TrainingHealth" in listed["trainer.callbacks"]
-    for hidden in ("RunStart", "StepBoundary", "RolloutGrouping"):
+    for hidden in ("RunStart", "QuestionsFirst", "StepBoundary", "RolloutGrouping"):
         assert hidden not in listed["trainer.callbacks"]
     assert "AdamW" in listed["model.optimizer"] and "Optimizer" not in listed["model.optimizer"]
     assert not any("Accelerated" in name for name in listed["model.optimizer"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +21,12 @@ from helpers.grouping_runs import (
 )
 from helpers.passages import ToyRetriever
 from helpers.players import ScriptedEngine
-from sdsearch_lightning.callbacks import RolloutGrouping
+from sdsearch_lightning.callbacks import CreditDiagnostics, RolloutGrouping
 from sdsearch_lightning.errors import ConfigError, RolloutError
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import Engine
 from sdsearch_lightning.scoring.advantages import group_relative
+from sdsearch_lightning.scoring.query_credit import SupportEvidence
 from sdsearch_lightning.types import (
     Question,
     StopReason,
@@ -137,6 +139,23 @@ def test_without_a_retriever_there_is_nothing_to_search(word_codec: TokenCodec, 
     trainer: Any = SimpleNamespace(datamodule=datamodule)
     with pytest.raises(ConfigError, match=r"data.retriever is empty: rollouts need something to search\. Set it, or"):
         RolloutGrouping().setup(trainer, GroupingModule(word_codec), "fit")  # type: ignore[arg-type]
+
+
+def test_credit_that_no_question_can_earn_is_refused_at_start(word_codec: TokenCodec) -> None:
+    retriever = ToyRetriever()
+    bare: Any = SimpleNamespace(datamodule=SimpleNamespace(retriever=retriever, training_questions=[PARIS]))
+    some = SimpleNamespace(
+        datamodule=SimpleNamespace(retriever=retriever, training_questions=[PARIS, replace(PARIS, support=("Paris",))])
+    )
+    module: Any = GroupingModule(word_codec)
+    callbacks = (lambda: RolloutGrouping(credit=SupportEvidence()), lambda: CreditDiagnostics(SupportEvidence()))
+    for made in callbacks:
+        with pytest.raises(ConfigError, match=r"SupportEvidence: expected training questions .* found none among 1\."):
+            made().setup(bare, module, "fit")
+        for trainer, stage in ((some, "fit"), (bare, "validate")):
+            callback: Any = made()
+            callback.setup(trainer, module, stage)
+            callback.teardown(trainer, module, stage)
 
 
 def test_a_retriever_that_breaks_the_contract_is_refused_at_start(word_codec: TokenCodec) -> None:

@@ -192,6 +192,15 @@ def asked(*texts):
     return [Question(str(i), text, ("a",)) for i, text in enumerate(texts)]
 
 
+def test_a_fingerprint_knows_support_and_nothing_else_changed():
+    plain = asked("who?", "where?")
+    assert fingerprint(plain) == "4b363e9dea77", "that of files read before there was support"
+    supported = [replace(question, support=("Rome",)) for question in plain]
+    assert len({fingerprint(rows) for rows in (plain, supported, [*plain[:1], *supported[1:]])}) == 3
+    train, held = hold_out(supported, 1, 0)
+    assert [question.support for question in (*train, *held)] == [("Rome",)] * 2
+
+
 def test_no_held_out_question_is_trained_on_in_any_spelling():
     texts = ["Who  won?", "who won", "WHO WON ?", "Where", "When?", "Straße", "STRASSE?"]
     seen = set()

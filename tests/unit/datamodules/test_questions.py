@@ -117,6 +117,15 @@ def test_columns_name_those_of_own_files_only(files, tmp_path):
         SearchDataModule(columns={"text": "q"})
 
 
+def test_support_is_read_of_benchmarks_too(tmp_path):
+    (tmp_path / "hotpotqa").mkdir()
+    row = {"question": "who ?", "golden_answers": ["A"], "metadata": {"supporting_facts": {"title": ["Rome", "Tiber"]}}}
+    (tmp_path / "hotpotqa" / "train.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'metadata': {}})}\n")
+    columns = {"question": "q", "support": "metadata.supporting_facts.title"}
+    data = SearchDataModule(train_files="hotpotqa", columns=columns, hub=str(tmp_path), normalization="unicode")
+    assert [(q.text, q.support) for q in data.training_questions] == [("who ?", ("Rome", "Tiber")), ("who ?", ())]
+
+
 def test_held_out_questions_are_validated_and_never_trained_on(files):
     def data(**options):
         return SearchDataModule(train_files=list(files.values()), holdout=5, batch_size=18, **options)
@@ -308,7 +317,7 @@ def test_a_snippet_of_the_documentation_can_be_used(snippet):
 
 
 def test_a_snippet_that_cannot_be_used_would_be_noticed():
-    assert len(SNIPPETS) == 8
+    assert len(SNIPPETS) == 9
     for wrong in ({"train_file": "a.jsonl"}, {"train_files": {"a.jsonl": "x"}}, {"columns": ["q"]}):
         with pytest.raises(ArgumentError):
             parse({"data": wrong})

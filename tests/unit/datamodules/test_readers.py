@@ -218,7 +218,7 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path, columns):
 
 def test_an_unknown_name_in_columns_is_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"data\.columns: expected keys among question, answers, id, source, found text\."
+        ConfigError, match=r"data\.columns: expected keys among question, answers, id, source, support, found text\."
     ):
         read_questions(tmp_path / "mine.jsonl", columns={"text": "q"})
 
@@ -301,3 +301,68 @@ def test_a_column_may_lie_in_a_list(tmp_path):
     for name in ("turns.2.text", "turns.text", "turns.x.text", "gold.0.0.0"):
         with pytest.raises(DataError, match=f"expected a value in the column '{name}'"):
             read_questions(write(tmp_path / "m.jsonl", row), columns=columns | {"question": name})
+
+
+# --- supporting passages ---------------------------------------------------------------------------------------------
+
+HOTPOT = {
+    "supporting_facts": {"title": ["Rome", "Tiber", "Rome"], "sent_id": [0, 2, 1]},
+    "context": {"title": ["Oslo"]},
+}
+HOPS = [{"question": "a", "support_paragraph": {"title": t, "paragraph_text": "text"}} for t in ("Rome", "Tiber")]
+PARAGRAPHS = [{"title": t, "is_supporting": t != "Oslo"} for t in ("Rome", "Oslo", "Tiber")]
+FORMS = {
+    "hotpotqa and 2wikimultihopqa of FlashRAG": (HOTPOT, "supporting_facts.title"),
+    "musique of FlashRAG": ({"question_decomposition": HOPS}, "question_decomposition.*.support_paragraph"),
+    "its titles": ({"question_decomposition": HOPS}, "question_decomposition.*.support_paragraph.title"),
+    "musique's own": ({"paragraphs": PARAGRAPHS}, "paragraphs"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", FORMS)
+def test_support_is_read_where_columns_name_it(tmp_path, form, suffix):
+    metadata, place = FORMS[form]
+    path = write(tmp_path / f"hops.{suffix}", GOOD | {"metadata": metadata}, GOOD | {"metadata": None})
+    found = read_questions(path, columns={"support": f"metadata.{place}"})
+    assert [question.support for question in found] == [("Rome", "Tiber"), ()], (
+        "each once, in order; a row may have none"
+    )
+    assert [question.support for question in read_questions(path)] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("value", "support"),
+    [
+        ([["Rome", 0], ["Rome", 1], ["Tiber", 0]], ("Rome", "Tiber")),  # HotpotQA's own
+        (np.array([np.array(["Rome", 0], dtype=object), np.array(["Tiber", 1], dtype=object)]), ("Rome", "Tiber")),
+        ('[["Rome", 0], ["Tiber", 1]]', ("Rome", "Tiber")),
+        ([["Rome"], ["Tiber"]], ("Rome", "Tiber")),
+        (np.array(["Rome", "Tiber"]), ("Rome", "Tiber")),
+        ([12, "doc-7"], ("12", "doc-7")),
+        ("Rome", ("Rome",)),
+        ([" ", None, "Rome"], ("Rome",)),
+        ([], ()),
+    ],
+)
+def test_support_in_any_form(value, support):
+    assert parse_question(GOOD | {"s": value}, "f row 1", "s", {"support": "s"}).support == support
+
+
+@pytest.mark.parametrize(
+    "value", [HOTPOT["supporting_facts"], [["Rome", "Tiber"]], [["Rome", 0, 1]], [[0, 1]], [{"name": "Rome"}], [True]]
+)
+def test_support_of_another_form_is_refused(tmp_path, value):
+    path = write(tmp_path / "hops.jsonl", GOOD, GOOD | {"s": value})
+    with pytest.raises(DataError) as error:
+        read_questions(path, columns={"support": "s"})
+    assert str(error.value) == (
+        f"{path} line 2: expected titles or ids of passages under 's', as texts, {{title: ...}} or [title, number], "
+        f"found {value!r:.80}. data.columns.support names the place: a dot leads deeper, * into each of a list."
+    )
+
+
+def test_a_star_leads_into_each_element():
+    row = {"q": "who?", "gold": [{"names": ["A"]}, {"names": ["B"]}]}
+    columns = {"question": "q", "answers": "gold.*.names.0"}
+    assert parse_question(row, "f row 1", "s", columns).answers == ("A", "B")

@@ -16,7 +16,7 @@ from sdsearch_lightning.report.trajectories import (
     read_trajectories,
     token_texts,
 )
-from sdsearch_lightning.types import Passage, Trajectory
+from sdsearch_lightning.types import Passage, Question, Trajectory
 
 FIELDS = """schema phase step rank question instance_id rollout_index spans stop_reason queries passages answer reward
 advantage label block credit query_credit query_advantages""".split()
@@ -44,6 +44,18 @@ def test_a_record_has_the_fields_of_schema_1() -> None:
         [{"id": "d1", "contents": "Rome is capital of Italy", "score": 0.75, "fields": {"url": "x"}}]
     ]
     assert (record["reward"], record["advantage"], record["label"]) == (1.0, 0.5, "CORRECT")
+
+
+def test_a_question_with_support_keeps_it() -> None:
+    asked = Question("q0", "where is Rome ?", ("Rome",), "toy", support=("Rome", "Italy"))
+    record = make_record(city_rollout(question=asked), REPORT_TOKENIZER.decode, phase="train", step=0)
+    assert json.loads(json.dumps(record))["question"] == {
+        "id": "q0",
+        "text": "where is Rome ?",
+        "answers": ["Rome"],
+        "source": "toy",
+        "support": ["Rome", "Italy"],
+    }
 
 
 def test_credit_is_per_token_and_infinity_becomes_null() -> None:

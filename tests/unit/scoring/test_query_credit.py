@@ -23,10 +23,11 @@ from sdsearch_lightning.scoring.query_credit import (
     LexicalEvidence,
     PolicyReader,
     QueryCredit,
+    SupportEvidence,
     assigned,
     standardised,
 )
-from sdsearch_lightning.types import Passage, RolloutGroup, SpanKind
+from sdsearch_lightning.types import Passage, RolloutGroup, SpanKind, Trajectory
 
 
 def alone(values: torch.Tensor) -> torch.Tensor:
@@ -63,6 +64,66 @@ def test_answer_evidence_looks_for_the_gold_answer() -> None:
     assert one.question.answers == ("Rome",)
     for text, value in (("the Rome .", 1.0), ("Romeo", 0.0), ("ROME", 1.0)):
         assert AnswerEvidence().assign(group(replace(one, passages=reading((text,))))) == [[value]]
+
+
+def titled(*titles: str) -> tuple[Passage, ...]:
+    """Passages as corpora have them, with ids that say nothing."""
+    return tuple(Passage(f"id of {title}", f'"{title}"\ntext of {title}') for title in titles)
+
+
+def with_support(*support: str, rule: str = "english") -> Trajectory:
+    """A rollout of two searches, of a question with this support."""
+    two = rollout(TWO)
+    return replace(two, question=replace(two.question, support=support, normalization=rule))
+
+
+def supported(rollout: Trajectory, *found: tuple[Passage, ...]) -> list[list[float]]:
+    values = SupportEvidence().assign(group(replace(rollout, passages=found)))
+    assert assigned(SupportEvidence(), group(replace(rollout, passages=found))) == [tuple(row) for row in values]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (titled("Oslo", "Rome"), titled("Tiber (river)"), [1.0, 1.0]),
+        (titled("rome"), titled("THE Tiber River"), [1.0, 1.0]),
+        (titled("Rome"), titled("Rome"), [1.0, 0.0]),  # a query repeated is not paid again
+        (titled("Rome", "Tiber river"), titled("Tiber river"), [1.0, 0.0]),  # nor what came with another
+        (titled("Rome"), (*titled("Rome"), *titled("Tiber river")), [1.0, 1.0]),
+        (titled("Romeo"), titled("Ancient Rome"), [0.0, 0.0]),  # a title counts whole
+        ((Passage("Rome", "no title"),), (Passage("d7", "Tiber (River)\nno quotes"),), [1.0, 1.0]),  # an id; no quotes
+        ((Passage("rome", "no title"),), (), [0.0, 0.0]),  # an id counts to the letter
+        ((Passage("1", '""\nuntitled'),), (Passage("2", ""),), [0.0, 0.0]),
+    ],
+)
+def test_support_evidence_pays_each_supporting_passage_once(
+    first: tuple[Passage, ...], second: tuple[Passage, ...], expected: list[float]
+) -> None:
+    assert supported(with_support("Rome", "Tiber (river)"), first, second) == [expected]
+    assert supported(with_support(), first, second) == [[0.0, 0.0]], "no support, no credit"
+
+
+def test_support_is_per_rollout_and_by_the_rule_of_the_question() -> None:
+    one = replace(with_support("Rome"), passages=(titled("Rome"), titled("Oslo")))
+    other = replace(one, rollout_index=1, passages=(titled("Oslo"), titled("Rome")))
+    assert SupportEvidence().assign(group(one, other)) == [[1.0, 0.0], [0.0, 1.0]]
+    for rule, value in (("english", 0.0), ("unicode", 1.0)):
+        assert supported(with_support("STRASSE", rule=rule), titled("Straße"), ()) == [[value, 0.0]]
+    assert supported(with_support("The The", "!!!"), titled("A"), titled("the the")) == [[0.0, 1.0]], "all but vanish"
+    assert supported(with_support(""), (Passage("1", '""\nuntitled'),), ()) == [[0.0, 0.0]], (
+        "no title is no title's equal"
+    )
+
+
+def test_support_that_nobody_has_is_told_at_start() -> None:
+    bare, asked = rollout(ONE).question, with_support("Rome").question
+    SupportEvidence().check_questions([bare, asked])
+    with pytest.raises(
+        ConfigError, match=r"that name supporting passages, found none among 2\. Name the place in data"
+    ):
+        SupportEvidence().check_questions([bare, bare])
+    AnswerEvidence().check_questions([bare])
 
 
 def test_anchors_compare_searches_from_one_state() -> None:
@@ -206,6 +267,7 @@ def test_a_credit_of_ones_own() -> None:
     mine = QueryCredit.adopt(Mine())
     assert isinstance(mine, QueryCredit)
     mine.read([], None)  # type: ignore[attr-defined]
+    mine.check_questions([])  # type: ignore[attr-defined]
     assert assigned(mine, group(rollout(TWO), rollout(DIRECT, 1))) == [(2.0, 1.0), ()]  # type: ignore[arg-type]
 
 

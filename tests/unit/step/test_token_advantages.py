@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from helpers.training import make_module, micro_batches
-from helpers.training_rollouts import DIRECT, TWO, rollout, three_groups
+from helpers.training_rollouts import DIRECT, TRAINING_PASSAGES, TWO, rollout, three_groups
+from sdsearch_lightning.scoring.query_credit import SupportEvidence, assigned
 from sdsearch_lightning.step.collate import collate, weigh
 from sdsearch_lightning.step.token_advantages import CreditPlacement, token_advantages
-from sdsearch_lightning.types import SpanKind
+from sdsearch_lightning.types import RolloutGroup, SpanKind
 
 CREDITED = replace(rollout(f"<think> where </think> {TWO}", advantage=0.5), query_advantages=(2.0, -1.0))
 
@@ -64,14 +66,28 @@ def test_without_credit_every_token_has_the_rollouts(trajectory: object, weight:
     assert values == [trajectory.advantage] * len(trajectory.token_ids)  # type: ignore[attr-defined]
 
 
-def test_at_weight_0_losses_and_gradients_are_grpos_bit_for_bit() -> None:
+def by_place(group: RolloutGroup) -> list[tuple[float, ...]]:
+    return [tuple(0.7 * (i + 1) for i in range(len(t.queries))) for t in group.trajectories]
+
+
+def by_support(group: RolloutGroup) -> list[tuple[float, ...]]:
+    question = replace(group.question, support=(TRAINING_PASSAGES[0].id,))
+    values = assigned(SupportEvidence(), replace(group, question=question))
+    assert {value for row in values for value in row} <= {0.0, 1.0} and any(map(any, values))
+    return values
+
+
+@pytest.mark.parametrize("worth", [by_place, by_support])
+def test_at_weight_0_losses_and_gradients_are_grpos_bit_for_bit(
+    worth: Callable[[RolloutGroup], list[tuple[float, ...]]],
+) -> None:
     module = make_module()
     plain = three_groups()
     credited = [
         replace(
             g,
             trajectories=tuple(
-                replace(t, query_advantages=tuple(0.7 * (i + 1) for i in range(len(t.queries)))) for t in g.trajectories
+                replace(t, query_advantages=row) for t, row in zip(g.trajectories, worth(g), strict=True)
             ),
         )
         for g in plain
