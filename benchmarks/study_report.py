@@ -40,7 +40,10 @@ PICTURES = {
     "study_curves.svg": "Train EM over the steps, mean over runs",
     "study_forest.svg": "Differences to GRPO with 95 % intervals",
 }
+TWINS = (("sd", "sd_shuffled"), ("evidence_credit", "evidence_reward"))
+"""Labels that say nothing; the same evidence in the reward."""
 TITLES = {"train_area": "area, train EM", "sampled_area": "area, sampled EM"}
+TWIN_TITLES = TITLES | {"final_greedy": "final greedy EM"}
 
 
 def render(records: Records) -> str:
@@ -84,6 +87,7 @@ def _family(family: Family, records: Records) -> Iterator[str]:
     yield from _settings(measured)
     for control in (CONTROL, SHARPENING):
         yield from _primary(measured, control)
+    yield from _twins(measured)
     yield from _others(measured)
     yield from _compute(measured, _report(family, records))
     yield from _tuning(family, records)
@@ -117,6 +121,25 @@ def _primary(measured: Measured, control: str) -> Iterator[str]:
                 )
             ]
             yield row([arm.title, str(own[PRIMARY[0]].difference.n), *cells])
+
+
+def _twins(measured: Measured) -> Iterator[str]:
+    """Arms against the one that shares all but their idea."""
+    titles = {arm.name: arm.title for arm in _arms(measured)}
+    shown = [pair for pair in TWINS if titles.keys() >= {*pair}]
+    if not shown:
+        return
+    yield "\nWith the idea taken out, or put elsewhere: paired differences, 95 % t interval; p of sign flips.\n"
+    yield from header(["arm", "minus", "pairs", *(cell for text in TWIN_TITLES.values() for cell in (text, "p"))])
+    for arm, other in shown:
+        found = [compare(measured, arm, other, name) for name in TWIN_TITLES]
+        cells = [
+            cell
+            for each in found
+            for cell in (("-", "-") if each is None else (difference(each.difference, 3), number(each.p, 4)))
+        ]
+        pairs = next((str(each.difference.n) for each in found if each is not None), "0")
+        yield row([titles[arm], titles[other], pairs, *cells])
 
 
 def _others(measured: Measured) -> Iterator[str]:
