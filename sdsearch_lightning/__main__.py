@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -59,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"error: expected a command first ({', '.join(COMMANDS)}), got {command!r}.{hint}", file=sys.stderr)
         return 2
+    # A thread that waits for another sleeps soon: by default it keeps its core busy for milliseconds, and on a shared
+    # machine that is the core the other one waits for. torch's OpenMP reads this once, when torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from sdsearch_lightning.cli.commands import run
 
     return run(arguments)

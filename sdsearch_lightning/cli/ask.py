@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, redirect_stdout, suppress
 from typing import Any, TextIO
 
-import torch
-
 from sdsearch_lightning.cli.answer_stream import AnswerStream
 from sdsearch_lightning.cli.run_parser import RunParser
 from sdsearch_lightning.errors import RetrievalError
@@ -21,6 +19,7 @@ from sdsearch_lightning.inference.asker import Asker
 from sdsearch_lightning.inference.origin import Origin
 from sdsearch_lightning.report.console import make_console
 from sdsearch_lightning.report.example import printable
+from sdsearch_lightning.runs.threads import use_threads
 
 
 def answer_all(options: Any, origin: Origin, keys: Sequence[str]) -> None:
@@ -34,8 +33,7 @@ def answer_all(options: Any, origin: Origin, keys: Sequence[str]) -> None:
     Raises:
         RetrievalError: the search of a single question failed.
     """
-    if origin.num_threads is not None:
-        torch.set_num_threads(origin.num_threads)
+    use_threads(origin.num_threads)
     with redirect_stdout(sys.stderr):  # of libraries and of users' classes
         asker = Asker.of(origin, keys, RunParser, options.temperature, options.seed, options.device)
     out = sys.stdout

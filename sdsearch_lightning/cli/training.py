@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -51,6 +50,7 @@ from sdsearch_lightning.runs.folder import RunFolder, RunOptions, warn
 from sdsearch_lightning.runs.lock import held_alone
 from sdsearch_lightning.runs.metrics_logger import MetricsLogger
 from sdsearch_lightning.runs.model_card import write_model
+from sdsearch_lightning.runs.threads import use_threads
 from sdsearch_lightning.training.fsdp2 import check_strategy
 from sdsearch_lightning.training.options import ADAMW
 
@@ -135,8 +135,7 @@ class RunCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         run = RunOptions(**vars(self.options.run))
-        if run.num_threads is not None:
-            torch.set_num_threads(run.num_threads)
+        use_threads(run.num_threads)
         self.folder = RunFolder(Path(run.root) / run.name)
         self.checkpoint = RunCheckpoint(self.folder.checkpoints, run)
         self.stop = GracefulStop(self.checkpoint.request, "The same command goes on from there.")

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -42,7 +42,7 @@ class Origin:
     """Its weights take the place of the model's own; None: they stay."""
     precision: str | None = None
     """`trainer.precision` of the run."""
-    num_threads: int | None = None
+    num_threads: int | Literal["auto"] | None = None
     """`run.num_threads` of the run."""
 
     @property
@@ -114,6 +114,9 @@ def _read(path: Path) -> dict[str, Any]:
     for name in ("model", "data", "rollout"):
         if found.get(name) is not None and not isinstance(found[name], dict | str):
             raise ConfigError(f"config: expected keys under {name}: in {path}, found {str(found[name])[:40]!r}.")
+    data = found.get("data")
+    if isinstance(data, dict) and not {"class_path", "init_args"} & {*data}:
+        found["data"] = {"init_args": data}  # keys alone are those of whichever class the others name
     protocol = (found.get("model") or {}).get("protocol")
     if isinstance(protocol, str) and (beside := path.parent / protocol).is_file():
         found["model"]["protocol"] = str(beside)  # named as seen from its file

@@ -71,6 +71,17 @@ def test_files_are_added_and_the_later_one_wins(run: Path, tmp_path: Path) -> No
     assert config["model"]["model_name_or_path"] == "runs/mine/model", "a file does not change whose answers these are"
 
 
+def test_plain_keys_of_a_file_are_those_of_the_runs_data(run: Path, tmp_path: Path) -> None:
+    """As `fit` reads them: `data: {retriever: ...}` without a class."""
+    write(run / "model", "config.json", {})
+    other = {"class_path": "RemoteRetriever", "init_args": {"url": "http://y"}}
+    write(tmp_path, "a.yaml", {"data": {"retriever": other}})
+    data = find_origin(run="mine", config=["a.yaml"]).config["data"]
+    assert data == {"class_path": REMOTE["class_path"], "init_args": {"retriever": other}}
+    alone = find_origin(model="a/model", config=["a.yaml"]).config["data"]
+    assert alone == data
+
+
 def test_an_adapter_stands_on_its_base(tmp_path: Path) -> None:
     folder = write(tmp_path / "adapter", "sdsearch_config.yaml", CONFIG)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "the/base"}))
