@@ -15,7 +15,7 @@ from examples.real_facts import prepare
 from helpers.paths import ROOT
 from sdsearch_lightning.scoring.normalization import normalize_answer
 
-pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
 TEXTS = ("corpus.jsonl", "train.jsonl", "dev.jsonl", "test.jsonl")
 
 
