@@ -125,3 +125,13 @@ def test_no_two_files_say_the_same() -> None:
     assert (len(ABLATIONS), len(PRESETS)) == (30, 16)
     options = [parsed(path).as_dict() for path in (*ABLATIONS, *PRESETS)]
     assert len({str([row[group] for group in ("model", *GROUPS)]) for row in options}) == len(options)
+
+
+@pytest.mark.parametrize("name", ["grpo", "best", "gpu"])
+def test_real_facts_with_each_overlay(name: str) -> None:
+    base = parser().parse_args([f"--config={CONFIGS / 'real_facts.yaml'}"])
+    both = parser().parse_args(
+        [f"--config={CONFIGS / file}" for file in ("real_facts.yaml", f"real_facts_{name}.yaml")]
+    )
+    assert set(changes(base, both)) >= {"trainer.precision" if name == "gpu" else "jsd.weight"}
+    assert both.data.init_args.retriever.class_path == base.data.init_args.retriever.class_path
