@@ -133,5 +133,5 @@ def test_real_facts_with_each_overlay(name: str) -> None:
     both = parser().parse_args(
         [f"--config={CONFIGS / file}" for file in ("real_facts.yaml", f"real_facts_{name}.yaml")]
     )
-    assert set(changes(base, both)) >= {"trainer.precision" if name == "gpu" else "jsd.weight"}
+    assert set(changes(base.as_dict(), both.as_dict())) >= {"trainer.precision" if name == "gpu" else "jsd.weight"}
     assert both.data.init_args.retriever.class_path == base.data.init_args.retriever.class_path
