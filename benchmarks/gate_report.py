@@ -66,7 +66,7 @@ def arms_of(answers: Mapping[str, Answers], groups: Sequence[RolloutGroup], seed
 
 
 def above_shuffled(answers: Mapping[str, Answers], seed: int) -> Estimate | None:
-    """See `Found.above_shuffled`."""
+    """EM of the teacher minus that of the block with shuffled labels, over the pairs that both answered."""
     teacher, shuffled = ({key: is_right(t) for key, t in answers[arm].items()} for arm in (TEACHER, SHUFFLED))
     return paired_over_groups(teacher, shuffled, seed)
 

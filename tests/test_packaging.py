@@ -189,3 +189,15 @@ def test_the_checkout_lends_its_name_to_nothing_else(checkout: Path) -> None:
     """`__path__.append(root)` would make `sdsearch_lightning.setup` and `.tests` importable."""
     for name in ("setup", "configs", "sdsearch_lightning"):
         call(sys.executable, "-c", f"import sdsearch_lightning.{name}", cwd=checkout, code=1)
+
+
+def test_no_weights_and_no_data_set_are_tracked() -> None:
+    """What `make real` and runs write stays out of the repository: a wide `git add` once took 630 MB of weights in."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    tracked = [ROOT / name for name in listed.stdout.split("\0") if name]
+    large = {str(path.relative_to(ROOT)) for path in tracked if path.is_file() and path.stat().st_size > 5_000_000}
+    assert len(tracked) > 400 and not large
+    assert not [path for path in tracked if path.suffix in (".safetensors", ".gguf", ".index", ".bin")]
+    assert not [path for path in tracked if path.is_relative_to(ROOT / "data")]

