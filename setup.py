@@ -95,5 +95,5 @@ setup(
         ],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
-    entry_points={"console_scripts": ["sdsearch=sdsearch_lightning.__main__:main"]},
+    entry_points={"console_scripts": ["sdsearch=sdsearch_lightning.__main__:command"]},
 )

@@ -31,6 +31,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sdsearch_lightning.__main__ import end_process
+
 DATA = """\
 data:
   class_path: SyntheticWorldDataModule
@@ -273,4 +275,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(victim(*sys.argv[2:6], *sys.argv[7:]) if "--victim" in sys.argv[1:2] else main())
+    end_process(victim(*sys.argv[2:6], *sys.argv[7:]) if "--victim" in sys.argv[1:2] else main())

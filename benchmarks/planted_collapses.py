@@ -20,7 +20,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,8 +157,7 @@ def cold_start(scenario: str, root: Path) -> str:
     """The model that a scenario starts from; a finished one is not made again."""
     options = COLD_STARTS.get(scenario, ())
     config, name = str(CONFIGS / "quickstart_cold_start.yaml"), "cold_start" + (f"_{scenario}" if options else "")
-    with suppress(SystemExit):  # a finished run is reported, and ends the command
-        main(("supervise", "--config", config, "--run.root", str(root), "--run.name", name, *QUIET, *options))
+    main(("supervise", "--config", config, "--run.root", str(root), "--run.name", name, *QUIET, *options))
     model = root / name / "model"
     if not model.is_dir():
         raise SystemExit(f"{config} left no model in {model}")

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.kill_and_resume import LIMIT, Arena, contents, differences
+from sdsearch_lightning.__main__ import end_process
 
 Entries = dict[str, "int | str"]
 """Names in a folder: the inode of a file or a folder, or where a link points to."""
@@ -214,4 +215,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(victim(*sys.argv[2:5], *sys.argv[5:]) if "--victim" in sys.argv[1:2] else main())
+    end_process(victim(*sys.argv[2:5], *sys.argv[5:]) if "--victim" in sys.argv[1:2] else main())

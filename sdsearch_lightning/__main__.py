@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from typing import NoReturn
 
 from sdsearch_lightning import __version__
 from sdsearch_lightning.cli.names import COMMANDS
@@ -69,5 +72,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(arguments)
 
 
+def command() -> NoReturn:
+    """Runs the command of this process, and ends the process with its exit code."""
+    end_process(main())
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process with an exit code.
+
+    Where gloo's threads run, the interpreter is not taken down first: one of them that drops a tensor meanwhile aborts
+    the process, and a run that has succeeded would end with code -6. What `atexit` holds is done all the same.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if "gloo" in torch.distributed.get_backend():
+            atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # a pipe that nobody reads
+                    stream.flush()
+            os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -1,7 +1,8 @@
 """A script that answers the questions of real_facts by searching: what `sdsearch demonstrate` makes demonstrations of.
 
 Its queries are of mixed quality on purpose: a model that learns from it knows how to search, and reinforcement finds
-out which words the encoder understands. Its reading never lies: what the passages do not say is asked again or guessed.
+out which words the encoder understands. Its reading never lies: what the passages do not say is asked again, or not
+known.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ GOOD_SHARES = (0.2, 0.6, 1.0)
 """How often the first query for a fact is well put; a rollout is of one of these kinds."""
 AGAIN_SHARE = 0.5
 """How often one that found nothing is put again, in other words."""
+UNKNOWN = "unknown"
+"""The answer where nothing was found. A guess, a title say, would be learnt as a way to answer."""
 WELL_PUT = {
     "located_in": ("{x} city", "which country is {x} in", "{x} is a city in"),
     "capital_of": ("{x} is the capital of which country", "{x} capital city"),
@@ -67,11 +70,11 @@ def script(task: Task) -> Steps:
         if not _states(passages, subject, found):
             hints = []
             if task.rng.random() < AGAIN_SHARE:
-                query = task.rng.choice(WELL_PUT[relation]).format(x=subject)
+                others = [put for way in WELL_PUT[relation] if (put := way.format(x=subject)) != query]
+                query = task.rng.choice(others)
                 passages = yield Search(query, thought=f"Not found. I still need {need}.")
             if not _states(passages, subject, found):
-                guess = passages[0].title.strip('"') if passages else subject
-                yield Answer(guess, thought=f"I did not find it. My guess is {guess}.")
+                yield Answer(UNKNOWN, thought=f"I did not find {need}.")
                 return
     yield Answer(found, thought=f"The answer is {found}.")
 

@@ -60,20 +60,24 @@ def run(argv: Sequence[str]) -> int:
 
 
 def guarded(work: Callable[[], Any]) -> int:
-    """Does the work of a command; returns its exit code, and ends with a line where an error is meant for the user."""
+    """Does the work of a command; returns its exit code, after a line where an error is meant for the user."""
     quieten()
     try:
-        work()
-    except Exception as error:
-        told = _told(error) if isinstance(error, (ValueError, OSError, *_refusals())) else None
-        if told is None or os.environ.get("SDSEARCH_TRACEBACK", "0") != "0":
-            raise
-        fail(str(told), code=1 if isinstance(told, SDSearchError) and not isinstance(told, ConfigError) else 2)
-    except (KeyboardInterrupt, SystemExit) as error:
+        try:
+            work()
+        except Exception as error:
+            told = _told(error) if isinstance(error, (ValueError, OSError, *_refusals())) else None
+            if told is None or os.environ.get("SDSEARCH_TRACEBACK", "0") != "0":
+                raise
+            fail(str(told), code=1 if isinstance(told, SDSearchError) and not isinstance(told, ConfigError) else 2)
+    except (KeyboardInterrupt, SystemExit) as end:
         # Lightning turns a Ctrl-C that comes before training into exit code 1.
-        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        if isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt):
             return 130
-        raise
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
+            return 1
+        return end.code or 0
     return 0
 
 

@@ -105,10 +105,7 @@ class Workplace:
         """`sdsearch ARGUMENTS` in this process, which has paid for the imports; a warning that is shown is an error."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.chdir(self.path), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = main(arguments)
-            except SystemExit as ended:
-                code = int(ended.code or 0)
+            code = main(arguments)
         return Result(code, out.getvalue(), err.getvalue())
 
     def run(self, name: str) -> Path:

@@ -205,13 +205,13 @@ def test_an_export_that_is_cut_off_leaves_nothing_under_the_name(tmp_path: Path)
 # Shards of several processes
 
 WRITER = """
-import os
 import sys, torch
 from pathlib import Path
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import AutoModelForCausalLM
+from sdsearch_lightning.__main__ import end_process
 
 torch.distributed.init_process_group("gloo")
 facts = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
@@ -230,8 +230,7 @@ if torch.distributed.get_rank() == 0:
     facts.pop("optimizer_states")
     torch.save(facts, Path(sys.argv[3]) / "meta.pt")
 torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-os._exit(0)  # gloo's threads may abort an interpreter that takes its time to end
+end_process(0)
 """
 
 

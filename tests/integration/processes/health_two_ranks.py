@@ -18,6 +18,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 
+from sdsearch_lightning.__main__ import end_process  # noqa: E402
 from sdsearch_lightning.callbacks import TrainingHealth  # noqa: E402
 
 
@@ -60,3 +61,4 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end_process(0)

@@ -11,7 +11,7 @@ import sys
 from functools import reduce, wraps
 from importlib import import_module
 
-from sdsearch_lightning.__main__ import main
+from sdsearch_lightning.__main__ import end_process, main
 
 
 def strike(what):
@@ -44,4 +44,4 @@ if __name__ == "__main__":
         return result
 
     setattr(owner, name, interrupted)
-    sys.exit(main(argv))
+    end_process(main(argv))

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 
 from helpers.models import tiny_model  # noqa: E402
 from helpers.training import make_module, step, taught_batch  # noqa: E402
+from sdsearch_lightning.__main__ import end_process  # noqa: E402
 from sdsearch_lightning.module import SDSearchModule  # noqa: E402
 from sdsearch_lightning.policy.lora import LoRA, is_learned, plain_weights  # noqa: E402
 
@@ -32,7 +33,6 @@ def learned(dtype: torch.dtype) -> SDSearchModule:
 
 
 def main(dtype: torch.dtype) -> None:
-    torch.distributed.init_process_group("gloo")
     torch.set_num_threads(1)
     whole, module = learned(dtype), learned(dtype)
     expected = step(whole, taught_batch(whole))
@@ -55,8 +55,9 @@ def main(dtype: torch.dtype) -> None:
     found = dict(plain_weights(module.policy.model, module.policy.model.state_dict()))
     assert found.keys() == merged.keys()
     assert all(torch.equal(found[name], merged[name]) for name in merged)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
     main(getattr(torch, sys.argv[1]))
+    end_process(0)

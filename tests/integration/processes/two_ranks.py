@@ -31,6 +31,7 @@ from helpers.players import ScriptedEngine  # noqa: E402
 from helpers.training import make_module  # noqa: E402
 from helpers.training_rollouts import DIRECT, TRAINING_PROTOCOL, TRAINING_TOKENIZER  # noqa: E402
 from sdsearch_lightning import SDSearchModule  # noqa: E402
+from sdsearch_lightning.__main__ import end_process  # noqa: E402
 from sdsearch_lightning.callbacks import (  # noqa: E402
     CreditDiagnostics,
     CreditWeightScheduler,
@@ -161,3 +162,4 @@ def main(strategy: str, variant: str, output: str, checkpoint: str | None = None
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_process(0)
