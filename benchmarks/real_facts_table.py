@@ -70,7 +70,7 @@ def is_stated(texts: Iterable[str], subject: str, found: str) -> bool:
 
 
 def table(runs: Mapping[str, Mapping[str, Asked]]) -> Iterator[str]:
-    """Lines of Markdown."""
+    """The table as lines of Markdown: each run by hops, then all its questions."""
     yield from header(COLUMNS)
     first = next(iter(runs.values()))
     for name, asked in runs.items():
