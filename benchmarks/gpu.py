@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,21 +39,17 @@ def measure(stage: str, tiny: bool) -> None:
     """Prints what a stage finds, as it finds it; run in a process of its own."""
     from benchmarks import gpu_end_to_end as whole, gpu_stages as stages
 
-    root = Path(tempfile.mkdtemp(prefix="sdsearch-"))
     few = {"shape": stages.LONG.divided(4), "questions": 1} if tiny else {}
     size = "micro" if tiny else stage.partition("_")[2]
     measured: dict[str, Callable[[], Iterator[dict[str, float]]]] = {
         "rollouts_0.5b": lambda: stages.rollouts(size, stages.PEERS if tiny else stages.ALL_PEERS, **few),
         "rollouts_3b": lambda: stages.rollouts(size, {} if tiny else stages.PEERS, **few),
         "train_step_3b": lambda: stages.train_step(*(("tiny", 1) if tiny else ("3b",))),
-        "real_facts": lambda: whole.end_to_end(whole.quickstart() if tiny else whole.real_facts(), root),
+        "real_facts": lambda: whole.end_to_end_aside(whole.quickstart() if tiny else whole.real_facts()),
         "scan": lambda: stages.scan(*((4096, 16) if tiny else ())),
     }
-    try:
-        for found in measured[stage]():
-            print(MARK + json.dumps(found), flush=True)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    for found in measured[stage]():
+        print(MARK + json.dumps(found), flush=True)
 
 
 def command(stage: str, tiny: bool) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from benchmarks.harness import ROOT
 from sdsearch_lightning.report.metrics import read_metrics
@@ -66,10 +67,11 @@ def configs(*names: str) -> tuple[str, ...]:
 STEPS, TINY_STEPS = 30, 3
 GROUPS = ("--data.batch_size", "16", "--rollout.group_size", "4")
 """64 rollouts a step."""
+GPU_COLD = ("--trainer.accelerator", "gpu", "--trainer.devices", "1", "--trainer.precision", "bf16-mixed")
 
 
 def real_facts(steps: int = STEPS) -> EndToEnd:
-    """SmolLM2-135M on examples/real_facts, GRPO and SD-Search; the files as gpu_carry.py unpacks them."""
+    """SmolLM2-135M on examples/real_facts, three arms; the files as gpu_carry.py unpacks them."""
     length = ("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps))
     whole = ("--data.limit_per_source", "null")
     return EndToEnd(
@@ -78,9 +80,6 @@ def real_facts(steps: int = STEPS) -> EndToEnd:
         arms={"sd_search": (), "grpo": configs("real_facts_grpo"), "best": configs("real_facts_best")},
         model="data/real_facts/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
-
-
-GPU_COLD = ("--trainer.accelerator", "gpu", "--trainer.devices", "1", "--trainer.precision", "bf16-mixed")
 
 
 def quickstart(steps: int = TINY_STEPS) -> EndToEnd:
@@ -109,6 +108,12 @@ def end_to_end(runs: EndToEnd, root: Path) -> Iterator[dict[str, float]]:
             raise RuntimeError(f"{name} ended with exit code {done.returncode}: {done.stderr[-2000:]}")
         yield {f"{name}: seconds of the command": time.monotonic() - start}
         yield {f"{name}: {key}": value for key, value in figures(root / name).items()}
+
+
+def end_to_end_aside(runs: EndToEnd) -> Iterator[dict[str, float]]:
+    """`end_to_end` in a folder that is removed afterwards."""
+    with TemporaryDirectory(prefix="sdsearch-") as root:
+        yield from end_to_end(runs, Path(root))
 
 
 def figures(folder: Path) -> dict[str, float]:
