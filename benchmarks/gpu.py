@@ -30,8 +30,11 @@ BOXES = {
     "train_step_3b": 70,
     "scan": 70,
     "loss_head": 110,
+    "rollouts_static": 150,
+    "world_20m": 200,
 }
-"""Seconds of each stage at most."""
+"""Seconds of each stage at most, 1 260 together: name some. Of a card lent for a quarter of an hour, first `real_facts
+rollouts_0.5b scan` (460), then what is left: `tests loss_head rollouts_static` (430) or `loss_head world_20m` (310)."""
 MARK = "figures: "
 
 
@@ -41,11 +44,14 @@ def measure(stage: str, tiny: bool) -> None:
 
     few = {"shape": stages.LONG.divided(4), "questions": 1} if tiny else {}
     size = "micro" if tiny else stage.partition("_")[2]
+    small = whole.tiny(whole.world_20m())
     measured: dict[str, Callable[[], Iterator[dict[str, float]]]] = {
-        "rollouts_0.5b": lambda: stages.rollouts(size, stages.PEERS if tiny else stages.ALL_PEERS, **few),
+        "rollouts_0.5b": lambda: stages.rollouts(size, stages.PEERS, **few),
         "rollouts_3b": lambda: stages.rollouts(size, {} if tiny else stages.PEERS, **few),
+        "rollouts_static": lambda: stages.rollouts_static("micro" if tiny else "0.5b", **few),
         "train_step_3b": lambda: stages.train_step(*(("tiny", 1) if tiny else ("3b",))),
-        "real_facts": lambda: whole.end_to_end_aside(whole.quickstart() if tiny else whole.real_facts()),
+        "real_facts": lambda: whole.end_to_end_aside(small if tiny else whole.real_facts()),
+        "world_20m": lambda: whole.end_to_end_aside(small if tiny else whole.world_20m()),
         "scan": lambda: stages.scan(*((4096, 16) if tiny else ())),
     }
     for found in measured[stage]():

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness import ROOT
@@ -25,7 +25,9 @@ PARTS = (
     "train/optimizer_seconds",
     "rollout/tokens_per_second",
 )
-CURVES = {"val/exact_match", "val/valid_action_rate", "train/loss"}
+CURVES = {"val/exact_match", "val/sampled_exact_match", "val/valid_action_rate", "train/loss"}
+AREA = "rollout/exact_match"
+"""Its mean over the steps tells arms apart that end alike."""
 WARMUP_STEPS = 2
 """Not counted: they record graphs and tune kernels."""
 
@@ -64,10 +66,13 @@ def configs(*names: str) -> tuple[str, ...]:
     return tuple(part for name in names for part in ("--config", f"configs/{name}.yaml"))
 
 
-STEPS, TINY_STEPS = 30, 3
+STEPS = 30
 GROUPS = ("--data.batch_size", "16", "--rollout.group_size", "4")
 """64 rollouts a step."""
-GPU_COLD = ("--trainer.accelerator", "gpu", "--trainer.devices", "1", "--trainer.precision", "bf16-mixed")
+GPU = ("--trainer.accelerator", "gpu", "--trainer.devices", "1", "--trainer.precision", "bf16-mixed")
+WORLD = "experiment/world/large"
+TINY_MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TINY_MODEL |= {"num_key_value_heads": 2, "head_dim": 16}
 
 
 def real_facts(steps: int = STEPS) -> EndToEnd:
@@ -75,22 +80,36 @@ def real_facts(steps: int = STEPS) -> EndToEnd:
     length = ("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps))
     whole = ("--data.limit_per_source", "null")
     return EndToEnd(
-        cold=(*configs("real_facts_cold_start"), *GPU_COLD),
+        cold=(*configs("real_facts_cold_start"), *GPU),
         fit=(*configs("real_facts", "real_facts_gpu"), *GROUPS, *length, *whole),
         arms={"sd_search": (), "grpo": configs("real_facts_grpo"), "best": configs("real_facts_best")},
         model="data/real_facts/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 
 
-def quickstart(steps: int = TINY_STEPS) -> EndToEnd:
-    """The same on the quick start's world, on any device; sizes that say nothing."""
-    few = ("--data.num_val_questions", "8", "--rollout.eval_samples", "0", "--data.batch_size", "2")
+def world_20m(steps: int = STEPS) -> EndToEnd:
+    """A policy of 20M parameters from random weights in a large world, three arms without a teacher."""
     length = ("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps))
+    cold, fit = configs("quickstart_cold_start", WORLD, f"{WORLD}_model"), configs("quickstart", WORLD, f"{WORLD}_fit")
     return EndToEnd(
-        cold=(*configs("quickstart_cold_start"), "--trainer.max_steps", "4", "--trainer.log_every_n_steps", "1"),
-        fit=(*configs("quickstart"), *few, *length, "--rollout.max_tokens", "160"),
-        arms={"grpo": ("--jsd.weight", "0"), "sd_search": ()},
+        cold=(*cold, *GPU),
+        fit=(*fit, *GPU, *length),
+        arms={
+            "grpo": configs("experiment/study/grpo"),
+            "best": configs("experiment/preset/best"),
+            "entropy_penalty": configs("experiment/study/entropy_penalty"),
+        },
     )
+
+
+def tiny(runs: EndToEnd) -> EndToEnd:
+    """These runs in an embedded world, at sizes that say nothing, on a CPU."""
+    shared = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.num_entities", "60")
+    model = tuple(part for name, size in TINY_MODEL.items() for part in (f"--model.scratch.options.{name}", str(size)))
+    few = ("--data.num_val_questions", "8", "--rollout.eval_samples", "0", "--data.batch_size", "2")
+    steps = ("--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--rollout.max_tokens", "160")
+    cold = (*shared, *model, "--trainer.max_steps", "4", "--trainer.log_every_n_steps", "1", "--data.batch_size", "8")
+    return replace(runs, cold=(*runs.cold, *cold), fit=(*runs.fit, *shared, *few, *steps))
 
 
 def end_to_end(runs: EndToEnd, root: Path) -> Iterator[dict[str, float]]:
@@ -124,6 +143,8 @@ def figures(folder: Path) -> dict[str, float]:
         values = [point.value for point in metrics.get(key, []) if point.step > WARMUP_STEPS]
         if values:
             found[f"{key}, median of {len(values)} steps"] = median(values)
+    if AREA in metrics:
+        found[f"{AREA}, mean over steps"] = fmean(point.value for point in metrics[AREA])
     for key in sorted(CURVES & metrics.keys()):
         found[f"{key}, first"], found[f"{key}, last"] = metrics[key][0].value, metrics[key][-1].value
     return found

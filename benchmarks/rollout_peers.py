@@ -19,7 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import (
+    Cache,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StoppingCriteria,
+)
 
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
@@ -81,7 +88,7 @@ class _LockStep(Engine):
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
         """See `Engine.run`."""
         rows = [_Row(request, self.start(request)) for request in requests]
-        self.begin()
+        self.begin(rows)
         while playing := [row for row in rows if not row.has_ended]:
             for row in playing:
                 row.begin_turn()
@@ -92,7 +99,7 @@ class _LockStep(Engine):
                 row.observe(result)
         return [row.conversation.finish() for row in rows]
 
-    def begin(self) -> None:  # noqa: B027 - optional
+    def begin(self, rows: Sequence[_Row]) -> None:  # noqa: B027 - optional
         """Called before the first turn."""
 
     @abstractmethod
@@ -114,7 +121,9 @@ class _LockStep(Engine):
         lengths = torch.tensor([len(ids) for ids in unread], device=device)
         mask = torch.arange(width, device=device) >= width - lengths[:, None]
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=max(row.conversation.turn_budget for row in rows), pad_token_id=PAD
+            do_sample=False,
+            max_new_tokens=max(row.conversation.turn_budget for row in rows if row.is_sampling),
+            pad_token_id=PAD,
         )
         sampled: Tensor = self.policy.model.generate(
             padded,
@@ -137,22 +146,31 @@ class GeneratePerTurn(_LockStep):
 class GenerateKeptCache(_LockStep):
     """`model.generate` once per turn, with the KV cache of earlier turns; pads in it are masked holes."""
 
-    def begin(self) -> None:
-        self._cache, self._rows, self._held = DynamicCache(), [], torch.zeros(0)
+    def begin(self, rows: Sequence[_Row]) -> None:
+        """See `_LockStep.begin`."""
+        self._rows, self._cache = list(rows), self.make_cache(rows)
+        self._held = torch.zeros(len(rows), 0, dtype=torch.bool, device=self.policy.model.device)
 
-    def take_turn(self, rows: Sequence[_Row]) -> None:
-        if not self._rows:
-            self._rows = list(rows)
-            self._held = torch.zeros(len(rows), 0, dtype=torch.bool, device=self.policy.model.device)
-        elif len(rows) < len(self._rows):
+    def make_cache(self, rows: Sequence[_Row]) -> Cache:
+        """An empty cache for these rows."""
+        return DynamicCache()
+
+    def make_room(self, rows: Sequence[_Row]) -> None:
+        """Before the turn that `rows` take: those that have ended go."""
+        if len(rows) < len(self._rows):
             kept = torch.tensor([i for i, row in enumerate(self._rows) if not row.has_ended], device=self._held.device)
             self._cache.batch_select_indices(kept)
             self._rows, self._held = list(rows), self._held[kept]
+
+    def take_turn(self, rows: Sequence[_Row]) -> None:
+        """See `_LockStep.take_turn`."""
+        self.make_room(rows)
+        rows = self._rows
         unread = [row.token_ids[row.num_cached :] for row in rows]
         sampled = self.generate(rows, unread, self._held, past_key_values=self._cache)
         steps = sampled.shape[1] - max(map(len, unread))
         # The cache holds what was fed: the chunk, and of the sampled tokens all but those of the last step.
-        width = self._cache.get_seq_length() - self._held.shape[1]
+        width = int(self._cache.get_seq_length()) - self._held.shape[1]
         cells = torch.arange(width, device=self._held.device)
         fed = torch.tensor([min(row.num_sampled, steps - 1) for row in rows], device=self._held.device)
         chunk = width - (steps - 1)
@@ -163,6 +181,35 @@ class GenerateKeptCache(_LockStep):
             row.num_cached += len(ids) + count
 
 
+class GenerateStaticCache(GenerateKeptCache):
+    """The same with a static cache, of a fixed length: on CUDA, transformers then compiles decode steps, not prefills.
+
+    Rows that have ended stay, as dummies, and the cache stays from run to run: for as many rows with the same budget it
+    compiles once. Where holes have filled the cache, everything is read again without them.
+    """
+
+    _kept: StaticCache | None = None
+
+    def make_cache(self, rows: Sequence[_Row]) -> Cache:
+        """See `GenerateKeptCache.make_cache`."""
+        # A turn may begin at the end of the longest row and last as long as that of another.
+        length = max(row.conversation.max_tokens + row.conversation.turn_budget for row in rows)
+        size, model = (len(rows), length), self.policy.model
+        if self._kept is None or self._size != size or self._model is not model:
+            self._kept, self._size, self._model = StaticCache(config=model.config, max_cache_len=length), size, model
+        self._kept.reset()
+        return self._kept
+
+    def make_room(self, rows: Sequence[_Row]) -> None:
+        """See `GenerateKeptCache.make_room`."""
+        chunk = max(len(row.token_ids) - row.num_cached for row in self._rows)
+        if self._held.shape[1] + chunk + max(row.conversation.turn_budget for row in rows) > self._size[1]:
+            self._cache.reset()
+            self._held = self._held[:, :0]
+            for row in self._rows:
+                row.num_cached = 0
+
+
 class ContinuousBatching(Engine):
     """transformers' continuous batching: one request per turn, prefix pages shared, log-probs on.
 
@@ -171,11 +218,14 @@ class ContinuousBatching(Engine):
 
     Args:
         page_size: tokens per page; a turn finds its prefix again in whole pages only.
-        max_batch_tokens: fed in one step.
-        max_requests: in one step. The mask without flash-attn is dense over all of them, so that few are faster.
+        max_batch_tokens: fed in one step; None: 4096 on CUDA, 1024 elsewhere.
+        max_requests: in one step. The mask without flash-attn is dense over all of them, so that few are faster on a
+            CPU; on CUDA a step of few is bound by its launches. None: 64 on CUDA, 8 elsewhere.
     """
 
-    def __init__(self, page_size: int = 32, max_batch_tokens: int = 1024, max_requests: int = 8) -> None:
+    def __init__(
+        self, page_size: int = 32, max_batch_tokens: int | None = None, max_requests: int | None = None
+    ) -> None:
         self.page_size, self.max_batch_tokens, self.max_requests = page_size, max_batch_tokens, max_requests
         self._source: Policy | None = None
 
@@ -191,14 +241,14 @@ class ContinuousBatching(Engine):
         self._ready: list[_Row] = []
         self._searching: tuple[list[_Row], Future[list[SearchResult]]] | None = None
         max_tokens = max(row.conversation.max_tokens for row in rows)
-        config = ContinuousBatchingConfig(
+        is_cuda = self._model.device.type == "cuda"
+        config = ContinuousBatchingConfig(  # whether to record graphs it decides itself: not where there is a mask
             page_size=self.page_size,
             num_blocks=len(rows) * math.ceil(max_tokens / self.page_size),
-            max_batch_tokens=self.max_batch_tokens,
-            max_requests_per_batch=self.max_requests,
+            max_batch_tokens=self.max_batch_tokens or (4096 if is_cuda else 1024),
+            max_requests_per_batch=self.max_requests or (64 if is_cuda else 8),
             return_logprobs=True,
             auto_switch_to_flash=False,
-            use_cuda_graph=self._model.device.type == "cuda",
         )
         generation = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1, pad_token_id=PAD)
         with self._model.continuous_batching_context_manager(

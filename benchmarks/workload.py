@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -203,6 +203,11 @@ class Workload:
     def start(self, request: RolloutRequest) -> ScriptedConversation:
         """The conversation of a request."""
         return ScriptedConversation(request, self.scripts[request.instance_id[1], request.rollout_index], self.shape)
+
+    def opening(self, num_tokens: int) -> Workload:
+        """The same rollouts, cut off in their first turn: what warms up an engine in a short time."""
+        cut = {key: Script((min(num_tokens, script.segments[0]),), (), ()) for key, script in self.scripts.items()}
+        return replace(self, scripts=cut)
 
     @property
     def num_policy_tokens(self) -> int:

@@ -9,8 +9,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.paths import ROOT
 from sdsearch_lightning.cli.training import METHOD
@@ -103,7 +105,7 @@ def test_a_peer_comes_with_its_own_reward() -> None:
         assert set(vars(model.entropy_coef).values()) == {0.001}
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "long"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "long", "large"])
 def test_the_data_module_of_a_world_can_be_made(name: str, tmp_path: Path) -> None:
     world = CONFIGS / f"experiment/world/{name}.yaml"
     files = (world, world.with_name("long_rollout.yaml")) if name == "long" else (world,)
@@ -116,9 +118,23 @@ def test_the_data_module_of_a_world_can_be_made(name: str, tmp_path: Path) -> No
     assert options.batch_size == before.data.init_args.batch_size, "what the quick start says stays"
     data = SyntheticWorldDataModule(**options.as_dict() | {"cache_dir": str(tmp_path), "num_train_questions": 64})
     hops = {question.source for question in data.questions("train")}
-    assert hops == {f"{n}-hop" for n in {"dense": (1, 2, 3), "sparse": (3,), "long": (2, 3, 4, 5)}[name]}
+    expected = {"dense": (1, 2, 3), "sparse": (3,), "long": (2, 3, 4, 5), "large": (1, 2, 3)}[name]
+    assert hops == {f"{n}-hop" for n in expected}
     if name == "dense":
         assert options == before.data.init_args
+
+
+def test_the_large_world_comes_with_a_model_and_its_training() -> None:
+    large, model, fit = (CONFIGS / f"experiment/world/large{part}.yaml" for part in ("", "_model", "_fit"))
+    found = set(changes(parsed(large).as_dict(), parsed(large, fit).as_dict())) - {"config"}
+    expected = {"run.num_threads", "model.optimizer", "model.max_micro_batch_tokens", "rollout.group_size"}
+    assert found == expected
+    options = yaml.safe_load((CONFIGS / "quickstart_cold_start.yaml").read_text())["model"]["scratch"]["options"]
+    options |= yaml.safe_load(model.read_text())["model"]["scratch"]["options"]
+    data = SyntheticWorldDataModule(**parsed(large).data.init_args.as_dict())
+    with torch.device("meta"):
+        made = LlamaForCausalLM(LlamaConfig(**options, vocab_size=len(data.vocabulary())))
+    assert 19e6 < made.num_parameters() < 21e6
 
 
 def test_no_two_files_say_the_same() -> None:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import CompileConfig, GenerationConfig
 
-from benchmarks import gpu, gpu_carry, gpu_end_to_end, gpu_stages
+from benchmarks import gpu, gpu_carry, gpu_end_to_end, gpu_stages, rollout_peers
 from benchmarks.harness import ROOT
-from benchmarks.rollout_peers import GenerateKeptCache
+from benchmarks.rollout_peers import GenerateKeptCache, GeneratePerTurn, GenerateStaticCache, _Row
+from benchmarks.workload import Workload, run
 from sdsearch_lightning.__main__ import main
+from sdsearch_lightning.policy.policy import Policy
+from sdsearch_lightning.rollout import Engine, SlotEngine
+
+SHORT = gpu_stages.LONG.divided(8)
+
+
+def tokens(engine: Engine, policy: Policy, workload: Workload) -> list[tuple[int, ...]]:
+    return [trajectory.token_ids for trajectory in run(engine, policy, workload)]
 
 
 def test_stages_yield_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,27 +32,83 @@ def test_stages_yield_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     searched = {name: value for found in gpu_stages.scan(4096, 16) for name, value in found.items()}
     assert {f"scan seconds, {count} queries" for count in (1, 64, 512)} <= searched.keys()
     peers = {"generate, cache kept": GenerateKeptCache}
-    short = gpu_stages.LONG.divided(8)
-    rolled = {k: v for found in gpu_stages.rollouts("micro", peers, 1, short) for k, v in found.items()}
+    rolled = {k: v for found in gpu_stages.rollouts("micro", peers, 1, SHORT) for k, v in found.items()}
     assert rolled["generate, cache kept / ours"] > 0 and rolled["steps"] > 0
-    assert all(value >= 0 for value in (searched | rolled).values())
+    static = {k: v for found in gpu_stages.rollouts_static("micro", 1, SHORT) for k, v in found.items()}
+    assert static["generate, static cache, compiled / ours"] > 0
+    assert all(value >= 0 for value in (searched | rolled | static).values())
+
+
+@pytest.mark.parametrize("peer", [GeneratePerTurn, GenerateKeptCache, GenerateStaticCache])
+def test_a_peer_does_the_rollouts_that_ours_does(peer: Callable[[], Engine]) -> None:
+    policy, workload = gpu_stages.prepared("micro", 1, SHORT)
+    ours, others = (tokens(engine, policy, workload) for engine in (SlotEngine(), peer()))
+    assert others == ours and tokens(SlotEngine(), policy, workload.opening(3)) != ours
+
+
+def test_a_static_cache_that_is_full_is_read_again_without_holes() -> None:
+    """Whoever ends a turn early leaves holes: with turns of many lengths they need more than the longest rollout."""
+    shape = replace(SHORT, turns=(4, 4), segment=(3, 24), segment_log_mean=1.8, segment_log_deviation=0.8)
+    policy, workload = gpu_stages.prepared("micro", 1, shape)
+    longest = max(map(len, tokens(SlotEngine(), policy, workload)))
+    surplus = shape.max_tokens - longest
+    tight = replace(workload, shape=replace(shape, prompt=(0, shape.prompt[1] - surplus)))
+    resets: list[int] = []
+
+    class Counted(GenerateStaticCache):
+        def make_room(self, rows: Sequence[_Row]) -> None:
+            super().make_room(rows)
+            resets.append(self._held.shape[1])
+
+    assert tight.shape.max_tokens == longest
+    assert tokens(Counted(), policy, tight) == tokens(SlotEngine(), policy, tight)
+    assert resets.count(0) > 1, "the first turn, and one that found the cache full"
+
+
+def test_a_static_cache_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU by an option for tests of transformers, with a compiler that counts: warmed up, it compiles no more."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    options = CompileConfig(backend=compiler, mode=None)
+    options._compile_all_devices = True
+    monkeypatch.setattr(rollout_peers, "GenerationConfig", partial(GenerationConfig, compile_config=options))
+    policy, workload = gpu_stages.prepared("micro", 1, SHORT)
+    engine = GenerateStaticCache()
+    for part in (workload.opening(gpu_stages.WARMUP_TOKENS), workload):
+        rolled = tokens(engine, policy, part)
+    assert len(graphs) == 1 and rolled == tokens(SlotEngine(), policy, workload)
 
 
 def test_whole_runs_are_timed_by_part(tmp_path: Path) -> None:
     found: dict[str, float] = {}
-    for figures in gpu_end_to_end.end_to_end(gpu_end_to_end.quickstart(), tmp_path):
+    runs = gpu_end_to_end.tiny(gpu_end_to_end.world_20m())
+    arms = ("grpo", "best")  # each is a process
+    for figures in gpu_end_to_end.end_to_end(replace(runs, arms={name: runs.arms[name] for name in arms}), tmp_path):
         found |= figures
-    for arm in ("grpo", "sd_search"):
+    for arm in arms:
         assert found[f"{arm}: seconds of the command"] > found[f"{arm}: rollout/seconds, median of 1 steps"] > 0
-        assert {f"{arm}: val/exact_match, first", f"{arm}: val/exact_match, last"} <= found.keys()
+        assert {f"{arm}: val/exact_match, {when}" for when in ("first", "last")} <= found.keys()
+        assert 0 <= found[f"{arm}: rollout/exact_match, mean over steps"] <= 1
     assert "cold_start: train/loss, last" in found
 
 
-def test_every_option_of_the_whole_runs_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "runs, arms",
+    [
+        (gpu_end_to_end.real_facts(), ["sd_search", "grpo", "best"]),
+        (gpu_end_to_end.world_20m(), ["grpo", "best", "entropy_penalty"]),
+    ],
+)
+def test_every_option_of_the_whole_runs_is_known(
+    runs: gpu_end_to_end.EndToEnd, arms: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    runs = gpu_end_to_end.real_facts()
     commands = runs.commands(str(tmp_path))
-    assert list(commands) == ["cold_start", "sd_search", "grpo", "best"]
+    assert list(commands) == ["cold_start", *arms]
     for command in commands.values():
         assert main([*command, "--trainer.accelerator", "cpu", "--print_config"]) == 0
 
