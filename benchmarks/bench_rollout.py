@@ -23,7 +23,12 @@ pin_threads()
 
 import torch  # noqa: E402
 
-from benchmarks.rollout_peers import ContinuousBatching, GenerateKeptCache, GeneratePerTurn  # noqa: E402
+from benchmarks.rollout_peers import (  # noqa: E402
+    ContinuousBatching,
+    GenerateKeptCache,
+    GeneratePerTurn,
+    GenerateStaticCache,
+)
 from benchmarks.workload import ScriptedRetriever, Workload, make_policy, make_workload, run  # noqa: E402
 from sdsearch_lightning.policy.policy import Policy  # noqa: E402
 from sdsearch_lightning.rollout import Engine, GenerateEngine, SearchPool, SlotEngine  # noqa: E402
@@ -33,6 +38,7 @@ from sdsearch_lightning.types import Trajectory  # noqa: E402
 PEERS: dict[str, Callable[[], Engine]] = {
     "generate per turn": GeneratePerTurn,
     "generate, cache kept": GenerateKeptCache,
+    "generate, static cache": GenerateStaticCache,
     "continuous batching": ContinuousBatching,
     "reference engine": GenerateEngine,
 }
