@@ -46,11 +46,13 @@ LONG = Shape((4, 4), (150, 250), (32, 64), 3.9, 0.2, (200, 300))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARMUP_TOKENS = 8
 
-Peers = Mapping[str, Callable[[], Engine]]
-PEERS: Peers = {
+Engines = Mapping[str, Callable[[], Engine]]
+OTHERS: Engines = {
     "generate per turn": GeneratePerTurn,
     "continuous batching": ContinuousBatching,
+    "ours, async scheduling": lambda: SlotEngine(32, async_scheduling=True),
     "generate, cache kept": GenerateKeptCache,
+    "ours, not recorded": lambda: SlotEngine(32, cuda_graphs=False),
 }
 """In order of worth: a stage that its box cuts off keeps the first. Each is timed on the very rollouts that ours is."""
 
@@ -80,7 +82,7 @@ def decode_step(policy: Policy, num_rows: int, length: int, bytes_per_second: fl
     shape = KVShape.of(policy)
     rows = KVRows(shape, num_rows, length + 64)
     rows.reach(rows.capacity)
-    tokens, cells = list(range(1, num_rows + 1)), [length] * num_rows
+    tokens, cells = torch.arange(1, num_rows + 1, device=DEVICE), [length] * num_rows
     recorded = DecodeGraphs(policy, rows, capture_graph if DEVICE == "cuda" else lambda step, _: step)
     plain = DecodeGraphs(policy, rows, lambda step, _: step)
     weights = sum(p.nbytes for p in policy.parameters())  # tied: the embedding is the output layer
@@ -89,7 +91,7 @@ def decode_step(policy: Policy, num_rows: int, length: int, bytes_per_second: fl
         replayed = seconds(lambda: recorded.advance(tokens, cells), warmup=PATIENCE + 2)
         eager = seconds(lambda: plain.advance(tokens, cells))
         logits = recorded.advance(tokens, cells).clone()
-        draws = [Draws(i) for i in tokens]
+        draws = [Draws(i) for i in range(num_rows)]
         drawn = {
             f"sampling seconds, temperature {t:g}": seconds(partial(sample, logits, [Sampling(t)] * num_rows, draws))
             for t in (0.0, 1.0)
@@ -103,14 +105,13 @@ def decode_step(policy: Policy, num_rows: int, length: int, bytes_per_second: fl
     }
 
 
-def rollouts(size: str, peers: Peers, questions: int = 16, shape: Shape = LONG) -> Iterator[Figures]:
-    """What the card does at best, one decode step, and whole rollouts: peers, and ours without recording, over ours."""
+def rollouts(size: str, others: Engines, questions: int = 16, shape: Shape = LONG) -> Iterator[Figures]:
+    """What the card does at best, one decode step, and whole rollouts: other engines, in this order, over ours."""
     policy, workload = prepared(size, questions, shape)
     top = ceilings(8192 if DEVICE == "cuda" else 64)
     yield top
     yield decode_step(policy, len(workload.requests), shape.max_tokens * 2 // 3, top["copy bytes/s"])
-    plain = {"ours, not recorded": lambda: SlotEngine(32, cuda_graphs=False)}
-    yield from over_ours(policy, workload, {**peers, **plain})
+    yield from over_ours(policy, workload, others)
 
 
 def prepared(size: str, questions: int, shape: Shape) -> tuple[Policy, Workload]:
@@ -119,14 +120,14 @@ def prepared(size: str, questions: int, shape: Shape) -> tuple[Policy, Workload]
     return policy, make_workload(questions, 8, policy.model.config.vocab_size, shape=shape)
 
 
-def over_ours(policy: Policy, workload: Workload, others: Peers) -> Iterator[Figures]:
+def over_ours(policy: Policy, workload: Workload, others: Engines) -> Iterator[Figures]:
     """Time of whole rollouts, searches answered at once: ours, then each other engine's over it."""
     ours = 0.0
     for name, make in {"ours": lambda: SlotEngine(32), **others}.items():
         engine = make()
         # Ours does everything once before, which records its steps. A peer of 256 steps of some 40 ms has no place for
         # that in the box: a few tokens of all its rows load its kernels, or compile them.
-        run(engine, policy, workload if name == "ours" else workload.opening(WARMUP_TOKENS))
+        run(engine, policy, workload if isinstance(engine, SlotEngine) else workload.opening(WARMUP_TOKENS))
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
