@@ -73,7 +73,7 @@ def decode_step(policy: Policy, num_rows: int, length: int, bytes_per_second: fl
     shape = KVShape.of(policy)
     rows = KVRows(shape, num_rows, length + 64)
     rows.reach(rows.capacity)
-    tokens, cells = list(range(1, num_rows + 1)), [length] * num_rows
+    tokens, cells = torch.arange(1, num_rows + 1, device=DEVICE), [length] * num_rows
     recorded = DecodeGraphs(policy, rows, capture_graph if DEVICE == "cuda" else lambda step, _: step)
     plain = DecodeGraphs(policy, rows, lambda step, _: step)
     weights = sum(p.nbytes for p in policy.parameters())  # tied: the embedding is the output layer
@@ -82,7 +82,7 @@ def decode_step(policy: Policy, num_rows: int, length: int, bytes_per_second: fl
         replayed = seconds(lambda: recorded.advance(tokens, cells), warmup=PATIENCE + 2)
         eager = seconds(lambda: plain.advance(tokens, cells))
         logits = recorded.advance(tokens, cells).clone()
-        draws = [Draws(i) for i in tokens]
+        draws = [Draws(i) for i in range(num_rows)]
         drawn = {
             f"sampling seconds, temperature {t:g}": seconds(partial(sample, logits, [Sampling(t)] * num_rows, draws))
             for t in (0.0, 1.0)
@@ -106,7 +106,12 @@ def rollouts(
     top = ceilings(8192 if DEVICE == "cuda" else 64)
     yield top
     yield decode_step(policy, len(workload.requests), shape.max_tokens * 2 // 3, top["copy bytes/s"])
-    makers = {"ours": lambda: SlotEngine(32), **peers, "ours, not recorded": lambda: SlotEngine(32, cuda_graphs=False)}
+    makers = {
+        "ours": lambda: SlotEngine(32),
+        "ours, async scheduling": lambda: SlotEngine(32, async_scheduling=True),
+        **peers,
+        "ours, not recorded": lambda: SlotEngine(32, cuda_graphs=False),
+    }
     ours = 0.0
     for name, make in makers.items():
         engine = make()

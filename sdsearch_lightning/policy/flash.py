@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdsearch_lightning.policy.placing import Place, plainly
+
 MAX_WIDTH = 256
 """Numbers of a key, at most."""
 
@@ -30,10 +32,12 @@ class Places(NamedTuple):
     longest_keys: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> Places:
+    def of(
+        cls, lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device, place: Place = plainly
+    ) -> Places:
         """From the number of queries and of keys of each sequence."""
         ends = [list(accumulate(numbers, initial=0)) for numbers in (lengths, key_lengths)]
-        limits, key_limits = torch.tensor(ends, dtype=torch.int32, device=device)
+        limits, key_limits = place(ends, device, torch.int32)
         return cls(limits, key_limits, max(lengths), max(key_lengths))
 
 

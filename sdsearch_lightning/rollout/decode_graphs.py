@@ -64,18 +64,20 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle() if rows.device.type == "cuda" else None
         self._can_record = True
 
-    def advance(self, tokens: Sequence[int], cells: Sequence[int]) -> Tensor:
+    def advance(self, tokens: Tensor, cells: Sequence[int]) -> Tensor:
         """[A, V] logits after each of the first A rows has read a token; good until the next step.
 
         Args:
-            tokens: [A] one per row.
+            tokens: [A] one per row, beside the rows.
             cells: [A] where they go; `KVRows.reach` made them ready.
         """
         size = self._size(len(tokens), max(cells) + 1)
         self._rows.reach(size[1])
         spare = size[0] - len(tokens)
-        inputs = [[*tokens, *[0] * spare], [*cells, *[0] * spare], [*cells, *[self._rows.capacity] * spare]]
-        self._inputs[:, : size[0]].copy_(torch.tensor(inputs))
+        places = [[*cells, *[0] * spare], [*cells, *[self._rows.capacity] * spare]]
+        self._inputs[1:, : size[0]] = self._rows.numbers(places)
+        self._inputs[0, : len(tokens)] = tokens
+        self._inputs[0, len(tokens) : size[0]] = 0
         self._times[size] += 1
         if self._times[size] == PATIENCE + 1 and self._can_record:
             self._record(size)

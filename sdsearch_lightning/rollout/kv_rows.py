@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from sdsearch_lightning.policy.attention import (
     masked_attention,
 )
 from sdsearch_lightning.policy.flash import Places, flash
+from sdsearch_lightning.policy.placing import Place, plainly
 from sdsearch_lightning.policy.policy import Policy
 
 
@@ -78,12 +79,13 @@ class _Shapes(CausalSegments):
 class KVRows:
     """Memory of `num_rows` rollouts of up to `capacity` tokens.
 
-    Cells of one shape lie in one tensor, whatever layers and sides they belong to: in most models there is one.
+    Cells of one shape lie in one tensor, whatever layers and sides they belong to: in most models there is one. `place`
+    is how numbers that concern them get to their device.
     """
 
-    def __init__(self, shape: KVShape, num_rows: int, capacity: int) -> None:
+    def __init__(self, shape: KVShape, num_rows: int, capacity: int, place: Place = plainly) -> None:
         wanted = [cell for layer in shape.cells for cell in layer]
-        self.device, self.num_rows, self.capacity = shape.device, num_rows, capacity
+        self.device, self.num_rows, self.capacity, self.place = shape.device, num_rows, capacity, place
         self.blocks = {
             cell: torch.empty(
                 (wanted.count(cell), num_rows, cell.heads, capacity + 1, cell.width),
@@ -99,6 +101,10 @@ class KVRows:
             self._sides.append(self.blocks[cell][taken[cell]])
             taken[cell] += 1
         self._num_clean = 0  # columns that hold no NaN in any row
+
+    def numbers(self, values: Sequence[Any]) -> Tensor:
+        """Integers of the host, beside the rows."""
+        return self.place(values, self.device, torch.long)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """[S, H, capacity + 1, width] keys and values of a layer."""
@@ -200,8 +206,9 @@ class RowsAttention(AttentionLayout):
         """Where the tokens of rows end, then row and cell [2, T] of each new token and [2, L] of all that are seen."""
         new = [(part.row, part.start + i) for part in self._new for i in range(part.length)]
         seen = [(part.row, i) for part in self._new for i in range(part.start + part.length)]
-        places = Places.of(self._lengths, [part.start + part.length for part in self._new], self._rows.device)
-        written, read = (torch.tensor(cells, device=self._rows.device).T for cells in (new, seen))
+        rows = self._rows
+        places = Places.of(self._lengths, [part.start + part.length for part in self._new], rows.device, rows.place)
+        written, read = (rows.numbers(cells).T for cells in (new, seen))
         self._places = places, written, read
         return self._places
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.losses.logprobs import at_tokens, wide_dtype
+from sdsearch_lightning.policy.placing import Place, plainly
 from sdsearch_lightning.types import Sampling
 
 _GOLDEN, _MIX1, _MIX2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -44,29 +45,36 @@ class Draws:
         self._count += 1
         return derive_seed(self._seed, self._count)
 
+    def take_back(self) -> None:
+        """The last key is the next one again: its token was one too many."""
+        self._count -= 1
 
-def sample(logits: Tensor, sampling: Sequence[Sampling], draws: Sequence[Draws]) -> tuple[Tensor, Tensor]:
+
+def sample(
+    logits: Tensor, sampling: Sequence[Sampling], draws: Sequence[Draws], place: Place = plainly
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row.
 
     Args:
         logits: [A, V].
         sampling: one per row; temperature 0 takes the most probable token.
         draws: one per row; each gives up one key.
+        place: how temperatures and keys get to the device.
 
     Returns:
         token ids [A] and their log-probs [A] at the row's temperature (1 for greedy), before any top-p cut: what a
         forward pass of the trainer gives for the same token.
     """
-    logits = logits.to(wide_dtype(logits.dtype))
-    temperature = torch.tensor([s.temperature or 1.0 for s in sampling], dtype=logits.dtype, device=logits.device)
+    logits, device = logits.to(wide_dtype(logits.dtype)), logits.device
+    temperature = place([s.temperature or 1.0 for s in sampling], device, logits.dtype)
     logprobs = (logits / temperature[:, None]).log_softmax(-1)
-    keys = torch.tensor([draw.next_key() for draw in draws], device=logits.device)
+    keys = place([draw.next_key() for draw in draws], device, torch.long)
     scores, drawn = logprobs, [i for i, s in enumerate(sampling) if s.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = place(drawn, device, torch.long)
         kept = logprobs[rows]
         if any(sampling[i].top_p < 1 for i in drawn):
-            kept = _nucleus(kept, torch.tensor([sampling[i].top_p for i in drawn], device=logits.device))
+            kept = _nucleus(kept, place([sampling[i].top_p for i in drawn], device, torch.float32))
         scores = logprobs.index_put((rows,), kept - exponentials(keys[rows], logits.shape[-1]).log().to(kept.dtype))
     tokens = scores.argmax(-1)
     return tokens, at_tokens(logprobs, tokens)

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 import torch
 
 from sdsearch_lightning.errors import ConfigError, RolloutError
+from sdsearch_lightning.policy.placing import plainly, through_pinned_memory
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.rollout.decode_graphs import Capture, DecodeGraphs, capture_graph
+from sdsearch_lightning.rollout.drawing import Slot
 from sdsearch_lightning.rollout.engine import Engine, ReportProgress, StartConversation, check_context
 from sdsearch_lightning.rollout.generate import GenerateEngine
 from sdsearch_lightning.rollout.kv_rows import KVRows, KVShape
 from sdsearch_lightning.rollout.search_pool import SearchPool
-from sdsearch_lightning.rollout.window import Schedule, Slot, Window
+from sdsearch_lightning.rollout.window import Schedule, Window
 from sdsearch_lightning.types import RolloutRequest, Trajectory
 
 GIB = 2**30
@@ -32,6 +34,9 @@ class SlotEngine(Engine):
         max_prefill_tokens: tokens read in one pass, where one rollout alone does not need more.
         cuda_graphs: record decode steps on CUDA and replay them, which spares the host their launches. Rollouts stay
             the same. Not done where weights are sharded.
+        async_scheduling: draw the next token of each rollout before the host has seen the last one, so that a GPU does
+            not wait for the host between decode steps. Rollouts stay the same; each turn costs one row of a step more.
+            Off, as no GPU has measured it yet; on a CPU it gains nothing.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class SlotEngine(Engine):
         overlap_steps: int | None = 4,
         max_prefill_tokens: int = 16384,
         cuda_graphs: bool = True,
+        async_scheduling: bool = False,
     ) -> None:
         if not kv_cache_gib > 0 or max_slots < 1 or max_prefill_tokens < 1:
             raise ConfigError(
@@ -50,7 +56,7 @@ class SlotEngine(Engine):
         if overlap_steps is not None and overlap_steps < 0:
             raise ConfigError(f"rollout.engine.overlap_steps: expected 0 or more, or null, found {overlap_steps}.")
         self.kv_cache_gib, self.max_slots = kv_cache_gib, max_slots
-        self.schedule = Schedule(overlap_steps, max_prefill_tokens)
+        self.schedule = Schedule(overlap_steps, max_prefill_tokens, async_scheduling)
         self._capture: Capture | None = capture_graph if cuda_graphs else None
         self._reference: GenerateEngine | None = None
 
@@ -109,7 +115,8 @@ class SlotEngine(Engine):
         shape = KVShape.of(self.policy)
         num_rows = min(self._num_rows(shape, capacity), len(slots))
         try:
-            rows = KVRows(shape, num_rows, capacity)
+            place = through_pinned_memory if self.schedule.looks_late else plainly
+            rows = KVRows(shape, num_rows, capacity, place)
             graphs = self._graphs(rows)
             Window(self.policy, slots, rows, self.searches, self.schedule, done, self.counts, self.report, graphs).run()
         except RuntimeError as error:

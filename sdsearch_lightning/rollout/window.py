@@ -37,25 +37,13 @@ import torch
 from torch import Tensor
 
 from sdsearch_lightning.policy.policy import Policy
-from sdsearch_lightning.protocol.conversation import Continue, Conversation, Search
+from sdsearch_lightning.protocol.conversation import Continue, Search
 from sdsearch_lightning.rollout.decode_graphs import DecodeGraphs
+from sdsearch_lightning.rollout.drawing import UNSEEN, Drawing, Slot
 from sdsearch_lightning.rollout.engine import ReportProgress, WorkCounts, check_finite
 from sdsearch_lightning.rollout.kv_rows import KVRows, NewTokens, RowsAttention
-from sdsearch_lightning.rollout.sampling import Draws, sample
 from sdsearch_lightning.rollout.search_pool import SearchPool, SearchResult
-from sdsearch_lightning.types import RolloutRequest, Trajectory
-
-
-class Slot:
-    """One rollout under way: its conversation, its row of memory, and the tokens it has yet to read."""
-
-    def __init__(self, index: int, request: RolloutRequest, conversation: Conversation) -> None:
-        self.index, self.request, self.conversation = index, request, conversation
-        self.draws = Draws(request.seed)
-        self.unread: list[int] = list(request.prompt_ids)
-        self.length = 0
-        self.row = -1
-        self.query = ""
+from sdsearch_lightning.types import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +52,8 @@ class Schedule:
 
     overlap_steps: int | None
     max_prefill_tokens: int
+    looks_late: bool = False
+    """Whether the host sees tokens one pass late, see drawing.py."""
 
 
 class Window:
@@ -103,6 +93,7 @@ class Window:
         self._waiting: list[Slot] = []  # for `_answers`
         self._answers: Future[list[SearchResult]] | None = None
         self._step = self._sent_at = 0
+        self._drawings: deque[Drawing] = deque()  # that the host has yet to read, the newest last
 
     def run(self) -> None:
         """Run until every rollout has ended."""
@@ -159,6 +150,10 @@ class Window:
     def _settle(self, slot: Slot, token_id: int, logprob: float) -> None:
         """Tell the conversation of a token, and move the slot to where it belongs now."""
         event = slot.conversation.accept(token_id, logprob)
+        if self._drawings:  # the pass under way has read the token, and draws the next one
+            if event == Continue():
+                return
+            self._drawings[-1].take_back(slot)
         slot.unread = [token_id]
         if isinstance(event, Continue):
             slot.unread += event.forced
@@ -217,7 +212,9 @@ class Window:
         logits = self._pass(last, running)
         self._step += 1
         self._counts.steps += 1
-        self._draw(running, logits)
+        self._drawings.append(Drawing(running, logits, self._rows.place))
+        if len(self._drawings) > self._schedule.looks_late:
+            self._read(self._drawings.popleft())
 
     def _portions(self, slots: Sequence[Slot]) -> list[list[Slot]]:
         """As many together as may read in one pass."""
@@ -238,15 +235,16 @@ class Window:
         width = max(cells, default=-1) + 1
         self._rows.reach(max([width, *(part.start + part.length for part in new)]))
         if self._graphs is not None and not reading:
-            logits = self._graphs.advance([slot.unread[-1] for slot in running], cells)
+            logits = self._graphs.advance(self._tokens((), running), cells)
         else:
             tokens = [token for slot in reading for token in slot.unread[:-1]]
             positions = [part.start + i for part in new for i in range(part.length)]
+            numbers = self._rows.numbers
             logits = self._policy.advance(
-                self._tensor(tokens + [slot.unread[-1] for slot in running]),
-                self._tensor(positions + cells),
-                RowsAttention(self._rows, new, self._tensor(cells), width),
-                self._tensor(range(len(tokens), len(tokens) + len(running))),
+                self._tokens(tokens, running),
+                numbers(positions + cells),
+                RowsAttention(self._rows, new, numbers(cells), width),
+                numbers(range(len(tokens), len(tokens) + len(running))),
             )
         self._counts.prefill_tokens += sum(part.length for part in new)
         self._counts.decode_rows += len(running)
@@ -256,14 +254,20 @@ class Window:
             slot.length += 1
         return logits
 
-    def _draw(self, slots: Sequence[Slot], logits: Tensor) -> None:
-        """Sample a token for each slot from its logits [m, V]."""
-        tokens, logprobs = sample(logits, [s.request.sampling for s in slots], [s.draws for s in slots])
-        drawn = list(zip(slots, tokens.tolist(), logprobs.tolist(), strict=True))
+    def _tokens(self, first: Sequence[int], running: Sequence[Slot]) -> Tensor:
+        """[T + A] these, then the last unread token of each slot, wherever it is."""
+        last = [slot.unread[-1] for slot in running]
+        tokens = self._rows.numbers([*first, *last])
+        if UNSEEN in last:
+            index = [slot.drawn if token == UNSEEN else 0 for slot, token in zip(running, last, strict=True)]
+            drawn, known = self._drawings[-1].tokens[self._rows.numbers(index)], tokens[len(first) :]
+            tokens[len(first) :] = torch.where(known == UNSEEN, drawn, known)
+        return tokens
+
+    def _read(self, drawing: Drawing) -> None:
+        """See what was drawn, and tell the conversations."""
+        drawn = list(drawing.read())
         check_finite((slot.request, logprob) for slot, _, logprob in drawn)
         for slot, token_id, logprob in drawn:
             self._settle(slot, token_id, logprob)
         self._report(0, 0, len(drawn))
-
-    def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._rows.device)

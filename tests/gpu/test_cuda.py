@@ -36,7 +36,8 @@ def rollouts(engine: Engine, codec: TokenCodec, device: str, dtype: torch.dtype 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rollouts_are_those_of_the_cpu(dtype: torch.dtype, word_codec: TokenCodec) -> None:
     expected = rollouts(SlotEngine(), word_codec, "cpu", dtype)
-    engines = (SlotEngine(), SlotEngine(cuda_graphs=False), SlotEngine(max_slots=7), GenerateEngine())
+    late = [SlotEngine(async_scheduling=True, cuda_graphs=graphs) for graphs in (True, False)]
+    engines = (SlotEngine(), SlotEngine(cuda_graphs=False), SlotEngine(max_slots=7), GenerateEngine(), *late)
     for engine in engines:
         found = rollouts(engine, word_codec, "cuda", dtype)
         same = sum(a == b for a, b in zip(essences(found), essences(expected), strict=True))
@@ -53,6 +54,28 @@ def test_a_decode_step_is_recorded(word_codec: TokenCodec, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (recorded.append(1), original(graph))[1])
     rollouts(SlotEngine(), word_codec, "cuda")
     assert len(recorded) > 10
+
+
+def synchronizing(caught: pytest.WarningsRecorder) -> list[str]:
+    """Where the host waited for the device."""
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing CUDA" in str(w.message)]
+
+
+def test_async_scheduling_does_not_wait_at_each_step(word_codec: TokenCodec) -> None:
+    waits = []
+    for engine in (SlotEngine(), SlotEngine(async_scheduling=True)):
+        rollouts(engine, word_codec, "cuda")  # what is loaded and recorded once
+        engine.take_counts()
+        try:
+            with pytest.warns(UserWarning) as caught:
+                torch.cuda.set_sync_debug_mode("warn")
+                torch.ones(1, device="cuda").item()
+                rollouts(engine, word_codec, "cuda")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(synchronizing(caught))
+    steps = engine.take_counts().steps
+    assert len(waits[0]) > 2 * steps and len(waits[1]) < steps / 2, (steps, len(waits[0]), waits[1])
 
 
 def test_recordings_under_autocast(word_codec: TokenCodec) -> None:
@@ -213,5 +236,5 @@ def test_the_host_waits_for_the_device_a_few_times_in_a_micro_batch() -> None:
             student_loss(module, batch).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    found = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing CUDA" in str(w.message)]
+    found = synchronizing(caught)
     assert 1 <= len(found) <= MAX_SYNCS, found

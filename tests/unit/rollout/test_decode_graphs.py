@@ -86,7 +86,7 @@ def test_rows_too_many_leave_the_others_alone(word_codec: TokenCodec) -> None:
     graphs = DecodeGraphs(policy, rows, Recorder())
     with torch.no_grad():
         for _ in range(PATIENCE + 2):
-            assert len(graphs.advance([1, 2, 3, 4, 5], [7, 3, 0, 9, 38])) == 5
+            assert len(graphs.advance(torch.tensor([1, 2, 3, 4, 5]), [7, 3, 0, 9, 38])) == 5
     for block, old in zip(rows.blocks.values(), before, strict=True):
         assert torch.equal(block[:, 5, :, :40], old[:, 5, :, :40])
         assert not torch.equal(block[:, 0, :, 7], old[:, 0, :, 7])

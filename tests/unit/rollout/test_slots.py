@@ -18,6 +18,7 @@ from helpers.slots import SLOT_LIMITS, TALK_LIMITS, Moody, essence, essences, ru
 from sdsearch_lightning.policy.packing import PackedSequences
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.rollout import GenerateEngine, SlotEngine
+from sdsearch_lightning.rollout.sampling import Draws, exponentials
 from sdsearch_lightning.types import RolloutRequest, Sampling, StopReason, Trajectory
 
 
@@ -100,15 +101,17 @@ def test_in_float32_the_first_difference_is_a_tie(seed: int, word_codec: TokenCo
 
 
 def distance_to_a_tie(policy: Any, request: RolloutRequest, one: Trajectory, other: Trajectory) -> float:
-    """How far the rollout's random number is from the edge between the two tokens drawn, where they first differ."""
+    """How far apart the scores of the two tokens drawn are, where rollouts first differ."""
     at = next(i for i, (a, b) in enumerate(zip(one.token_ids, other.token_ids, strict=False)) if a != b)
     assert one.policy_mask[at] and other.policy_mask[at], "what is forced does not differ first"
-    rng = random.Random(request.seed)
-    uniform = [rng.random() for _ in range(sum(one.policy_mask[: at + 1]))][-1]
+    draws = Draws(request.seed)
+    key = [draws.next_key() for _ in range(sum(one.policy_mask[: at + 1]))][-1]
     with torch.no_grad():
         logits = policy.logits(PackedSequences.pack([one.token_ids[: at + 1]]), torch.tensor([at]))
-    edges = (logits[0] / request.sampling.temperature).softmax(-1).cumsum(-1)
-    return float((edges - uniform).abs().min())
+    noise = exponentials(torch.tensor([key]), logits.shape[-1]).log().double()
+    scores = ((logits / request.sampling.temperature).log_softmax(-1) - noise)[0]
+    assert scores.argmax() in (one.token_ids[at], other.token_ids[at])
+    return float((scores[one.token_ids[at]] - scores[other.token_ids[at]]).abs())
 
 
 def test_a_tie_is_told_from_a_difference(word_codec: TokenCodec) -> None:
