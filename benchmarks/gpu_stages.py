@@ -8,6 +8,7 @@ Next: gpu.py, which runs them.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -32,6 +33,7 @@ from benchmarks.bench_train_step import (
 from benchmarks.harness import compare
 from benchmarks.rollout_peers import ContinuousBatching, GenerateKeptCache, GeneratePerTurn
 from benchmarks.workload import Shape, make_policy, make_workload, run
+from sdsearch_lightning.policy.compiling import compile_layers
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.retrieval.scan import Rounded
 from sdsearch_lightning.rollout import Engine, SlotEngine
@@ -45,6 +47,7 @@ LONG = Shape((4, 4), (150, 250), (32, 64), 3.9, 0.2, (200, 300))
 """Four turns with documents, 1 400 tokens at most."""
 PART = 1 << 18
 """Vectors that are made, and by the naive scan multiplied, together."""
+COMPILED = "shared_prefix, compiled"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -139,6 +142,13 @@ def train_step(size: str, repetitions: int = 5) -> Iterator[Figures]:
     taught = make_batch([group], case.dtype, block_prompt(len(case.lengths), vocabulary)).to(DEVICE)
     top = ceilings(8192 if DEVICE == "cuda" else 64)
     modules = {layout: make_module(model, layout).to(DEVICE) for layout in LAYOUTS}
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        backward(model, partial(student_loss, modules["shared_prefix"], batch))
+        yield {"peak GB, shared_prefix": torch.cuda.max_memory_allocated() / 1e9}
+    copied = copy.deepcopy(model)  # compiling changes a model's layers
+    modules[COMPILED] = make_module(copied, "shared_prefix").to(DEVICE)
+    compile_layers(copied.get_decoder(), "inductor" if DEVICE == "cuda" else "eager")
     distilling = make_module(model, "shared_prefix").to(DEVICE)
     distilling.jsd_weight = 0.1
 
@@ -146,7 +156,8 @@ def train_step(size: str, repetitions: int = 5) -> Iterator[Figures]:
         return backward(model, partial(student_loss, modules["shared_prefix"], taught))
 
     variants: dict[str, Callable[[], Tensor]] = {
-        layout: partial(backward, model, partial(student_loss, module, batch)) for layout, module in modules.items()
+        name: partial(backward, module.policy.model, partial(student_loss, module, batch))
+        for name, module in modules.items()
     }
     variants[MASKED] = partial(backward, model, LeftPadded(model, batch, all_logits=False).loss)
     variants["with the teacher"] = partial(backward, model, partial(distilled_loss, distilling, taught))
@@ -158,14 +169,10 @@ def train_step(size: str, repetitions: int = 5) -> Iterator[Figures]:
     operations = 6 * layers * useful
     found = {f"step seconds, {name}": value for name, value in times.items()} | top
     found |= {
-        f"share of the product rate, {n}": operations / times[n] / top["product FLOP/s"] for n in (*LAYOUTS, MASKED)
+        f"share of the product rate, {n}": operations / times[n] / top["product FLOP/s"] for n in (*modules, MASKED)
     }
-    found |= {f"{MASKED} / {n}": times[MASKED] / times[n] for n in LAYOUTS}
+    found |= {f"{MASKED} / {n}": times[MASKED] / times[n] for n in modules}
     found["with / without the teacher"] = times["with the teacher"] / times["without the teacher"]
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        variants["shared_prefix"]()
-        found["peak GB, shared_prefix"] = torch.cuda.max_memory_allocated() / 1e9
     yield found
 
 

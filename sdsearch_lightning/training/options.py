@@ -47,3 +47,6 @@ class Compute:
     rounded to an eighth. With false, the output layer is computed as all others are."""
     gradient_checkpointing: bool = False
     """Keep the layers' inputs only and compute the rest again: a third more time for much less memory."""
+    compile_layers: bool = False
+    """Compile the norms and the feed-forward part of each layer (torch.compile), which makes few kernels of many. Takes
+    a minute or so in the first step, and a C++ compiler or Triton. Off, as no GPU has measured it yet."""

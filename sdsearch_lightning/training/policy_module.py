@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sdsearch_lightning.errors import ConfigError
 from sdsearch_lightning.policy import loading
+from sdsearch_lightning.policy.compiling import compile_layers
 from sdsearch_lightning.policy.loading import ScratchModel
 from sdsearch_lightning.policy.lora import LoRA, add_adapter, is_learned
 from sdsearch_lightning.policy.lora_folder import fingerprint, write_adapter
@@ -202,12 +203,14 @@ class PolicyModule(ManualStep):
             raise ConfigError(failure)
 
     def _examine(self) -> None:
-        """Find out what the model can do, by running it."""
+        """Find out what the model can do, by running it; then it may be compiled."""
         self.policy.check(self.policy.model.device)
         if self.policy.unpackable and self.compute.layout != "padded":
             rank_zero_warn(
                 f"model.compute.layout is {self.compute.layout!r}, but {self.policy.unpackable}. Sequences are padded."
             )
+        if self.compute.compile_layers:
+            compile_layers(self.policy.model.get_decoder())
 
     def _vocabulary(self) -> Sequence[str]:
         datamodule = getattr(self._trainer, "datamodule", None)

@@ -16,6 +16,7 @@ from helpers.models import TalkativePolicy
 from helpers.slots import TALK_LIMITS, essences, run_engine, talk_requests
 from helpers.workplace import COLD_START, FIT, Workplace
 from sdsearch_lightning.policy.attention import Call, CausalSegments, Segment
+from sdsearch_lightning.policy.compiling import compile_layers
 from sdsearch_lightning.policy.flash import is_available
 from sdsearch_lightning.protocol.tokenization import TokenCodec
 from sdsearch_lightning.retrieval.scan import half_step
@@ -106,7 +107,7 @@ def test_one_kernel_for_all_segments(window: int | None) -> None:
     assert float((apart.double() - expected[0]).norm() / expected[0].norm()) > 0.1, "prefixes count"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "compiled"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 def test_the_whole_step_is_that_of_the_cpu(layout: str, dtype: torch.dtype, tolerance: float) -> None:
     """Teacher, student, head and both losses; gradients of all weights."""
@@ -115,8 +116,11 @@ def test_the_whole_step_is_that_of_the_cpu(layout: str, dtype: torch.dtype, tole
     prompt = block_prompt(8, model.config.vocab_size)
 
     def step(device: str, dtype: torch.dtype, layout: str) -> tuple[float, Tensor]:
-        module = make_module(copy.deepcopy(model).to(device, dtype), layout).to(device)
+        name = "shared_prefix" if layout == "compiled" else layout
+        module = make_module(copy.deepcopy(model).to(device, dtype), name).to(device)
         module.jsd_weight = 0.5
+        if layout == "compiled":
+            compile_layers(module.policy.model.get_decoder())
         batch = make_batch([group], dtype, prompt).to(device)
         loss = distilled_loss(module, batch)
         loss.backward()
