@@ -41,9 +41,11 @@ class FaissIndex:
     def __init__(self, path: Path, nprobe: int = 32, ef_search: int = 128, gpus: bool = False) -> None:
         faiss = import_faiss()
         try:
-            # IO_FLAG_MMAP maps inverted lists only and would read a Flat index into memory.
+            # IO_FLAG_MMAP maps inverted lists only and would read a Flat index into memory. The table of IVF,PQ serves
+            # distances, not products, and is larger than the file where vectors are few.
+            flags = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
             with _believing(path.stat().st_size):
-                self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+                self._index = faiss.read_index(str(path), flags)
         except (RuntimeError, MemoryError, OSError) as error:
             reason = str(error).rpartition("Error: ")[2] or str(error)
             raise DataError(f"{path}: expected a FAISS index, found a file that it cannot read ({reason}).") from error

@@ -19,6 +19,7 @@ from sdsearch_lightning.policy.attention import Call, CausalSegments, Segment
 from sdsearch_lightning.policy.compiling import compile_layers
 from sdsearch_lightning.policy.flash import is_available
 from sdsearch_lightning.protocol.tokenization import TokenCodec
+from sdsearch_lightning.retrieval.scan import half_step
 from sdsearch_lightning.retrieval.torch_index import TorchIndex
 from sdsearch_lightning.rollout import Engine, GenerateEngine, SlotEngine
 from sdsearch_lightning.types import Trajectory
@@ -141,6 +142,20 @@ def test_exact_search(tmp_path: Path) -> None:
     for scan in ("bfloat16", "float32"):
         scores, rows = TorchIndex(tmp_path / "v.npy", "cuda", scan).search(queries, 5)
         assert (rows == wanted).mean() > 0.995 and np.abs(scores - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("num_rows", [40, 3000, 200_000])
+@pytest.mark.parametrize("num_queries", [1, 64, 512])
+def test_products_in_bfloat16_are_summed_in_float32(num_queries: int, num_rows: int) -> None:
+    """What the scan's bound takes for granted; a sum in parts that are rounded would be further off."""
+    torch.manual_seed(0)
+    vectors, asked = (
+        torch.nn.functional.normalize(torch.randn(count, 768, device="cuda"), dim=1).bfloat16()
+        for count in (num_rows, num_queries)
+    )
+    rough = (asked @ vectors.T).float()
+    off = (rough - asked.double() @ vectors.double().T).abs()
+    assert (off <= half_step(rough) + 768 * 2.0**-22).all()
 
 
 @pytest.fixture(scope="module")

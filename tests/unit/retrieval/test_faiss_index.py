@@ -61,6 +61,13 @@ def test_approximate_kinds_find_what_flat_finds(tmp_path, factory, options, byte
         assert (few.search(unit(rng, 64), 1500)[1] == -1).any()
 
 
+def test_an_index_smaller_than_the_table_faiss_would_add_to_it_opens(tmp_path):
+    vectors = unit(np.random.default_rng(0), 1000, 64)
+    write_faiss_index(tmp_path / "i", vectors, "IVF100,PQ16np")
+    assert 100 * 16 * 256 * 4 > (tmp_path / "i").stat().st_size + (1 << 20)
+    assert (FaissIndex(tmp_path / "i", nprobe=100).search(vectors[:50], 1)[1][:, 0] == np.arange(50)).all()
+
+
 def test_options_reach_an_index_behind_a_transform(tmp_path):
     rng = np.random.default_rng(0)
     vectors, queries = unit(rng, 4000), unit(rng, 50)

@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from sdsearch_lightning.errors import ConfigError
+from sdsearch_lightning.retrieval import scan
+from sdsearch_lightning.retrieval.scan import Rounded
 from sdsearch_lightning.retrieval.torch_index import TorchIndex, write_vectors
 
 
@@ -11,12 +15,12 @@ def unit(rng, rows, dimension=32):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def opened(folder, vectors, scan, monkeypatch, chunk_rows=700):
-    monkeypatch.setattr(TorchIndex, "chunk_rows", chunk_rows)
+def opened(folder, vectors, precision, monkeypatch, most_rows=700):
+    monkeypatch.setattr(scan, "_MOST_ROWS", most_rows)
     file = write_vectors(folder / "vectors.npy", *vectors.shape)
     file[:] = vectors
     file.flush()
-    return TorchIndex(folder / "vectors.npy", "cpu", scan)
+    return TorchIndex(folder / "vectors.npy", "cpu", precision)
 
 
 def exact(queries, vectors, k):
@@ -25,12 +29,12 @@ def exact(queries, vectors, k):
     return np.take_along_axis(scores, rows, 1), rows
 
 
-@pytest.mark.parametrize("scan", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("k", [1, 5, 100])
-def test_equals_brute_force(tmp_path, monkeypatch, scan, k):
+def test_equals_brute_force(tmp_path, monkeypatch, precision, k):
     rng = np.random.default_rng(0)
     vectors, queries = unit(rng, 3003), unit(rng, 17)
-    index = opened(tmp_path, vectors, scan, monkeypatch)
+    index = opened(tmp_path, vectors, precision, monkeypatch)
     assert len(index) == 3003 and index.dimension == 32
     scores, rows = index.search(queries, k)
     expected_scores, expected_rows = exact(queries, vectors, k)
@@ -55,27 +59,17 @@ def test_bfloat16_alone_would_not_do(tmp_path, monkeypatch):
     np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
     agree = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(rows.tolist(), expected_rows.tolist(), strict=True)])
     assert agree > 0.9  # all but ties in float32
-    monkeypatch.setattr(TorchIndex, "_bound", lambda self, asked: torch.full((len(asked),), -9.0))  # never a doubt
+    candidates, never = Rounded.candidates, torch.zeros(3, dtype=torch.bool)
+    monkeypatch.setattr(Rounded, "candidates", lambda *asked: replace(candidates(*asked), is_doubtful=never))
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(index.search(queries, 5)[0], expected_scores, atol=1e-6)
-
-
-def test_the_bound_holds(tmp_path, monkeypatch):
-    rng = np.random.default_rng(1)
-    vectors, queries = unit(rng, 5000), np.concatenate([unit(rng, 50), 3 * unit(rng, 5)])
-    index = opened(tmp_path, vectors, "bfloat16", monkeypatch)
-    asked = torch.from_numpy(queries)
-    rough = (asked.bfloat16() @ torch.from_numpy(vectors).bfloat16().T).float()
-    error = (rough - asked @ torch.from_numpy(vectors).T).abs().max(dim=1).values
-    assert (error <= index._bound(asked)).all()
-    assert (error > index._bound(asked) / 20).all()  # and means something
 
 
 def test_the_last_chunk_may_be_shorter_than_k(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     vectors, queries = unit(rng, 71), unit(rng, 4)
-    for scan in ("float32", "bfloat16"):
-        index = opened(tmp_path, vectors, scan, monkeypatch, chunk_rows=70)
+    for precision in ("float32", "bfloat16"):
+        index = opened(tmp_path, vectors, precision, monkeypatch, most_rows=64)
         np.testing.assert_array_equal(index.search(queries, 99)[1], exact(queries, vectors, 71)[1])
 
 
@@ -96,12 +90,13 @@ def test_an_unknown_scan_is_refused(tmp_path, monkeypatch):
         opened(tmp_path, unit(np.random.default_rng(0), 3), "int8", monkeypatch)
 
 
-@pytest.mark.parametrize("scan", ["float32", "bfloat16"])
-def test_a_query_that_is_no_number_finds_nothing_whoever_stands_beside_it(tmp_path, monkeypatch, scan):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_query_that_is_no_number_finds_nothing_whoever_stands_beside_it(tmp_path, monkeypatch, precision):
     rng = np.random.default_rng(0)
     vectors, queries = unit(rng, 3000), unit(rng, 3)
-    index = opened(tmp_path, vectors, scan, monkeypatch)
+    index = opened(tmp_path, vectors, precision, monkeypatch)
     expected = index.search(queries, 4)[1]
-    queries[1, 5] = np.nan
-    _, rows = index.search(queries, 4)
-    assert (rows[1] == -1).all() and (rows[[0, 2]] == expected[[0, 2]]).all()
+    for no_number in (np.nan, np.inf):
+        queries[1, 5] = no_number
+        _, rows = index.search(queries, 4)
+        assert (rows[1] == -1).all() and (rows[[0, 2]] == expected[[0, 2]]).all()
