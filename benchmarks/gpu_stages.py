@@ -31,6 +31,7 @@ from benchmarks.bench_train_step import (
     student_loss,
 )
 from benchmarks.harness import compare
+from benchmarks.kernel_time import busy_seconds, kernel_seconds
 from benchmarks.rollout_peers import ContinuousBatching, GenerateKeptCache, GeneratePerTurn, GenerateStaticCache
 from benchmarks.workload import Shape, Workload, make_policy, make_workload, run
 from sdsearch_lightning.policy.compiling import compile_layers
@@ -79,6 +80,12 @@ def ceilings(size: int = 8192) -> Figures:
     }
 
 
+def spent(what: str, function: Callable[[], object]) -> Figures:
+    """Seconds of the kernels of one call, by kind; what a time has beyond their sum, the device waited."""
+    function()  # what is loaded once
+    return {f"kernel seconds of {what}, {kind}": value for kind, value in kernel_seconds(function, DEVICE).items()}
+
+
 # Rollouts
 
 
@@ -93,6 +100,7 @@ def decode_step(policy: Policy, num_rows: int, length: int, bytes_per_second: fl
     weights = sum(p.nbytes for p in policy.parameters())  # tied: the embedding is the output layer
     bound = (weights + num_rows * length * shape.bytes_per_token) / bytes_per_second
     with torch.no_grad():
+        kernels = spent("a decode step", lambda: plain.advance(tokens, cells))
         replayed = seconds(lambda: recorded.advance(tokens, cells), warmup=PATIENCE + 2)
         eager = seconds(lambda: plain.advance(tokens, cells))
         logits = recorded.advance(tokens, cells).clone()
@@ -107,6 +115,7 @@ def decode_step(policy: Policy, num_rows: int, length: int, bytes_per_second: fl
         "decode share of the byte limit, recorded": bound / replayed,
         "decode share of the byte limit, plain": bound / eager,
         **drawn,
+        **kernels,
     }
 
 
@@ -142,6 +151,9 @@ def over_ours(policy: Policy, workload: Workload, others: Engines) -> Iterator[F
             ours = taken
             yield {"policy tokens/s": workload.num_policy_tokens / ours, "steps": engine.counts.steps}
         yield {f"rollout seconds, {name}": taken, f"{name} / ours": taken / ours}
+        if name == "ours":
+            again = lambda engine=engine: run(engine, policy, workload)  # noqa: E731
+            yield {"ours: share of that time in which kernels run": busy_seconds(again, DEVICE) / taken}
 
 
 def rollouts_static(size: str, questions: int = 16, shape: Shape = LONG) -> Iterator[Figures]:
@@ -192,6 +204,7 @@ def train_step(size: str, repetitions: int = 5) -> Iterator[Figures]:
     }
     found |= {f"{MASKED} / {n}": times[MASKED] / times[n] for n in modules}
     found["with / without the teacher"] = times["with the teacher"] / times["without the teacher"]
+    found |= spent("a training step, shared_prefix", variants["shared_prefix"])
     yield found
 
 
