@@ -18,12 +18,14 @@ BLOCK = 32
 _FEWEST_ROWS, _MOST_ROWS = 1 << 12, 1 << 18
 """Of one product."""
 _NUMBERS = 1 << 29
-"""Of the peaks and the product of all queries that are searched together: 1 GiB in bfloat16."""
+"""Of all that is held for queries that are searched together: 1 GiB in bfloat16."""
+_SECOND = 10
+"""Numbers of a row in the second pass: its index, twice, and its score."""
 
 
-def queries_at_once(num_rows: int) -> int:
-    """How many queries may be searched together, for memory's sake: 813 among 21 million vectors."""
-    return max(_NUMBERS // (num_rows // BLOCK + _FEWEST_ROWS), 1)
+def queries_at_once(num_rows: int, k: int) -> int:
+    """How many queries may be searched together, for memory's sake: 785 among 21 million vectors for k of 5."""
+    return max(_NUMBERS // (num_rows // BLOCK + _FEWEST_ROWS + _SECOND * BLOCK * _blocks_for(k)), 1)
 
 
 def best_rows(asked: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -40,7 +42,7 @@ def best_rows(asked: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # A GPU may have been told to take such products in TF32, which is 2^-10 off: the best of a few more blocks.
     _, rows = _best_blocks(asked, vectors, k if asked.device.type == "cpu" else _blocks_for(k))
     query = torch.arange(len(asked), device=asked.device).repeat_interleave(rows.shape[1])
-    scores, order = _score(asked, vectors, query, rows.flatten(0, 1)).view(len(asked), -1).topk(k)
+    scores, order = score_rows(asked, vectors, query, rows.flatten(0, 1)).view(len(asked), -1).topk(k)
     return scores, rows.flatten(1).gather(1, order)
 
 
@@ -95,7 +97,7 @@ class Rounded:
         width = int(near_mask.sum(1).max())
         query, place = near_mask.nonzero(as_tuple=True)
         scores = torch.full((len(asked), width, BLOCK), -torch.inf, device=asked.device)
-        scores[query, place] = _score(asked, self.vectors, query, rows[query, place])
+        scores[query, place] = score_rows(asked, self.vectors, query, rows[query, place])
         is_off = (scores.amax(2) - peaks[:, :width]).abs() > rough[:, :width]  # never, if sums are kept in float32
         is_doubtful |= (is_off & near_mask[:, :width]).any(1)
         scores, order = scores.flatten(1).topk(min(num_blocks, width * BLOCK))
@@ -136,10 +138,10 @@ def _may_be_best(scores: Tensor, slack: Tensor, k: int) -> Tensor:
     """Which of [B, C] scores, highest first and each off by `slack` at most, may be among the k best: a [B, C] mask.
 
     k of them are in truth no lower than the k-th less its slack, so what stays below that with its own slack is not
-    wanted. What only reaches it is a tie, of which any may be left out.
+    wanted. What only reaches it is a tie, of which any may be left out. NaN, of vectors or of slack, may be anything.
     """
     least = (scores - slack)[:, min(k, scores.shape[1]) - 1, None]
-    near_mask = scores + slack > least
+    near_mask = ~(scores + slack <= least)
     near_mask[:, :k] = True
     return near_mask
 
@@ -178,7 +180,7 @@ def _rows_at_once(asked: Tensor) -> int:
     return min(max(numbers // len(asked), _FEWEST_ROWS), _MOST_ROWS) // BLOCK * BLOCK
 
 
-def _score(asked: Tensor, vectors: Tensor, query: Tensor, rows: Tensor) -> Tensor:
+def score_rows(asked: Tensor, vectors: Tensor, query: Tensor, rows: Tensor) -> Tensor:
     """Scores of [P, R] rows, each line for the query whose number stands in `query`; -inf for a row behind the last.
 
     Products are taken one by one, not as a matrix: in float32 whatever is set for those, and for any batch the same.

@@ -62,36 +62,39 @@ class TorchIndex:
         return int(self._exact.shape[1])
 
     def search(self, queries: Vectors, k: int) -> Found:
-        """The k best rows for each of [B, D] queries; fewer columns where there are fewer rows."""
+        """The k best rows for each of [B, D] queries, B > 0; fewer columns where there are fewer rows."""
         import torch
 
         from sdsearch_lightning.retrieval.scan import best_rows, queries_at_once
 
-        asked = torch.from_numpy(queries).to(self._device)
+        is_known = np.isfinite(queries).all(1)
+        # A power of two takes nothing from a query, and keeps the squares that bounds are made of within float32.
+        power = np.frexp(np.abs(queries).max(1, where=is_known[:, None], initial=0))[1][:, None]
+        asked = torch.from_numpy(np.ldexp(np.where(is_known[:, None], queries, 0), -power)).to(self._device)
         k = min(k, len(self))
         found = []
         with torch.inference_mode():
-            for some in asked.split(queries_at_once(len(self))):
+            for some in asked.split(queries_at_once(len(self), k)):
                 if self._rounded is None:
                     scores, rows = best_rows(some, self._exact, k)
                 else:
                     scores, rows = self._search_rounded(some, self._rounded, k)
-                rows[~some.isfinite().all(1)] = -1
                 found.append((scores, rows))
-            scores, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return scores.cpu().numpy(), rows.cpu().numpy()
+            scores, rows = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+        rows[~is_known] = -1
+        with np.errstate(over="ignore"):
+            return np.ldexp(scores, power), rows
 
     def _search_rounded(self, asked: Tensor, rounded: Rounded, k: int) -> tuple[Tensor, Tensor]:
         """Candidates by bfloat16, their order by float32, and a second scan where a bound leaves a doubt."""
         import torch
 
-        from sdsearch_lightning.retrieval.scan import best_rows
+        from sdsearch_lightning.retrieval.scan import best_rows, score_rows
 
         found = rounded.candidates(asked, k)
         query, place = found.near_mask.nonzero(as_tuple=True)
-        vectors = self._exact.index_select(0, found.rows[query, place].to(self._exact.device)).to(asked.device)
         exact = torch.full(found.rows.shape, -torch.inf, device=asked.device)
-        exact[query, place] = (vectors * asked[query]).sum(1)
+        exact[query, place] = score_rows(asked, self._exact, query, found.rows[query, place, None])[:, 0]
         scores, order = exact.topk(k)
         rows = found.rows.gather(1, order)
         if (doubtful := found.is_doubtful).any():

@@ -146,11 +146,49 @@ def test_many_queries_are_searched_in_parts(small_products, open_index, monkeypa
     vectors, queries = unit(rng, 3003), unit(rng, 17)
     index = open_index(vectors)
     scores, rows = index.search(queries, 5)
-    assert queries_at_once(3003) > 17
-    monkeypatch.setattr(scan, "_NUMBERS", 17_000)
-    assert queries_at_once(3003) == 4
+    assert queries_at_once(3003, 5) > 17
+    monkeypatch.setattr(scan, "_NUMBERS", 110_000)
+    assert queries_at_once(3003, 5) == 4
     for one, other in zip(index.search(queries, 5), (scores, rows), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_query_of_any_length_finds_the_same(open_index, precision):
+    """Bounds are made of squares, which vanish or overflow in float32 long before a query does."""
+    rng = np.random.default_rng(0)
+    vectors, queries = unit(rng, 3003), unit(rng, 4)
+    index = open_index(vectors, precision)
+    scores, rows = index.search(queries, 5)
+    for power in (-95, -70, 66, 127):
+        stretched = np.ldexp(queries, power)
+        found_scores, found_rows = index.search(stretched, 5)
+        np.testing.assert_array_equal(found_rows, rows)
+        np.testing.assert_array_equal(found_scores, np.ldexp(scores, power))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_query_that_is_not_finite_finds_nothing_and_disturbs_no_other(open_index, precision):
+    rng = np.random.default_rng(0)
+    vectors, queries = np.abs(unit(rng, 71)), unit(rng, 5)
+    index = open_index(vectors, precision)
+    scores, rows = index.search(queries, 71)
+    for position, value in enumerate((-np.inf, np.inf, np.nan)):
+        queries[position, position:] = value
+    found_scores, found_rows = index.search(queries, 71)
+    assert (found_rows[:3] == -1).all()
+    np.testing.assert_array_equal(found_rows[3:], rows[3:])
+    np.testing.assert_array_equal(found_scores[3:], scores[3:])
+
+
+def test_a_bound_that_is_not_a_number_is_a_doubt(open_index):
+    vectors, queries = clustered(0, 1.0)
+    vectors[7] = np.nan
+    index = open_index(vectors)
+    assert index._rounded.candidates(torch.from_numpy(queries), 5).is_doubtful.all()
+    rows = index.search(queries, 5)[1]
+    vectors[7] = 0
+    np.testing.assert_array_equal(rows[:, 1:], open_index(vectors).search(queries, 4)[1])  # what is not one comes first
 
 
 def test_a_score_does_not_depend_on_who_is_asked_for_beside_it(open_index):
