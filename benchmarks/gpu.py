@@ -1,7 +1,7 @@
 """Everything that is measured on a CUDA device, in order of worth, each stage in a process and a time box of its own.
 
 What a stage found is written at once, so a run that is cut off keeps what it has; a stage that fails does not stop the
-next. On a CPU, `--tiny` runs the same code on sizes that say nothing.
+next. A second run into the same file keeps the stages that it does not run again. On a CPU, `--tiny` runs the same code on sizes that say nothing.
 
     python -m benchmarks.gpu [--stages rollouts_3b scan] [--out benchmarks/out/gpu.json]
 
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.harness import OUT, ROOT, environment
+from sdsearch_lightning.files import write_text
 
 BOXES = {
     "tests": 170,
@@ -80,6 +81,10 @@ def run_stage(stage: str, tiny: bool) -> dict[str, object]:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with the commands that it runs
         output, _ = process.communicate()
+    except BaseException:  # Ctrl-C reaches this process alone
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
     figures: dict[str, float] = {}
     for line in output.splitlines():
         if line.startswith(MARK):
@@ -93,6 +98,18 @@ def run_stage(stage: str, tiny: bool) -> dict[str, object]:
     }
 
 
+def kept(out: Path, stages: Sequence[str]) -> list[dict[str, object]]:
+    """What an earlier run left in the file, but for the stages that run again."""
+    if not out.exists() or not out.stat().st_size:
+        return []
+    return [found for found in json.loads(out.read_text(encoding="utf-8"))["stages"] if found["stage"] not in stages]
+
+
+def write(out: Path, results: Sequence[dict[str, object]]) -> None:
+    """All stages so far; whole at any moment."""
+    write_text(out, json.dumps({"stages": results}, indent=1) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stages; 1 where one of them failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
@@ -104,20 +121,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.measure:
         measure(options.measure, options.tiny)
         return 0
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    results = []
+    results = kept(options.out, options.stages)
+    write(options.out, results)  # before time is spent
+    exits = []
     for stage in options.stages:
-        results.append(run_stage(stage, options.tiny))
-        record = {"environment": environment(), "tiny": options.tiny, "stages": results}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        done = results[-1]
+        done = run_stage(stage, options.tiny)
+        results.append(done | {"tiny": options.tiny, "environment": environment()})
+        write(options.out, results)
+        exits.append(done["exit"])
         print(f"== {stage}: exit {done['exit']}, {done['seconds']} s", flush=True)
         for name, value in (done["figures"] or {}).items():  # type: ignore[attr-defined]
             print(f"   {name:60} {value:.4g}", flush=True)
         if done["exit"]:
             print(str(done["output"])[-2500:], flush=True)
-    return int(any(result["exit"] for result in results))
+    return int(any(exits))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: a stage does not outlive this
     sys.exit(main())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +125,42 @@ def test_a_stage_that_is_cut_off_keeps_what_it_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(gpu.BOXES, "scan", 3)
     found = gpu.run_stage("scan", tiny=True)
     assert found["figures"] == {"a": 1.5} and found["exit"] != 0 and found["stage"] == "scan"
+
+
+def test_a_stage_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    class Interrupted(subprocess.Popen[str]):
+        def communicate(self, *args: Any, timeout: float | None = None) -> Any:
+            if timeout is not None:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().communicate(*args)
+
+    monkeypatch.setattr(gpu, "command", lambda stage, tiny: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_stage("scan", tiny=True)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_second_run_keeps_the_stages_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+
+    def run_stage(stage: str, tiny: bool) -> dict[str, object]:
+        runs.append(stage)
+        return {"stage": stage, "exit": int(stage == "tests"), "seconds": len(runs), "figures": {}, "output": ""}
+
+    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    monkeypatch.setattr(gpu, "environment", dict)
+    out = tmp_path / "new" / "gpu.json"
+    assert gpu.main(["--tiny", "--out", str(out), "--stages", "tests", "scan"]) == 1
+    assert gpu.main(["--out", str(out), "--stages", "scan", "loss_head"]) == 0
+    found = [(s["stage"], s["seconds"], s["tiny"]) for s in json.loads(out.read_text())["stages"]]
+    assert found == [("tests", 1, True), ("scan", 3, False), ("loss_head", 4, False)]
+    with pytest.raises(OSError):
+        gpu.main(["--out", str(out / "below" / "gpu.json"), "--stages", "scan"])
+    assert len(runs) == 4, "nothing is measured that cannot be written"
 
 
 def test_a_stage_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
