@@ -94,9 +94,10 @@ lint: $(STAMP) ## ruff: rules and format
 links:
 	rm -rf .typecheck && mkdir -p .typecheck/sdsearch_lightning
 	ln -s $(CURDIR)/sdsearch_lightning/* $(CURDIR)/callbacks $(CURDIR)/datamodules .typecheck/sdsearch_lightning/
+	ln -s $(CURDIR)/benchmarks .typecheck/
 
-types: $(STAMP) links ## mypy
-	MYPYPATH=.typecheck $(PYTHON) -m mypy -p sdsearch_lightning
+types: $(STAMP) links ## mypy; benchmarks too, which have to call the library as it is
+	MYPYPATH=.typecheck $(PYTHON) -m mypy -p sdsearch_lightning -p benchmarks
 
 # An environment of its own, of the extra `docs` alone: docstrings are read, not imported, so no torch is needed (30 MB).
 $(DOCS_STAMP): Makefile constraints.txt

@@ -19,6 +19,7 @@ import tempfile  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -32,6 +33,7 @@ from sdsearch_lightning.retrieval.faiss_index import (  # noqa: E402
 )
 from sdsearch_lightning.retrieval.faiss_library import import_faiss  # noqa: E402
 from sdsearch_lightning.retrieval.torch_index import TorchIndex, write_vectors  # noqa: E402
+from sdsearch_lightning.types import Passage  # noqa: E402
 
 K = 3
 DEFAULT_THRESHOLD = 128_000
@@ -66,7 +68,7 @@ def flat(report: Report, folder: Path, options: argparse.Namespace) -> None:
     file[:] = vectors
     file.flush()
     default = import_faiss().read_index(str(folder / "flat.index"))
-    indexes = {
+    indexes: dict[str, FaissIndex | TorchIndex] = {
         "faiss": FaissIndex(folder / "flat.index"),
         "torch float32": TorchIndex(folder / "vectors.npy", "cpu", "float32"),
         "torch bfloat16": TorchIndex(folder / "vectors.npy", "cpu", "bfloat16"),
@@ -103,7 +105,7 @@ def kinds(report: Report, folder: Path, options: argparse.Namespace) -> None:
     exact = FaissIndex(folder / "kinds.index")
     truth = exact.search(queries, K)[1]
     lists = int(4 * num_vectors**0.5)
-    tried = [(f"IVF{lists},SQ8", {"nprobe": 8}), (f"IVF{lists},SQ8", {"nprobe": 32})]
+    tried: list[tuple[str, dict[str, Any]]] = [(f"IVF{lists},SQ8", {"nprobe": 8}), (f"IVF{lists},SQ8", {"nprobe": 32})]
     tried += [(f"IVF{lists},PQ32", {"nprobe": 32}), ("HNSW32", {"ef_search": 64})]
     for number, (factory, searched) in enumerate(tried):
         path = folder / f"{number}.index"
@@ -134,7 +136,7 @@ def unique(report: Report, folder: Path, options: argparse.Namespace) -> None:
         distinct = round(len(queries) * (1 - share))
         return [queries[index % distinct] for index in range(len(queries))]
 
-    def run(texts: list[str]) -> list[list[object]]:
+    def run(texts: list[str]) -> list[list[Passage]]:
         return CachedRetriever(retriever).search(texts, K)
 
     shares = (0.0, 0.5, 0.8)

@@ -121,7 +121,7 @@ def compare_teachers(report: Report, options: argparse.Namespace, group_size: in
     report.add(name, Bar.counted("error of rows", error, at_most=TOLERANCE), "equality with the naive teacher")
 
     alone = replace(batch, query_row=batch.query_row[:0], query_weight=batch.query_weight[:0])
-    variants = {
+    variants: dict[str, Callable[[], object]] = {
         "naive": naive,
         "ours": ours,
         "left-padded step": partial(backward, model, LeftPadded(model, alone, all_logits=False).loss),

@@ -49,7 +49,7 @@ def write_file(path: Path, step: int, width: int = 64) -> None:
 def write_folder(path: Path, step: int) -> None:
     """A sealed checkpoint of shards."""
     values = state(64)
-    dcp.save(
+    dcp.save(  # type: ignore[attr-defined]
         {"state_dict": values["state_dict"], "optimizer_0": values["optimizer_states"][0]},
         checkpoint_id=path,
         no_dist=True,

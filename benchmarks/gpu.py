@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import OUT, ROOT, environment
 from sdsearch_lightning.files import write_text
@@ -43,7 +44,7 @@ def measure(stage: str, tiny: bool) -> None:
     """Prints what a stage finds, as it finds it; run in a process of its own."""
     from benchmarks import gpu_end_to_end as whole, gpu_stages as stages
 
-    few = {"shape": stages.LONG.divided(4), "questions": 1} if tiny else {}
+    few: dict[str, Any] = {"shape": stages.LONG.divided(4), "questions": 1} if tiny else {}
     size = "micro" if tiny else stage.partition("_")[2]
     small = whole.tiny(whole.world_20m())
     measured: dict[str, Callable[[], Iterator[dict[str, float]]]] = {
@@ -72,7 +73,7 @@ def command(stage: str, tiny: bool) -> list[str]:
 def run_stage(stage: str, tiny: bool) -> dict[str, object]:
     """Run it within its box; what came of it."""
     start = time.monotonic()
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(
         command(stage, tiny), cwd=ROOT, **streams, text=True, errors="replace", start_new_session=True
     )

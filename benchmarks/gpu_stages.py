@@ -227,7 +227,7 @@ def scan(num_rows: int = 21_000_000, dimension: int = 768, k: int = 5) -> Iterat
     yield {"bound, seconds": bound, **top}
     for count in (1, 64, 512):
         asked = random(count)
-        variants = {
+        variants: dict[str, Callable[[], object]] = {
             "ours": partial(rounded.candidates, asked, k),
             "naive": partial(naive_scan, asked.to(rounded.vectors.dtype), rounded.vectors, k),
         }

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {

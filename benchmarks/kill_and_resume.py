@@ -114,8 +114,8 @@ class Arena:
     @property
     def fit(self) -> list[str]:
         """Arguments of the run, without its name."""
-        several = ["--trainer.strategy", self.strategy, "--trainer.devices", "2", "--data.batch_size", "2"]
-        return ["fit", "--config", "fit.yaml", *(several if self.strategy else [])]
+        several = ["--trainer.strategy", self.strategy, "--trainer.devices", "2"] if self.strategy else []
+        return ["fit", "--config", "fit.yaml", *several, *(["--data.batch_size", "2"] if self.strategy else [])]
 
     def write(self) -> None:
         """The two configurations, cold.yaml and fit.yaml."""

@@ -26,6 +26,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.harness import ROOT, Bar, Report
+from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.retrieval.server.limits import ServerLimits
 from sdsearch_lightning.retrieval.server.metrics import quantile
 from sdsearch_lightning.retrieval.server.process import serve
@@ -38,7 +39,7 @@ MAX_GROWTH, MIN_RATE = 8.0, 0.9  # MB after the warm-up; share of the capacity
 TEXT = '"A title"\n' + "A sentence of the usual length, as an encyclopedia has it. " * 10
 
 
-class PacedRetriever:
+class PacedRetriever(Retriever):
     """Takes a fixed time for each query and finds passages of the usual length."""
 
     def __init__(self, rate: float) -> None:

@@ -91,7 +91,7 @@ def largest_batch(module: Any, group_size: int, max_tokens: int) -> SearchBatch:
 @contextmanager
 def without_values(mixture: Sequence[float]) -> Iterator[None]:
     """What asks for the value of a fake tensor gets one that changes no size; chunks are as large as on a GPU."""
-    sums = policy_terms.policy_sums
+    sums = policy_terms.policy_sums  # type: ignore[attr-defined]
 
     def policy_sums(logprobs: Any, chosen: Any, sampled: Any, old: Any, is_query: Any, *clips: float) -> Any:
         return sums(logprobs, chosen, sampled, old, is_query.nonzero()[:, 0], *clips)

@@ -100,17 +100,17 @@ def closing_tag_inside() -> Iterator[None]:
 @contextmanager
 def teacher_sure_of_tags() -> Iterator[None]:
     """The teacher's logits of the policy's tags inside queries, `ODDS` times as likely."""
-    original = module.summarize_teacher
+    original = module.summarize_teacher  # type: ignore[attr-defined]
 
     def planted(logits: Tensor, hidden: Tensor, tokens: Tensor, top_k: int | None, controls: ControlTokens) -> Any:
         more = torch.full_like(logits[:, controls.policy], math.log(ODDS))
         return original(logits.index_add(-1, controls.policy, more), hidden, tokens, top_k, controls)
 
-    module.summarize_teacher = planted  # type: ignore[assignment]
+    module.summarize_teacher = planted  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        module.summarize_teacher = original
+        module.summarize_teacher = original  # type: ignore[attr-defined]
 
 
 def run(scenario: str, seed: int, action: str, model: str, root: Path) -> Outcome:

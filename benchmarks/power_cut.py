@@ -140,7 +140,7 @@ def victim(name: str, nth: str, seed: str, *argv: str) -> int:
                 os.killpg(0, signal.SIGKILL)
             disk.flushed(path)
 
-    os.fsync = counted
+    os.fsync = counted  # type: ignore[assignment]
     from sdsearch_lightning.__main__ import main as command_line
 
     return command_line(argv)

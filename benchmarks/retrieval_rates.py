@@ -49,11 +49,14 @@ def main() -> int:
             path = folder / factory
             timing = compare({"it": lambda path=path, kind=factory: write_faiss_index(path, vectors, kind)}, 1, 0)
             writing[factory] = timing["it"].median
-        indexes = {"FAISS Flat": FaissIndex(folder / "Flat"), "FAISS IVF1024,SQ8": FaissIndex(folder / "IVF1024,SQ8")}
+        indexes: dict[str, FaissIndex | TorchIndex] = {
+            "FAISS Flat": FaissIndex(folder / "Flat"),
+            "FAISS IVF1024,SQ8": FaissIndex(folder / "IVF1024,SQ8"),
+        }
         indexes["torch bfloat16"] = TorchIndex(folder / "v.npy", "cpu", "bfloat16")
         searches = {name: lambda index=index: index.search(queries, K) for name, index in indexes.items()}
-        for name, timing in compare(searches, 3).items():
-            each = 1e3 * timing.median / len(queries) * 1e6 / VECTORS
+        for name, searched in compare(searches, 3).items():
+            each = 1e3 * searched.median / len(queries) * 1e6 / VECTORS
             print(f"search, {name}: {each:.2f} ms a query and million vectors")
         for factory, seconds in writing.items():
             print(f"build, {factory}: {1e6 * seconds / VECTORS:.0f} s a million vectors, once encoded")

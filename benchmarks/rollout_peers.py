@@ -264,7 +264,8 @@ class ContinuousBatching(Engine):
     def _request(self, manager: Any, number: int, row: _Row) -> None:
         """Ask for the next turn of a row."""
         row.begin_turn()
-        manager.add_request(row.token_ids, str(number), max_new_tokens=row.conversation.scripted_tokens)
+        told: Any = row.conversation
+        manager.add_request(row.token_ids, str(number), max_new_tokens=told.scripted_tokens)
 
     def _take_results(self, manager: Any, rows: Sequence[_Row]) -> None:
         """Take the turns that have ended; waits a moment where none has."""

@@ -20,6 +20,7 @@ import torch
 from sdsearch_lightning.errors import RetrievalError
 from sdsearch_lightning.policy.policy import Policy
 from sdsearch_lightning.protocol.conversation import Continue, Search, Stop
+from sdsearch_lightning.retrieval.base import Retriever
 from sdsearch_lightning.rollout import Engine, SearchPool
 from sdsearch_lightning.types import (
     Passage,
@@ -175,7 +176,7 @@ class ScriptedConversation:
         self._turn, self._num_turns = [], self._num_turns + 1
 
 
-class ScriptedRetriever:
+class ScriptedRetriever(Retriever):
     """One passage per query, a document of token ids; every call takes `latency` seconds."""
 
     def __init__(self, documents: dict[str, tuple[int, ...]], latency: float = 0.0) -> None:

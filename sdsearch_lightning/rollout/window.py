@@ -15,7 +15,7 @@ view of the first ones.
 
 One pass gives every running slot its next token. A slot has one unread token then, the one it sampled last; or it has
 more, documents or a message before it, and they are read in the same pass, back to back, without padding. A prompt is
-read once for all rollouts that begin with it: the others copy its cells.
+read once for all rollouts that begin with it: the others copy its cells. Who has the tokens, and when, is drawing.py's.
 
 Queries are sent while others run, one batch at a time, and their answers are taken `overlap_steps` passes later.
 Counting passes, not seconds, keeps the schedule the same in every run; and since each rollout draws from its own seed,
