@@ -1,7 +1,8 @@
 """Everything that is measured on a CUDA device, in order of worth, each stage in a process and a time box of its own.
 
 What a stage found is written at once, so a run that is cut off keeps what it has; a stage that fails does not stop the
-next. A second run into the same file keeps the stages that it does not run again. On a CPU, `--tiny` runs the same code on sizes that say nothing.
+next. A second run into the same file keeps the stages that it does not run again. On a CPU, `--tiny` runs the same code
+on sizes that say nothing.
 
     python -m benchmarks.gpu [--stages rollouts_3b scan] [--out benchmarks/out/gpu.json]
 

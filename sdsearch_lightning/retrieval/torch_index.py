@@ -67,10 +67,11 @@ class TorchIndex:
 
         from sdsearch_lightning.retrieval.scan import best_rows, queries_at_once
 
-        is_known = np.isfinite(queries).all(1)
+        largest = np.abs(queries).max(axis=1, keepdims=True)
+        is_known, zero = np.isfinite(largest), np.float32(0)
         # A power of two takes nothing from a query, and keeps the squares that bounds are made of within float32.
-        power = np.frexp(np.abs(queries).max(1, where=is_known[:, None], initial=0))[1][:, None]
-        asked = torch.from_numpy(np.ldexp(np.where(is_known[:, None], queries, 0), -power)).to(self._device)
+        power = np.frexp(np.where(is_known, largest, zero))[1]
+        asked = torch.from_numpy(np.ldexp(np.where(is_known, queries, zero), -power)).to(self._device)
         k = min(k, len(self))
         found = []
         with torch.inference_mode():
@@ -80,10 +81,9 @@ class TorchIndex:
                 else:
                     scores, rows = self._search_rounded(some, self._rounded, k)
                 found.append((scores, rows))
-            scores, rows = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
-        rows[~is_known] = -1
+            best, which = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
         with np.errstate(over="ignore"):
-            return np.ldexp(scores, power), rows
+            return np.ldexp(best, power), np.where(is_known, which, -1)
 
     def _search_rounded(self, asked: Tensor, rounded: Rounded, k: int) -> tuple[Tensor, Tensor]:
         """Candidates by bfloat16, their order by float32, and a second scan where a bound leaves a doubt."""
