@@ -242,7 +242,7 @@ def write_corpus(path: Path, num_passages: int, num_words: int = 50_000) -> None
 
 
 def corpus_queries(number: int, num_words: int = 50_000) -> list[str]:
-    """Six words each."""
+    """Queries of six words that the corpus may hold; equal for equal arguments."""
     rng = np.random.default_rng(1)
     return [" ".join(f"w{word}" for word in rng.integers(0, num_words, 6)) for _ in range(number)]
 

@@ -57,14 +57,17 @@ class Drawing:
         slots: A slots.
         logits: [A, V] of what they have read.
         place: how the host's numbers get to the device.
+        is_read_late: whether the device works on before `read`, so that the copies have to be asked for now.
     """
 
-    def __init__(self, slots: Sequence[Slot], logits: Tensor, place: Place) -> None:
+    def __init__(self, slots: Sequence[Slot], logits: Tensor, place: Place, is_read_late: bool) -> None:
         self._slots: list[Slot | None] = list(slots)
         self.tokens, logprobs = sample(logits, [s.request.sampling for s in slots], [s.draws for s in slots], place)
         """[A] on the device."""
-        self._copies = [x.to("cpu", non_blocking=True) for x in (self.tokens, logprobs)]
-        self._copied = torch.cuda.current_stream().record_event() if logits.is_cuda else None
+        self._drawn, self._copied = [self.tokens, logprobs], None
+        if is_read_late and logits.is_cuda:
+            self._drawn = [x.to("cpu", non_blocking=True) for x in self._drawn]
+            self._copied = torch.cuda.current_stream().record_event()
         for index, slot in enumerate(slots):
             slot.drawn, slot.unread = index, [UNSEEN]
 
@@ -78,7 +81,7 @@ class Drawing:
         """The tokens that count, once they have arrived."""
         if self._copied is not None:
             self._copied.synchronize()
-        tokens, logprobs = (x.tolist() for x in self._copies)
+        tokens, logprobs = (x.tolist() for x in self._drawn)
         for slot, token_id, logprob in zip(self._slots, tokens, logprobs, strict=True):
             if slot is not None:
                 yield Drawn(slot, token_id, logprob)

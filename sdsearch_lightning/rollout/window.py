@@ -212,7 +212,7 @@ class Window:
         logits = self._pass(last, running)
         self._step += 1
         self._counts.steps += 1
-        self._drawings.append(Drawing(running, logits, self._rows.place))
+        self._drawings.append(Drawing(running, logits, self._rows.place, self._schedule.looks_late))
         if len(self._drawings) > self._schedule.looks_late:
             self._read(self._drawings.popleft())
 
